@@ -1,0 +1,1 @@
+"""prefs: stable, honest measurement of what language models say they like."""

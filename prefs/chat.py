@@ -1,0 +1,212 @@
+"""From messages to token ids, by the model's own chat template, with text kept apart from control tokens.
+
+The template is rendered with a placeholder for each text, so whatever it prints around them is the author's and may
+hold control tokens; the texts are put in afterwards and encoded by a copy of the tokenizer that knows no control
+tokens. A data set's ``<|im_end|>`` is therefore seven plain tokens, and role boundaries hold. For text without such
+strings the ids equal ``tokenizer.apply_chat_template``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from uuid import uuid4
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from prefs.errors import UserError
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        return {"role": self.role, "content": self.content}
+
+
+def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages as the plain dictionaries that chat templates and store keys are made of."""
+    return [message.as_dict() for message in messages]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids, and for each message the range [start, end) of the tokens that hold its content."""
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+class ChatEncoder:
+    """Encodes conversations for one model.
+
+    Raises
+    ------
+    UserError
+        If the tokenizer has no chat template, or no fast implementation to take control tokens out of.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template_kwargs: Mapping[str, Any] | None = None):
+        if not tokenizer.is_fast:
+            raise UserError(f"{tokenizer.name_or_path}: needs a fast tokenizer (a tokenizer.json)")
+        if not tokenizer.chat_template:
+            raise UserError(f"{tokenizer.name_or_path}: no chat template; prefs rates chat models")
+        self.tokenizer = tokenizer
+        self._template_kwargs = dict(template_kwargs or {})
+        self._control = _control_tokens(tokenizer)
+        self._control_pattern = re.compile(
+            "(" + "|".join(re.escape(token) for token in sorted(self._control, key=len, reverse=True)) + ")"
+        )
+        self._plain = _without(tokenizer.backend_tokenizer, set(self._control))
+        # Question texts and role headers recur in every row: encode each of them once.
+        self._short_text = lru_cache(maxsize=8192)(lambda text: self._encode_text(text))
+
+    def encode(self, messages: Sequence[Message], *, answer: str | None = None) -> Encoded:
+        """Token ids of a conversation.
+
+        Parameters
+        ----------
+        messages
+            The turns so far.
+        answer
+            None: the conversation as it stands. Text (also ""): followed by the header of the assistant's turn and
+            this opening of the answer, left open.
+
+        Raises
+        ------
+        UserError
+            If the chat template refuses these roles.
+        """
+        rendered, texts = self._render(messages, open_turn=answer is not None)
+        if answer:
+            rendered += _placeholder(len(texts))
+            texts.append(answer)
+        ids: list[int] = []
+        spans: dict[int, tuple[int, int]] = {}
+        for piece in self._control_pattern.split(rendered):
+            if piece in self._control:
+                ids.append(self._control[piece])
+            elif piece:
+                self._append_text(piece, texts, ids, spans)
+        empty = (len(ids), len(ids))
+        return Encoded(tuple(ids), tuple(spans.get(index, empty) for index in range(len(messages))))
+
+    def _append_text(self, piece: str, texts: list[str], ids: list[int], spans: dict[int, tuple[int, int]]) -> None:
+        """Encode one stretch between control tokens, and note which of its tokens hold which text."""
+        text = ""
+        ranges: dict[int, tuple[int, int]] = {}
+        for at, part in enumerate(_PLACEHOLDER.split(piece)):
+            if at % 2:
+                ranges.setdefault(int(part), (len(text), len(text) + len(texts[int(part)])))
+                part = texts[int(part)]
+            text += part
+        encode = self._short_text if len(text) < 4096 else self._encode_text
+        token_ids, ends = encode(text)
+        start = len(ids)
+        ids.extend(token_ids)
+        for index, (first, last) in ranges.items():
+            # A token belongs to the text that its last character lies in.
+            inside = [at for at, end in enumerate(ends) if first < end <= last]
+            if inside:
+                spans[index] = (start + inside[0], start + inside[-1] + 1)
+            else:
+                at = start + sum(end <= first for end in ends)
+                spans[index] = (at, at)
+
+    def _encode_text(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        return tuple(encoding.ids), tuple(end for _, end in encoding.offsets)
+
+    def _render(self, messages: Sequence[Message], *, open_turn: bool) -> tuple[str, list[str]]:
+        """The chat template's text with placeholders, and the texts that they stand for."""
+        texts = [message.content.strip() for message in messages]
+        turns = []
+        for index, message in enumerate(messages):
+            # Blanks stay outside the placeholder: a template that trims its messages trims them as it would.
+            lead = message.content[: len(message.content) - len(message.content.lstrip())]
+            tail = message.content[len(message.content.rstrip()) :] if texts[index] else ""
+            turns.append({"role": message.role, "content": lead + _placeholder(index) + tail})
+        try:
+            rendered = self._apply(turns, open_turn)
+        except TemplateError as error:
+            folded = _folded(turns)
+            if folded is None:
+                raise UserError(f"the chat template of {self.tokenizer.name_or_path} refuses: {error}") from None
+            rendered = self._apply(folded, open_turn)
+        for index, message in enumerate(messages):
+            if _placeholder(index) not in rendered:
+                raise UserError(
+                    f"the chat template of {self.tokenizer.name_or_path} leaves out the {message.role} turn"
+                )
+        return rendered, texts
+
+    def _apply(self, turns: list[dict[str, str]], open_turn: bool) -> str:
+        rendered = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=open_turn, **self._template_kwargs
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+_PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+def _placeholder(index: int) -> str:
+    return f"{_OPEN}{index}{_CLOSE}"
+
+
+def _folded(turns: list[dict[str, str]]) -> list[dict[str, str]] | None:
+    """The system message put before the first user turn, for models without a system role (Gemma); None if none."""
+    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
+        return None
+    first = {"role": "user", "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
+    return [first, *turns[2:]]
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Text → id of the tokens that steer the model rather than say something.
+
+    The special ones; and added tokens that look like a tag and either stand in the chat template (Qwen's ``<think>``
+    is not marked special) or are written ``<|…|>``. Added tokens that are plain text, such as Gemma's runs of
+    newlines, stay with the text.
+    """
+    template = (
+        tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else json.dumps(tokenizer.chat_template)
+    )
+    control: dict[str, int] = {}
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        tag = re.fullmatch(r"</?[^<>\s]+>|\[/?[A-Z_]+\]", token.content) is not None
+        piped = re.fullmatch(r"<[|｜].*[|｜]>", token.content) is not None
+        if token.special or piped or (tag and token.content in template):
+            control[token.content] = token_id
+    return control
+
+
+def _without(tokenizer: Tokenizer, control: set[str]) -> Tokenizer:
+    """A copy of a tokenizer that does not know the control tokens, and gives all others the same ids."""
+    state = json.loads(tokenizer.to_str())
+    kept = []
+    for token in state["added_tokens"]:
+        if token["content"] not in control:
+            kept.append(token)
+        elif token["id"] >= tokenizer.get_vocab_size(with_added_tokens=False):
+            # Ids after the vocabulary are counted on loading: a name that no text can hold keeps the place.
+            kept.append({**token, "content": f"\ue0f2{uuid4().hex}\ue0f3"})
+    state["added_tokens"] = kept
+    state["truncation"] = state["padding"] = None
+    plain = Tokenizer.from_str(json.dumps(state))
+    for token in kept:
+        if plain.token_to_id(token["content"]) != token["id"]:
+            raise AssertionError(f"token {token['content']!r} changed its id; please report this tokenizer")
+    return plain

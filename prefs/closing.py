@@ -1,0 +1,233 @@
+"""The closing table in the terminal: what a researcher reads first, with what to be careful about said in words."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from prefs.probing import NoProbe, ProbeReport
+from prefs.records import Ratings, Work
+from prefs.summary import ALL, Stability
+
+MISSING = "–"
+
+
+def number(value: object, digits: int = 2) -> str:
+    """A number as papers print it: .87, −.05, 1.00; a dash where there is none."""
+    if not isinstance(value, int | float) or pd.isna(value):
+        return MISSING
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.removeprefix("-")
+    if abs(float(text)) < 1:
+        text = text.replace("0.", ".", 1)
+    return text.replace("-", "−")
+
+
+def sampled_lines(rows: Sequence[Stability]) -> Table:
+    """Stability of sampled ratings by origin."""
+    seeds = len(rows[0].cross_seed.pearson.pairs)
+    table = _table(f"Sampled ratings: stability over rating seeds ({seeds} pairs)")
+    for name in ("n", "valid", "cross-seed r ± SD", "informative r", "d", "mode (share)"):
+        table.add_column(name, justify="right")
+    for row in _all_last(rows):
+        pearson, mode = row.cross_seed.pearson, row.modal
+        table.add_row(
+            row.origin,
+            str(row.n),
+            f"{row.valid}/{row.answers}",
+            MISSING if pearson.mean.value is None else f"{number(pearson.mean.value)} ± {number(pearson.sd.value)}",
+            number(row.informative.r.mean.value),
+            number(row.informative.d.value),
+            MISSING if mode.rating is None else f"{mode.rating:g} ({number(mode.share.value)})",
+            style=_weight(row.origin),
+        )
+    return table
+
+
+def exact_lines(rows: Sequence[Stability]) -> Table:
+    """Exact ratings by origin: how much of the model's answer is a rating, and what sampling would do to it."""
+    target = next(row.exact.seeds_needed.target_r for row in rows if row.exact)
+    table = _table("Exact ratings: from the model's probabilities, without sampling noise")
+    for name in ("n", "valid mass", "mean ± SD", "predicted r of one seed", f"seeds for r = {number(target)}"):
+        table.add_column(name, justify="right")
+    for row in _all_last(rows):
+        if row.exact is None:
+            continue
+        seeds = row.exact.seeds_needed.seeds
+        table.add_row(
+            row.origin,
+            str(row.n),
+            number(row.exact.valid_mass),
+            f"{number(row.exact.mean)} ± {number(row.exact.sd)}",
+            number(row.exact.predicted_r.value),
+            MISSING if seeds is None else f"{seeds:,}",
+            style=_weight(row.origin),
+        )
+    return table
+
+
+def refusal_lines(frame: pd.DataFrame, rated_by: str) -> Table:
+    """Refusal × rating by origin."""
+    table = _table(f"Refusal × rating ({rated_by})")
+    for name in ("n", "refused", "mean, refused", "mean, not", "point-biserial r [95 %]"):
+        table.add_column(name, justify="right")
+    rows = frame.to_dict("records")
+    for row in sorted(rows, key=lambda row: row["origin"] == ALL):
+        r = number(row["r"])
+        if pd.isna(row["r"]):
+            r = f"{MISSING} {row['r_reason']}"
+        elif not pd.isna(row["r_low"]):
+            r += f" [{number(row['r_low'])}, {number(row['r_high'])}]"
+        means = (number(row["mean_refused"]), number(row["mean_not_refused"]))
+        table.add_row(row["origin"], str(row["n"]), str(row["refused"]), *means, r, style=_weight(row["origin"]))
+    return table
+
+
+def probe_lines(report: ProbeReport, most: int = 11) -> Table:
+    """Held-out R² by layer, evenly spaced layers if there are many, with baseline and ceiling."""
+    spaced = report.layers
+    if len(spaced) > most:
+        spaced = tuple(report.layers[round(at * (len(report.layers) - 1) / (most - 1))] for at in range(most))
+    of = "" if len(spaced) == len(report.layers) else f"; {len(spaced)} of {len(report.layers)} layers"
+    table = _table(f"Probe at {report.position}: R² on held-out tasks by layer{of}", first="layer")
+    targets = {str(target): rows for target, rows in report.scores.groupby("target", sort=False)}
+    for target, rows in targets.items():
+        table.add_column(f"target: {target} (n = {rows['n'].iloc[0]})", justify="right")
+    for layer in spaced:
+        table.add_row(str(layer), *(number(rows.set_index("layer")["r2"][layer]) for rows in targets.values()))
+    table.add_section()
+    for name, column in (("origin-mean baseline", "baseline_r2"), ("noise ceiling", "ceiling_r2")):
+        table.add_row(name, *(number(rows[column].iloc[0]) for rows in targets.values()))
+    return table
+
+
+def _table(title: str, first: str = "origin") -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    return table
+
+
+def _weight(origin: str) -> str | None:
+    return "bold" if origin == ALL else None
+
+
+def remarks(
+    ratings: Ratings, rows: Sequence[Stability], refusals: pd.DataFrame, report: ProbeReport | NoProbe | None
+) -> list[str]:
+    """What to be careful about, in plain words."""
+    said = []
+    whole = rows[0]
+    too_long = [each.task.id for each in ratings.completions if each.invalid is not None]
+    if too_long:
+        said.append(f"{len(too_long)} tasks are too long for the completer's context: {_some(too_long)}.")
+    invalid = ratings.invalid_counts()
+    if invalid:
+        counts = ", ".join(f"{count} {reason}" for reason, count in invalid.items())
+        said.append(f"{whole.answers - whole.valid} of {whole.answers} sampled answers gave no rating: {counts}.")
+    if whole.exact is not None and whole.exact.valid_mass < 0.5:
+        said.append(
+            f"Only {whole.exact.valid_mass:.0%} of the model's probability is on the options: it mostly answers with"
+            " something else, and what is measured is the rest. Try a prefill (template.NAME.prefill or model.prefill)."
+        )
+    r = whole.cross_seed.pearson.mean
+    if r.value is None and ratings.seeds:
+        said.append(f"Cross-seed r is undefined: {r.reason}.")
+    elif r.value is not None and r.value < 0.3:
+        said.append(
+            f"Sampled ratings are mostly noise (cross-seed r {number(r.value)}): one seed's ratings say little about"
+            " another's."
+        )
+    if whole.exact is not None and whole.exact.seeds_needed.seeds is not None and whole.exact.seeds_needed.seeds > 20:
+        target = whole.exact.seeds_needed.target_r
+        said.append(
+            f"A mean over {whole.exact.seeds_needed.seeds:,} seeds would be needed for r = {number(target)} between two"
+            " such means; the exact ratings have no sampling noise and need none."
+        )
+    share = whole.modal.share.value
+    if share is not None and share > 0.8:
+        said.append(
+            f"{share:.0%} of the ratings are {whole.modal.rating:g}: r flatters a model that nearly always says the"
+            " same; see informative r and d."
+        )
+    if whole.exact is not None and whole.exact.sd < 0.25 * _step(ratings):
+        said.append(
+            f"Exact ratings hardly differ between tasks (SD {number(whole.exact.sd)} on a scale from"
+            f" {min(ratings.template.values):g} to {max(ratings.template.values):g})."
+        )
+    if refusals["unjudged"].to_numpy().any():
+        said.append("Refusals were not judged everywhere (no judge, or no completion).")
+    if isinstance(report, NoProbe):
+        said.append(f"No probe: {report.reason}.")
+    elif report is not None:
+        said += _probe_remarks(report)
+    return said
+
+
+def _probe_remarks(report: ProbeReport) -> list[str]:
+    said = []
+    for target, rows in report.scores.groupby("target", sort=False):
+        best, baseline = float(rows["r2"].to_numpy().max()), float(rows["baseline_r2"].iloc[0])
+        if math.isnan(best):
+            said.append(f"Probe on {target}: undefined ({rows['r2_reason'].iloc[0]}).")
+        elif best <= 0:
+            said.append(f"Probe on {target}: no layer predicts held-out tasks better than their mean does.")
+        elif best <= baseline:
+            said.append(
+                f"Probe on {target}: no layer beats the origin-mean baseline ({number(baseline)}); knowing the data set"
+                " a task comes from predicts its rating as well."
+            )
+    if report.left_out:
+        said.append(
+            f"{report.left_out} tasks have no vector at {report.position} (empty or too long) and are not probed."
+        )
+    if not report.fitted.converged:
+        said.append("Some probes did not converge; raise probe.max_epochs.")
+    return said
+
+
+def show(
+    console: Console,
+    *,
+    title: str,
+    tables: Sequence[Table],
+    said: Sequence[str],
+) -> None:
+    """Print one cell."""
+    console.print()
+    console.rule(f"[bold]{title}", align="left")
+    for table in tables:
+        console.print(table)
+    for remark in said:
+        console.print(f"• {remark}", highlight=False)
+
+
+def show_files(console: Console, work: Sequence[Work], folder: Path, store: Path, wandb: Mapping[str, Path]) -> None:
+    """Print what was reused and computed, and where everything is."""
+    console.print()
+    for each in work:
+        console.print(f"{each}", highlight=False)
+    console.print(f"tables and figures  {folder}", highlight=False, soft_wrap=True)
+    console.print(f"store               {store}", highlight=False, soft_wrap=True)
+    for name, path in wandb.items():
+        console.print(f"W&B, offline        wandb sync {path}    ({name})", highlight=False, soft_wrap=True)
+
+
+def _all_last(rows: Sequence[Stability]) -> list[Stability]:
+    return [*(row for row in rows if row.origin != ALL), *(row for row in rows if row.origin == ALL)]
+
+
+def _step(ratings: Ratings) -> float:
+    values = sorted(ratings.template.values)
+    return min(b - a for a, b in itertools.pairwise(values) if b > a)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

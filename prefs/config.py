@@ -1,0 +1,357 @@
+"""Structured configs: the schema of every config group, and the checks that need no model.
+
+Hydra composes ``prefs/conf`` into a `Config`; OmegaConf enforces names and types while it does, so a misspelt key or
+a wrong type stops before anything is loaded. `check` then refuses what types cannot express. These data classes are
+the one exception to "frozen": OmegaConf fills them in, and nothing changes them afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from prefs.errors import ConfigError
+
+POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+class DType(Enum):
+    """Precision of a model's weights, or of stored activations."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Reading(Enum):
+    """How an answer is read: as a number on the scale, or as one of the options' words."""
+
+    number = "number"
+    option = "option"
+
+
+@dataclass
+class ModelConfig:
+    """A language model. ``path`` is ``embedded:NAME``, a local folder or a model-hub name."""
+
+    name: str = MISSING
+    path: str = MISSING
+    revision: str | None = None
+    backend: str = "transformer_lens"
+    dtype: DType = DType.bfloat16
+    device: str = "auto"
+    max_context: int | None = None
+    prefill: str = ""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    batch_tokens: int = 8192
+
+
+@dataclass
+class CompleterConfig:
+    """Who answers the tasks. ``model: null`` means the rater itself."""
+
+    name: str = MISSING
+    model: ModelConfig | None = None
+    system_prompt: str | None = None
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+
+
+@dataclass
+class OptionConfig:
+    """One option: what the model says, what it is worth, and other words for it that are read the same."""
+
+    say: str = MISSING
+    value: float = MISSING
+    also: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TemplateConfig:
+    """A question and its scale. ``prefill`` (null: the model's own) opens the assistant's answer."""
+
+    name: str = MISSING
+    question: str = MISSING
+    options: list[OptionConfig] = field(default_factory=list)
+    reading: Reading = Reading.number
+    prefill: str | None = None
+
+
+@dataclass
+class DatasetConfig:
+    """Where the tasks come from. ``limit`` keeps that many, drawn evenly over origins by ``seed``."""
+
+    name: str = MISSING
+    kind: str = "mini"
+    path: str | None = None
+    origins: list[str] | None = None
+    limit: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class RatingConfig:
+    """How the rater is asked: sampled once per seed, and/or exactly from its log-probabilities."""
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
+    exact: bool = True
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 8
+    system_prompt: str | None = None
+
+
+@dataclass
+class JudgeConfig:
+    """What decides that a completion is a refusal."""
+
+    name: str = MISSING
+    kind: str = "phrases"
+    phrases: list[str] = field(default_factory=list)
+    window: int = 0
+
+
+@dataclass
+class CaptureConfig:
+    """Which residual-stream vectors are kept. ``layers``: ``all`` or a list; negative counts from the last."""
+
+    name: str = MISSING
+    layers: Any = "all"
+    positions: list[str] = field(default_factory=list)
+    dtype: DType = DType.bfloat16
+
+
+@dataclass
+class ProbeConfig:
+    """A probe from one position's residual vector to the rating."""
+
+    name: str = MISSING
+    kind: str = "linear"
+    position: str = "rating"
+    targets: list[str] = field(default_factory=list)
+    penalty: float = 1.0
+    folds: int = 5
+    max_epochs: int = 100
+    seed: int = 0
+
+
+@dataclass
+class StoreConfig:
+    """Where records live. ``dir: null`` is the user's data directory, one for all runs."""
+
+    dir: str | None = None
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases. ``mode: auto`` is online with a key and offline without; there is never a prompt."""
+
+    mode: str = "auto"
+    project: str = "prefs"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class StatsConfig:
+    """Bootstrap over tasks: number of resamples (0: no intervals) and their seed."""
+
+    bootstrap: int = 1000
+    seed: int = 0
+    target_r: float = 0.9
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run."""
+
+    model: ModelConfig = MISSING
+    completer: CompleterConfig = MISSING
+    template: dict[str, TemplateConfig] = MISSING
+    dataset: DatasetConfig = MISSING
+    judge: JudgeConfig = MISSING
+    capture: CaptureConfig = MISSING
+    probe: ProbeConfig = MISSING
+    rating: RatingConfig = field(default_factory=RatingConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    stats: StatsConfig = field(default_factory=StatsConfig)
+
+
+def register() -> None:
+    """Make the schema known to Hydra, under the name that ``conf/config.yaml`` begins with."""
+    ConfigStore.instance().store(name="prefs_schema", node=Config)
+
+
+def typed(cfg: DictConfig) -> Config:
+    """The composed config as plain data classes, checked.
+
+    Raises
+    ------
+    ConfigError
+        If a value is missing or impossible.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(missing[0], "???", "a value; this one has no default, so give it on the command line")
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse what the types let through but no run can mean. Needs no model and no file but the data set's.
+
+    Raises
+    ------
+    ConfigError
+        Naming the key, what it got and what is allowed.
+    """
+    _check_model("model", config.model)
+    if config.completer.model is not None:
+        _check_model("completer.model", config.completer.model)
+    _check_sampling("completer", config.completer.temperature, config.completer.top_p, config.completer.max_new_tokens)
+    _check_seeds("completer.seed", [config.completer.seed])
+    if not config.template:
+        raise ConfigError("template", "[]", "at least one template")
+    for key, template in config.template.items():
+        _check_template(f"template.{key}", template)
+    names = [template.name for template in config.template.values()]
+    if len(set(names)) < len(names):
+        raise ConfigError("template", names, "templates with different names")
+    _check_rating(config.rating)
+    _check_dataset(config.dataset)
+    _check_choice("judge.kind", config.judge.kind, ("phrases", "none"))
+    if config.judge.kind == "phrases" and not [phrase for phrase in config.judge.phrases if phrase.strip()]:
+        raise ConfigError("judge.phrases", config.judge.phrases, "at least one phrase")
+    _check_capture(config.capture)
+    _check_probe(config)
+    _check_choice("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
+    _check_range("stats.bootstrap", config.stats.bootstrap, 0, 1_000_000)
+    if not 0 < config.stats.target_r < 1:
+        raise ConfigError("stats.target_r", config.stats.target_r, "between 0 and 1, both excluded")
+
+
+def _check_choice(key: str, got: object, allowed: tuple[str, ...]) -> None:
+    if got not in allowed:
+        raise ConfigError(key, got, allowed)
+
+
+def _check_range(key: str, got: int, low: int, high: int | None = None) -> None:
+    if got < low or (high is not None and got > high):
+        raise ConfigError(key, got, f"{low} to {high}" if high is not None else f"{low} or more")
+
+
+def _check_seeds(key: str, seeds: list[int]) -> None:
+    if any(seed < 0 for seed in seeds):
+        raise ConfigError(key, seeds, "seeds that are 0 or more")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(key, seeds, "seeds that differ from each other")
+
+
+def _check_sampling(key: str, temperature: float, top_p: float, max_new_tokens: int) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"{key}.temperature", temperature, "0 (always the likeliest token) or more")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"{key}.top_p", top_p, "more than 0, at most 1")
+    _check_range(f"{key}.max_new_tokens", max_new_tokens, 1)
+
+
+def _check_model(key: str, model: ModelConfig) -> None:
+    _check_choice(f"{key}.backend", model.backend, ("transformer_lens",))
+    if not DEVICE.fullmatch(model.device):
+        raise ConfigError(f"{key}.device", model.device, "auto, cpu, mps, cuda or cuda:N")
+    if model.max_context is not None:
+        _check_range(f"{key}.max_context", model.max_context, 1)
+    _check_range(f"{key}.batch_tokens", model.batch_tokens, 1)
+
+
+def _check_template(key: str, template: TemplateConfig) -> None:
+    if not template.question.strip():
+        raise ConfigError(f"{key}.question", template.question, "some text")
+    if len(template.options) < 2:
+        raise ConfigError(f"{key}.options", [option.say for option in template.options], "two options or more")
+    says = [option.say for option in template.options]
+    if any(not say.strip() for say in says):
+        raise ConfigError(f"{key}.options", says, "options that say something")
+    if len({say.casefold().strip() for say in says}) < len(says):
+        raise ConfigError(f"{key}.options", says, "options that differ in more than case and blanks")
+    for option in template.options:
+        if not math.isfinite(option.value):
+            raise ConfigError(f"{key}.options", option.value, "finite values")
+        if template.reading is Reading.number and _number(option.say) != option.value:
+            raise ConfigError(
+                f"{key}.options", f"{option.say}: {option.value}", "numbers worth themselves, or reading: option"
+            )
+    if len({option.value for option in template.options}) < 2:
+        raise ConfigError(f"{key}.options", "one value", "two different values or more")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _check_rating(rating: RatingConfig) -> None:
+    _check_seeds("rating.seeds", rating.seeds)
+    _check_sampling("rating", rating.temperature, rating.top_p, rating.max_new_tokens)
+    if not rating.seeds and not rating.exact:
+        raise ConfigError("rating.seeds", [], "at least one seed, or rating.exact=true")
+
+
+def _check_dataset(dataset: DatasetConfig) -> None:
+    _check_choice("dataset.kind", dataset.kind, ("mini", "file"))
+    if dataset.kind == "file":
+        if not dataset.path:
+            raise ConfigError("dataset.path", dataset.path, "the path of a .jsonl or .csv file")
+        if not Path(dataset.path).expanduser().is_file():
+            raise ConfigError("dataset.path", dataset.path, "a file that exists")
+    if dataset.limit is not None:
+        _check_range("dataset.limit", dataset.limit, 1)
+
+
+def _check_capture(capture: CaptureConfig) -> None:
+    layers = capture.layers
+    if layers != "all" and not (isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)):
+        raise ConfigError("capture.layers", layers, "all, or a list of layer numbers such as [0,15,-1]")
+    for position in capture.positions:
+        _check_choice("capture.positions", position, POSITIONS)
+    if len(set(capture.positions)) < len(capture.positions):
+        raise ConfigError("capture.positions", capture.positions, "each position once")
+
+
+def _check_probe(config: Config) -> None:
+    probe = config.probe
+    _check_choice("probe.kind", probe.kind, ("linear", "none"))
+    if probe.kind == "none":
+        return
+    _check_choice("probe.position", probe.position, POSITIONS)
+    if probe.position not in config.capture.positions:
+        captured = ", ".join(config.capture.positions) or "nothing is captured; use capture=residual or probe=none"
+        raise ConfigError("probe.position", probe.position, f"a captured position ({captured})")
+    if not probe.targets:
+        raise ConfigError("probe.targets", [], "exact, sampled or both")
+    for target in probe.targets:
+        _check_choice("probe.targets", target, ("exact", "sampled"))
+    if "exact" in probe.targets and not config.rating.exact:
+        raise ConfigError("probe.targets", probe.targets, "sampled, since rating.exact=false")
+    if "sampled" in probe.targets and not config.rating.seeds:
+        raise ConfigError("probe.targets", probe.targets, "exact, since rating.seeds=[]")
+    _check_range("probe.folds", probe.folds, 2)
+    _check_range("probe.max_epochs", probe.max_epochs, 1)
+    if not (math.isfinite(probe.penalty) and probe.penalty >= 0):
+        raise ConfigError("probe.penalty", probe.penalty, "0 or more")

@@ -1,0 +1,362 @@
+"""The rating stage: sampled and exact ratings of all templates, and the captured residuals, in one pass.
+
+For each batch of conversations (task + completion) the rater runs the conversation once; every template's question
+goes on from its keys and values, its options are scored from the same logits that its answers are sampled from, and
+the residual vectors are kept as they pass by. What the store already has is not asked for again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from prefs.chat import Message, as_dicts
+from prefs.complete import conversation
+from prefs.models.backend import Ask, Backend, CaptureRequest, Conversation, Observation, Question, Sampling
+from prefs.models.loading import Models, ModelSpec, identity
+from prefs.progress import progress
+from prefs.records import Answer, Completion, Rated, Ratings, Residuals, Work
+from prefs.store import Store, Table, Vectors, batches
+from prefs.templates import Invalid, Template
+
+SCORES = pa.schema([("mass", pa.list_(pa.float64())), ("invalid", pa.string())])
+ANSWERS = pa.schema([("text", pa.string()), ("tokens", pa.int32()), ("finished", pa.bool_()), ("invalid", pa.string())])
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """What to capture: layers (0-based), positions, and the precision it is stored in."""
+
+    layers: tuple[int, ...]
+    positions: tuple[str, ...]
+    dtype: str
+
+
+def rate(
+    completions: Sequence[Completion],
+    rater: ModelSpec,
+    templates: Mapping[str, Template],
+    sampling: Sampling,
+    *,
+    seeds: Sequence[int],
+    exact: bool,
+    capture: CapturePlan | None,
+    system_prompt: str | None,
+    store: Store,
+    models: Models,
+) -> Rated:
+    """Rate completions with every template and capture residuals, doing only what the store lacks.
+
+    A conversation that a question does not fit behind is not asked it, and is ``too_long``; a task without a
+    completion is likewise.
+    """
+    rows = {
+        at: (*conversation(each.task.prompt, system_prompt), Message("assistant", each.text))
+        for at, each in enumerate(completions)
+        if each.text is not None
+    }
+    model = identity(rater)
+    cells = {
+        name: _Cell.open(template, rater, model, sampling, tuple(seeds), exact, rows, store)
+        for name, template in templates.items()
+    }
+    positions = _Positions.open(capture, cells, model, rows, store) if capture else _Positions(None, {}, {})
+    work = [cell.work() for cell in cells.values()] + positions.work()
+    missing = {row for row in rows if any(cell.lacks(row) for cell in cells.values()) or positions.lacks(row)}
+    if missing:
+        _compute(rows, missing, cells, positions, rater, sampling, models.get(rater))
+    return Rated(
+        ratings={name: cell.ratings(completions, rows) for name, cell in cells.items()},
+        residuals=positions.residuals(len(completions)),
+        rating_residuals=positions.rating_residuals(len(completions)),
+        work=work,
+    )
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One template's records: keys by row, and what the store holds."""
+
+    template: Template
+    question: Question
+    seeds: tuple[int, ...]
+    scores: Table | None
+    answers: Table
+    score_keys: Mapping[int, str]
+    answer_keys: Mapping[tuple[int, int], str]
+    found_scores: dict[str, dict]
+    found_answers: dict[str, dict]
+
+    @classmethod
+    def open(
+        cls,
+        template: Template,
+        rater: ModelSpec,
+        model: Mapping[str, object],
+        sampling: Sampling,
+        seeds: tuple[int, ...],
+        exact: bool,
+        rows: Mapping[int, Conversation],
+        store: Store,
+    ) -> _Cell:
+        prefill = rater.prefill if template.prefill is None else template.prefill
+        question = Question(template.question, template.says, prefill)
+        spec = {"model": model, "options": list(question.says), "prefill": prefill}
+        scores = store.table("scores", spec, SCORES) if exact else None
+        answers = store.table("answers", {**spec, "sampling": asdict(sampling)}, ANSWERS)
+        messages = {row: as_dicts((*turns, Message("user", question.text))) for row, turns in rows.items()}
+        return cls(
+            template=template,
+            question=question,
+            seeds=seeds,
+            scores=scores,
+            answers=answers,
+            score_keys={row: scores.key(messages=turns) for row, turns in messages.items()} if scores else {},
+            answer_keys={
+                (row, seed): answers.key(messages=turns, seed=seed) for row, turns in messages.items() for seed in seeds
+            },
+            found_scores=scores.read() if scores else {},
+            found_answers=answers.read() if seeds else {},
+        )
+
+    def wants_score(self, row: int) -> bool:
+        return self.scores is not None and self.score_keys[row] not in self.found_scores
+
+    def missing_seeds(self, row: int) -> tuple[int, ...]:
+        return tuple(seed for seed in self.seeds if self.answer_keys[row, seed] not in self.found_answers)
+
+    def lacks(self, row: int) -> bool:
+        return self.wants_score(row) or bool(self.missing_seeds(row))
+
+    def work(self) -> Work:
+        found = sum(key in self.found_scores for key in self.score_keys.values())
+        found += sum(key in self.found_answers for key in self.answer_keys.values())
+        total = len(self.score_keys) + len(self.answer_keys)
+        return Work(f"ratings, {self.template.name}", found, total - found)
+
+    def record_too_long(self, rows: Sequence[int]) -> None:
+        """Write down that the question does not fit behind these conversations."""
+        reason = Invalid.too_long.value
+        self._write(
+            {self.score_keys[row]: {"mass": None, "invalid": reason} for row in rows if self.wants_score(row)},
+            {
+                self.answer_keys[row, seed]: {"text": None, "tokens": 0, "finished": True, "invalid": reason}
+                for row in rows
+                for seed in self.missing_seeds(row)
+            },
+        )
+
+    def record(self, rows: Sequence[int], observations: Sequence[Observation], at: int) -> None:
+        """Write what a batch brought for this template (its ``at``-th question), where it was missing."""
+        scores, answers = {}, {}
+        for row, observation in zip(rows, observations, strict=True):
+            answer = observation.answers[at]
+            if self.wants_score(row) and answer.option_mass is not None:
+                scores[self.score_keys[row]] = {"mass": list(answer.option_mass), "invalid": None}
+            for seed in self.missing_seeds(row):
+                answers[self.answer_keys[row, seed]] = {**asdict(answer.samples[seed]), "invalid": None}
+        self._write(scores, answers)
+
+    def _write(self, scores: dict[str, dict], answers: dict[str, dict]) -> None:
+        if self.scores is not None:
+            self.scores.append(scores)
+        self.answers.append(answers)
+        self.found_scores.update(scores)
+        self.found_answers.update(answers)
+
+    def ratings(self, completions: Sequence[Completion], rows: Mapping[int, Conversation]) -> Ratings:
+        """The ratings of all completions, read by the template."""
+        mass = None
+        if self.scores is not None:
+            mass = np.full((len(completions), len(self.template.options)), np.nan)
+            for row, key in self.score_keys.items():
+                if self.found_scores[key]["mass"] is not None:
+                    mass[row] = self.found_scores[key]["mass"]
+        return Ratings(
+            template=self.template,
+            question=self.question,
+            completions=completions,
+            seeds=self.seeds,
+            answers=[
+                tuple(self._read(row, seed) if row in rows else _never_asked(seed) for seed in self.seeds)
+                for row in range(len(completions))
+            ],
+            mass=mass,
+        )
+
+    def _read(self, row: int, seed: int) -> Answer:
+        found = self.found_answers[self.answer_keys[row, seed]]
+        if found["invalid"] is not None:
+            return Answer(seed, None, None, Invalid(found["invalid"]))
+        value = self.template.read(found["text"])
+        if isinstance(value, Invalid):
+            return Answer(seed, found["text"], None, value)
+        return Answer(seed, found["text"], value, None)
+
+
+def _never_asked(seed: int) -> Answer:
+    return Answer(seed, None, None, Invalid.too_long)
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """The captured positions' records. ``rating`` has one collection a template, the others one for all."""
+
+    plan: CapturePlan | None
+    shared: Mapping[str, tuple[Vectors, Mapping[int, str]]]
+    at_rating: Mapping[str, tuple[Vectors, Mapping[int, str]]]
+
+    @classmethod
+    def open(
+        cls,
+        plan: CapturePlan,
+        cells: Mapping[str, _Cell],
+        model: Mapping[str, object],
+        rows: Mapping[int, Conversation],
+        store: Store,
+    ) -> _Positions:
+        spec = {"model": model, "dtype": plan.dtype}
+        shared = {}
+        for position in plan.positions:
+            if position != "rating":
+                vectors = store.vectors("residuals", {**spec, "position": position})
+                shared[position] = (
+                    vectors,
+                    {row: vectors.key(messages=as_dicts(turns)) for row, turns in rows.items()},
+                )
+        at_rating = {}
+        for name, cell in cells.items() if "rating" in plan.positions else ():
+            asked = {"options": list(cell.question.says), "prefill": cell.question.prefill}
+            vectors = store.vectors("residuals", {**spec, "position": "rating", **asked})
+            question = Message("user", cell.question.text)
+            at_rating[name] = (
+                vectors,
+                {row: vectors.key(messages=as_dicts((*turns, question))) for row, turns in rows.items()},
+            )
+        return cls(plan, shared, at_rating)
+
+    def _lacks(self, of: tuple[Vectors, Mapping[int, str]], row: int) -> bool:
+        assert self.plan is not None
+        return not of[0].has(of[1][row], self.plan.layers)
+
+    def lacks_shared(self, row: int) -> bool:
+        return any(self._lacks(of, row) for of in self.shared.values())
+
+    def lacks_rating(self, row: int, name: str) -> bool:
+        return name in self.at_rating and self._lacks(self.at_rating[name], row)
+
+    def lacks(self, row: int) -> bool:
+        return self.lacks_shared(row) or any(self.lacks_rating(row, name) for name in self.at_rating)
+
+    def work(self) -> list[Work]:
+        if self.plan is None:
+            return []
+        collections = [*self.shared.values(), *self.at_rating.values()]
+        lacking = sum(self._lacks(of, row) for of in collections for row in of[1])
+        total = sum(len(of[1]) for of in collections)
+        return [Work("residual vectors", total - lacking, lacking)]
+
+    def request(self, rows: Sequence[int], names: Sequence[str]) -> CaptureRequest | None:
+        """What to capture for a batch that is asked these templates."""
+        if self.plan is None:
+            return None
+        positions = [position for position, of in self.shared.items() if any(self._lacks(of, row) for row in rows)]
+        if any(self.lacks_rating(row, name) for row in rows for name in names):
+            positions.append("rating")
+        return CaptureRequest(self.plan.layers, tuple(positions)) if positions else None
+
+    def record(self, rows: Sequence[int], observations: Sequence[Observation], names: Sequence[str]) -> None:
+        """Write what a batch brought, where it was missing."""
+        for position, of in self.shared.items():
+            self._write(of, rows, [each.residuals.get(position) for each in observations])
+        for at, name in enumerate(names):
+            if name in self.at_rating:
+                brought = [each.answers[at].residual for each in observations]
+                if any(vector is not None for vector in brought):
+                    self._write(self.at_rating[name], rows, brought)
+
+    def _write(
+        self, of: tuple[Vectors, Mapping[int, str]], rows: Sequence[int], brought: Sequence[torch.Tensor | None]
+    ) -> None:
+        assert self.plan is not None
+        vectors, keys = of
+        new = [(keys[row], vector) for row, vector in zip(rows, brought, strict=True) if self._lacks(of, row)]
+        there = [(key, vector) for key, vector in new if vector is not None]
+        stacked = torch.stack([vector for _, vector in there]) if there else torch.empty(0, len(self.plan.layers), 0)
+        absent = [key for key, vector in new if vector is None]
+        vectors.append([key for key, _ in there], self.plan.layers, stacked.to(getattr(torch, self.plan.dtype)), absent)
+
+    def _residuals(self, position: str, of: tuple[Vectors, Mapping[int, str]], count: int) -> Residuals:
+        assert self.plan is not None
+        vectors, keys = of
+        vectors.refresh()
+        there = [keys.get(row) for row in range(count)]
+        known = [key if key is not None and vectors.has(key, self.plan.layers) else None for key in there]
+        return Residuals(position, self.plan.layers, known, vectors)
+
+    def residuals(self, count: int) -> dict[str, Residuals]:
+        return {position: self._residuals(position, of, count) for position, of in self.shared.items()}
+
+    def rating_residuals(self, count: int) -> dict[str, Residuals]:
+        return {name: self._residuals("rating", of, count) for name, of in self.at_rating.items()}
+
+
+def _compute(
+    rows: Mapping[int, Conversation],
+    missing: set[int],
+    cells: Mapping[str, _Cell],
+    positions: _Positions,
+    rater: ModelSpec,
+    sampling: Sampling,
+    backend: Backend,
+) -> None:
+    """Ask and capture what is missing, batch by batch; each batch is written before the next is begun."""
+    fitting: dict[tuple[str, ...], dict[str, int]] = {}
+    too_long: dict[str, list[int]] = {name: [] for name in cells}
+    for row, turns in rows.items():
+        lengths = {name: backend.question_tokens(turns, cell.question) for name, cell in cells.items()}
+        fits = tuple(
+            name for name, length in lengths.items() if length + sampling.max_new_tokens <= backend.max_context
+        )
+        for name in cells.keys() - set(fits):
+            too_long[name].append(row)
+        if fits:
+            fitting.setdefault(fits, {})[f"{row:09d}"] = max(lengths[name] for name in fits)
+    for name, cell in cells.items():
+        cell.record_too_long(too_long[name])
+    with progress("Rating", len(missing)) as advance:
+        for names, lengths in fitting.items():
+            for batch in batches(lengths, rater.batch_tokens):
+                batch_rows = [int(row) for row in batch]
+                if missing.isdisjoint(batch_rows):
+                    continue
+                _compute_batch(batch_rows, rows, {name: cells[name] for name in names}, positions, sampling, backend)
+                advance(len(missing.intersection(batch_rows)))
+
+
+def _compute_batch(
+    batch: Sequence[int],
+    rows: Mapping[int, Conversation],
+    cells: Mapping[str, _Cell],
+    positions: _Positions,
+    sampling: Sampling,
+    backend: Backend,
+) -> None:
+    wanted: dict[str, Ask] = {}
+    for name, cell in cells.items():
+        lacking = {seed for row in batch for seed in cell.missing_seeds(row)}
+        score = any(cell.wants_score(row) for row in batch)
+        if lacking or score or any(positions.lacks_rating(row, name) for row in batch):
+            wanted[name] = Ask(cell.question, tuple(seed for seed in cell.seeds if seed in lacking), score)
+    request = positions.request(batch, list(wanted))
+    if not wanted and request is None:
+        return
+    observations = backend.observe([rows[row] for row in batch], list(wanted.values()), sampling, request)
+    for at, name in enumerate(wanted):
+        cells[name].record(batch, observations, at)
+    if request is not None:
+        positions.record(batch, observations, list(wanted))

@@ -1,0 +1,106 @@
+"""What stages hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefs.models.backend import Question
+from prefs.store import Vectors
+from prefs.tasks import Task
+from prefs.templates import Invalid, Template
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The completer's answer to a task. ``text`` is None where the prompt was too long for the completer."""
+
+    task: Task
+    text: str | None
+    finished: bool = True
+
+    @property
+    def invalid(self) -> Invalid | None:
+        """Why there is no text, if there is none."""
+        return Invalid.too_long if self.text is None else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer and how it was read: a value, or the reason why there is none."""
+
+    seed: int
+    text: str | None
+    value: float | None
+    invalid: Invalid | None
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Everything one template brought for a list of completions, in their order.
+
+    ``answers[t]`` runs over the rating seeds; ``mass`` is [tasks, options], the options' probabilities before
+    renormalising, NaN in the rows of tasks that were not asked, or None where exact ratings were not wanted.
+    """
+
+    template: Template
+    question: Question
+    completions: Sequence[Completion]
+    seeds: tuple[int, ...]
+    answers: Sequence[Sequence[Answer]]
+    mass: np.ndarray | None
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """[tasks, seeds] sampled ratings, NaN where invalid."""
+        rows = [[np.nan if answer.value is None else answer.value for answer in row] for row in self.answers]
+        return np.array(rows, dtype=float).reshape(len(self.completions), len(self.seeds))
+
+    def invalid_counts(self) -> dict[str, int]:
+        """Number of sampled answers by reason, for the reasons that occur."""
+        reasons = [answer.invalid.value for row in self.answers for answer in row if answer.invalid is not None]
+        return {reason.value: reasons.count(reason.value) for reason in Invalid if reason.value in reasons}
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Captured vectors of a list of completions at one position.
+
+    ``keys[t]`` is the record of task t, None where it was not captured (too long).
+    """
+
+    position: str
+    layers: tuple[int, ...]
+    keys: Sequence[str | None]
+    vectors: Vectors
+
+    def present(self) -> np.ndarray:
+        """[tasks] bool: which tasks have a vector at this position."""
+        return np.array([key is not None and key not in self.vectors.absent for key in self.keys], dtype=bool)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How many records of a stage were found in the store and how many had to be computed."""
+
+    stage: str
+    reused: int
+    computed: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reused} in the store, {self.computed} computed"
+
+
+@dataclass(frozen=True)
+class Rated:
+    """What the rating stage brought: ratings by template key, residuals by position, and the work done.
+
+    Residuals at ``rating`` depend on the template, and are found in ``rating_residuals`` by template key.
+    """
+
+    ratings: Mapping[str, Ratings]
+    residuals: Mapping[str, Residuals]
+    rating_residuals: Mapping[str, Residuals]
+    work: Sequence[Work]

@@ -1,0 +1,115 @@
+"""The entry point: ``python -m prefs.run``. The only place that knows Hydra and composes the stages."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from prefs.config import register, typed
+from prefs.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from prefs.models.loading import Models
+
+log = logging.getLogger("prefs")
+
+
+def main() -> None:
+    """Run the job, or the jobs of a sweep; what the user can mend ends in one line and exit code 2."""
+    register()
+    OmegaConf.register_new_resolver("prefs.basename", lambda path: Path(str(path)).stem, replace=True)
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    # Hydra prints errors in its own way unless this is set; then they come up to here.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://prefs.conf", config_name="config")(_job())()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        sys.stderr.write(f"prefs: {explain(error)}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "prefs: interrupted; what was computed is in the store, so the same command goes on from there\n"
+        )
+        sys.exit(130)
+
+
+def _job() -> Callable[[DictConfig], None]:
+    """The task function that Hydra calls once a job. Models stay loaded from one job of a sweep to the next."""
+    loaded: list[Models] = []
+
+    def job(cfg: DictConfig) -> None:
+        config = typed(cfg)
+        hydra_config = HydraConfig.get()
+        sweep = hydra_config.mode is RunMode.MULTIRUN
+        # Imported only now: help, completion and a wrong config should not wait for torch.
+        from prefs.job import run_job
+        from prefs.models.loading import Models
+
+        if not loaded:
+            loaded.append(Models())
+        run_job(
+            config,
+            Path(hydra_config.runtime.output_dir),
+            loaded[0],
+            plain_config=_plain(cfg),
+            group=_sweep_name(Path(hydra_config.sweep.dir)) if sweep else None,
+        )
+
+    return job
+
+
+def _plain(cfg: DictConfig) -> dict[str, object]:
+    container = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _sweep_name(folder: Path) -> str:
+    return "/".join(folder.parts[-2:])
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of Hydra or OmegaConf: the key, what it got and what is allowed."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return str(ConfigError(group, option, sorted(error.options)))
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+        return _unknown_key(cause)
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return f"{cause.full_key}: {_one_line(str(cause.msg or cause).splitlines()[0])}"
+    return _one_line(str(error))
+
+
+def _unknown_key(error: OmegaConfBaseException) -> str:
+    known = sorted(getattr(error.object_type, "__dataclass_fields__", {}))
+    key = str(error.full_key)
+    line = f"{key}: there is no such key"
+    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+    if close:
+        line += f"; did you mean {close[0]!r}?"
+    return line + (f" Known here: {', '.join(known)}" if known else "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""The store: content-keyed records in Parquet and safetensors parts that are written once and never changed.
+
+A collection is the folder of everything that shares a specification (model, sampling, template ...); a record's key is
+the SHA-256 of the canonical JSON of that specification and of the record's own determinants (messages, seed). A part's
+name is the checksum of its bytes, so damage is seen when it is read, and two jobs that write the same part write the
+same file. There are no locks: a part appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import xxhash
+from platformdirs import user_data_path
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from prefs.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Part of every specification: raise it when the meaning of a stored record changes.
+FORMAT = 1
+ABANDONED_AFTER_S = 24 * 3600
+
+
+def canonical(value: object) -> str:
+    """Canonical JSON: sorted names, no blanks, no NaN; equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: object) -> str:
+    """SHA-256 of the canonical JSON, in hexadecimal."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of collections; see `Table` and `Vectors`."""
+
+    root: Path
+
+    @classmethod
+    def open(cls, directory: str | None) -> Store:
+        """The store at a folder, or at the user's data directory.
+
+        Raises
+        ------
+        UserError
+            If the folder cannot be made.
+        """
+        root = Path(directory).expanduser() if directory else user_data_path("prefs") / "store"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"store.dir: cannot make {root}: {error.strerror}") from None
+        return cls(root.resolve())
+
+    def table(self, kind: str, spec: Mapping[str, Any], schema: pa.Schema) -> Table:
+        """The collection of rows of one kind under one specification."""
+        return Table(self.root, kind, {"format": FORMAT, **spec}, schema)
+
+    def vectors(self, kind: str, spec: Mapping[str, Any]) -> Vectors:
+        """The collection of residual-stream vectors of one kind under one specification."""
+        return Vectors(self.root, kind, {"format": FORMAT, **spec})
+
+
+class _Collection:
+    suffix: str
+
+    def __init__(self, root: Path, kind: str, spec: Mapping[str, Any]):
+        self.kind = kind
+        self.spec = dict(spec)
+        self.folder = root / kind / digest(self.spec)[:32]
+
+    def key(self, **determinants: Any) -> str:
+        """The key of a record: everything that determines it beyond the collection's specification."""
+        return digest({"kind": self.kind, "spec": self.spec, "record": determinants})
+
+    def _parts(self) -> list[Path]:
+        """The undamaged parts, by name. A part whose bytes do not give its name is set aside and named in a warning."""
+        if not self.folder.is_dir():
+            return []
+        good = []
+        for path in sorted(self.folder.glob(f"*{self.suffix}")):
+            if path.name.startswith("."):
+                continue
+            try:
+                if _checksum_of(path) == path.name.removesuffix(self.suffix):
+                    good.append(path)
+                else:
+                    self._set_aside(path, "its bytes do not match its checksum")
+            except FileNotFoundError:
+                continue  # set aside by another job
+            except OSError as error:
+                raise UserError(f"cannot read the store at {path}: {error.strerror}") from None
+        return good
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        aside = self.folder / "damaged"
+        with contextlib.suppress(FileNotFoundError):
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / path.name)
+            log.warning("Store: %s is damaged (%s); set aside in %s and computed again", path.name, reason, aside)
+
+    def _write(self, content: bytes) -> None:
+        """Write a part: temporary name, flush, rename. Raises UserError where the disk refuses."""
+        path = self.folder / f"{xxhash.xxh3_128_hexdigest(content)}{self.suffix}"
+        try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _write_durably(self.folder / "spec.json", (canonical(self.spec) + "\n").encode())
+            self._forget_abandoned()
+            _write_durably(path, content)
+        except OSError as error:
+            raise UserError(f"cannot write to the store at {self.folder}: {error.strerror}") from None
+
+    def _forget_abandoned(self) -> None:
+        """Remove temporary files that a killed job left behind a day ago or more."""
+        for path in self.folder.glob(".part-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
+                    path.unlink()
+
+
+class Table(_Collection):
+    """Rows with a ``key`` column."""
+
+    suffix = ".parquet"
+
+    def __init__(self, root: Path, kind: str, spec: Mapping[str, Any], schema: pa.Schema):
+        super().__init__(root, kind, spec)
+        self.schema = pa.schema([pa.field("key", pa.string()), *schema])
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """All rows by key. Where two parts hold a key, the part whose name sorts first counts."""
+        rows: dict[str, dict[str, Any]] = {}
+        for path in self._parts():
+            try:
+                part = pq.read_table(path, schema=self.schema)
+            except (OSError, pa.ArrowException) as error:
+                self._set_aside(path, str(error).splitlines()[0])
+                continue
+            for row in part.to_pylist():
+                rows.setdefault(row.pop("key"), row)
+        return rows
+
+    def append(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write rows, given by key, as one part. Nothing is written for no rows."""
+        if not rows:
+            return
+        table = pa.Table.from_pylist([{"key": key, **row} for key, row in rows.items()], schema=self.schema)
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        self._write(buffer.getvalue())
+
+
+class Vectors(_Collection):
+    """Residual-stream vectors [d_model] by key and layer; a part holds some rows at some layers.
+
+    A record may be *absent*: the conversation has no such position, which is known and not to be computed again.
+    """
+
+    suffix = ".safetensors"
+
+    def __init__(self, root: Path, kind: str, spec: Mapping[str, Any]):
+        super().__init__(root, kind, spec)
+        self._where: dict[tuple[str, int], tuple[Path, int]] = {}
+        self.absent: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the index again: which keys are there at which layers, and which are known to be absent."""
+        self._where, self.absent = {}, set()
+        for path in self._parts():
+            try:
+                with safe_open(path, framework="pt") as part:
+                    meta = json.loads(part.metadata()["prefs"])
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                self._set_aside(path, str(error))
+                continue
+            self.absent.update(meta["absent"])
+            for layer in meta["layers"]:
+                for row, key in enumerate(meta["keys"]):
+                    self._where.setdefault((key, layer), (path, row))
+
+    def has(self, key: str, layers: Iterable[int]) -> bool:
+        """Whether a record needs no computing: there at all of these layers, or known to be absent."""
+        return key in self.absent or all((key, layer) in self._where for layer in layers)
+
+    def append(self, keys: Sequence[str], layers: Sequence[int], vectors: torch.Tensor, absent: Iterable[str]) -> None:
+        """Write vectors [keys, layers, d_model] in their dtype as one part, and the keys that are absent."""
+        absent = sorted(absent)
+        if not keys and not absent:
+            return
+        meta = {"keys": list(keys), "layers": list(layers), "absent": absent}
+        tensors = {f"layer.{layer}": vectors[:, at].contiguous() for at, layer in enumerate(layers)} if keys else {}
+        self._write(save(tensors, metadata={"prefs": canonical(meta)}))
+
+    def gather(self, keys: Sequence[str], layers: Sequence[int]) -> torch.Tensor:
+        """Vectors [keys, layers, d_model] in their stored dtype; every key must be there at every layer."""
+        wanted: dict[Path, list[tuple[int, int, int, int]]] = {}
+        for out, key in enumerate(keys):
+            for at, layer in enumerate(layers):
+                path, row = self._where[key, layer]
+                wanted.setdefault(path, []).append((at, layer, out, row))
+        gathered: torch.Tensor | None = None
+        for path, cells in wanted.items():
+            with safe_open(path, framework="pt") as part:
+                for at in sorted({cell[0] for cell in cells}):
+                    of_layer = [cell for cell in cells if cell[0] == at]
+                    tensor = part.get_tensor(f"layer.{of_layer[0][1]}")
+                    if gathered is None:
+                        gathered = torch.empty((len(keys), len(layers), tensor.shape[1]), dtype=tensor.dtype)
+                    gathered[[cell[2] for cell in of_layer], at] = tensor[[cell[3] for cell in of_layer]]
+        return torch.empty((0, len(layers), 0)) if gathered is None else gathered
+
+
+def batches(lengths: Mapping[str, int], budget: int) -> list[list[str]]:
+    """Cut rows into batches of similar length, of at most `budget` tokens with padding (one row at least).
+
+    Cut from the whole list by length and key, so that a batch is the same whatever is missing and in whatever order
+    the tasks came: in bfloat16 a row's numbers depend a little on the rows beside it.
+    """
+    cut: list[list[str]] = []
+    for key in sorted(lengths, key=lambda key: (lengths[key], key)):
+        if cut and (len(cut[-1]) + 1) * lengths[key] <= budget:
+            cut[-1].append(key)
+        else:
+            cut.append([key])
+    return cut
+
+
+def _checksum_of(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    temporary = path.parent / f".part-{uuid.uuid4().hex}"
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

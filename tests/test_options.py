@@ -1,0 +1,71 @@
+"""Options as whole strings: what is shared with the prefill, and disjoint masses."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import TEMPLATES, template
+from tokenizers import normalizers
+
+from prefs.chat import ChatEncoder, Message
+from prefs.errors import UserError
+from prefs.models.backend import Question
+from prefs.options import ask, option_masses
+
+CONVERSATION = (Message("user", "Hello"), Message("assistant", "Hi there."))
+
+
+@pytest.mark.parametrize("prefill", ["", "Answer: ", "Answer:", "I would say"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_and_tails_join_to_the_encoding_of_the_whole_answer(encoder, name, prefill):
+    shipped = template(name)
+    asked = ask(encoder, CONVERSATION, Question(shipped.question, shipped.says, prefill))
+    for say, tail in zip(shipped.says, asked.tails, strict=True):
+        whole = encoder.encode((*CONVERSATION, Message("user", shipped.question)), answer=prefill + say)
+        assert asked.ids + tail == whole.ids
+        assert tail
+    assert encoder.tokenizer.decode(list(asked.ids[asked.question_start :])).startswith(shipped.question)
+
+
+def test_a_blank_before_the_option_goes_with_the_option(encoder):
+    asked = ask(encoder, CONVERSATION, Question("?", ("Agree", "Disagree"), "Answer: "))
+    assert [encoder.tokenizer.decode(list(tail)) for tail in asked.tails] == [" Agree", " Disagree"]
+
+
+def test_options_the_tokenizer_cannot_tell_apart_are_named(tokenizer):
+    import copy
+
+    lower = copy.deepcopy(tokenizer)
+    lower.backend_tokenizer.normalizer = normalizers.Replace("Ａ", "A")
+    with pytest.raises(UserError, match="cannot tell the options 'A' and 'Ａ' apart"):
+        ask(ChatEncoder(lower), CONVERSATION, Question("?", ("A", "Ａ", "B")))
+
+
+def test_masses_are_disjoint_by_hand():
+    # P(1) = .5 of which .2 goes on to 10 and of that .05 to 100; P(2) = .3.
+    tails = [(1,), (1, 0), (1, 0, 0), (2,)]
+    mass = option_masses(np.log([[0.5, 0.2, 0.05, 0.3]]), tails)
+    np.testing.assert_allclose(mass, [[0.3, 0.15, 0.05, 0.3]])
+
+
+def test_masses_add_up_to_the_probability_of_beginning_with_an_option():
+    rng = np.random.default_rng(0)
+    # A language over three tokens: all sequences of length 3 and their probabilities.
+    sequences = list(itertools.product(range(3), repeat=3))
+    p = dict(zip(sequences, rng.dirichlet(np.ones(27)), strict=True))
+    tails = [(0,), (0, 1), (0, 1, 2), (2, 2), (1, 0, 0)]
+
+    def begins(tail):
+        return sum(value for sequence, value in p.items() if sequence[: len(tail)] == tail)
+
+    mass = option_masses(np.log([[begins(tail) for tail in tails]]), tails)[0]
+    valid = sum(value for sequence, value in p.items() if any(sequence[: len(t)] == t for t in tails))
+    assert mass.sum() == pytest.approx(valid)
+    longest = dict.fromkeys(tails, 0.0)
+    for sequence, value in p.items():
+        openers = [t for t in tails if sequence[: len(t)] == t]
+        if openers:
+            longest[max(openers, key=len)] += value
+    np.testing.assert_allclose(mass, list(longest.values()))

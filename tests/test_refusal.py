@@ -1,0 +1,105 @@
+"""Refusal x rating: the point-biserial correlation of a group, and when there is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+
+from prefs.refusal import refusal_rating
+
+nan = np.nan
+
+
+def test_by_hand():
+    # Means 1.5 and 4, population SD of (1, 2, 3, 4, 5) √2, shares 2/5 and 3/5: r = -2.5/√2 · √.24.
+    got = refusal_rating([1, 1, 0, 0, 0], [1, 2, 3, 4, 5])
+    assert (got.n, got.refused, got.unrated, got.unjudged) == (5, 2, 0, 0)
+    assert (got.mean_refused, got.mean_not_refused) == (1.5, 4.0)
+    assert got.r.value == pytest.approx(-2.5 / np.sqrt(2) * np.sqrt(0.24))
+    assert (got.r.low, got.r.high, got.r.n) == (None, None, 5)
+
+
+def test_every_task_is_counted_once():
+    got = refusal_rating([True, None, False, None, False, True, False], [1, 2, nan, nan, 4, 2, 5])
+    assert (got.n, got.refused, got.unrated, got.unjudged) == (4, 2, 2, 1)
+    assert got.n + got.unrated + got.unjudged == 7
+    assert got.r.value == pytest.approx(stats.pointbiserialr([1, 0, 1, 0], [1, 4, 2, 5])[0])
+
+
+@pytest.mark.parametrize(
+    ("refused", "rating", "reason", "means"),
+    [
+        ([], [], "fewer than 3 tasks with a rating and a verdict", (None, None)),
+        ([1], [1], "fewer than 3 tasks with a rating and a verdict", (1, None)),
+        ([1, 0], [1, 4], "fewer than 3 tasks with a rating and a verdict", (1, 4)),
+        ([1, 0, 1], [nan, nan, nan], "fewer than 3 tasks with a rating and a verdict", (None, None)),
+        ([None, None, None], [1, 2, 3], "fewer than 3 tasks with a rating and a verdict", (None, None)),
+        ([0, 0, 0], [1, 2, 3], "no refusals", (None, 2)),
+        ([1, 1, 1], [1, 2, 3], "all refused", (2, None)),
+        ([1, 0, 0], [4, 4, 4], "no variance in ratings", (4, 4)),
+        ([1, 0, 0], [0.3, 0.1 + 0.2, 0.3], "no variance in ratings", (0.3, 0.3)),
+    ],
+)
+def test_missing_with_a_reason(refused, rating, reason, means):
+    got = refusal_rating(refused, rating, bootstrap=20)
+    assert got.r.value is None
+    assert got.r.reason == reason
+    assert got.r.n == got.n
+    assert (got.mean_refused, got.mean_not_refused) == pytest.approx(means)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="alike"):
+        refusal_rating([1, 0], [1, 2, 3])
+
+
+def test_interval_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    refused = rng.random(150) < 0.3
+    rating = np.clip(np.round(4 - 1.5 * refused + rng.normal(size=150)), 1, 5)
+    got = refusal_rating(refused, rating, bootstrap=3000, seed=1).r
+    peer = stats.bootstrap(
+        (refused, rating),
+        lambda y, x: stats.pearsonr(y, x).statistic,
+        paired=True,
+        n_resamples=1000,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(2),
+    ).confidence_interval
+    assert got.low < got.value < got.high
+    assert (got.low, got.high) == pytest.approx((peer.low, peer.high), abs=0.02)
+    assert refusal_rating(refused, rating, bootstrap=3000, seed=1).r == got
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(0, 12).flatmap(
+        lambda n: st.tuples(
+            hnp.arrays(float, n, elements=st.sampled_from([0.0, 1.0, nan])),
+            hnp.arrays(float, n, elements=st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0, nan])),
+        )
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_properties(arrays, random):
+    refused, rating = arrays
+    got = refusal_rating(refused, rating, bootstrap=10)
+    assert got.r.defined == (got.r.reason is None)
+    assert got.n + got.unrated + got.unjudged == len(rating)
+    order = random.sample(range(len(rating)), len(rating))
+    shuffled = refusal_rating(refused[order], rating[order]).r
+    flipped, scaled = refusal_rating(1 - refused, rating).r, refusal_rating(refused, 10 - 3 * rating).r
+    if got.r.defined:
+        assert -1 - 1e-12 <= got.r.value <= 1 + 1e-12
+        assert shuffled.value == pytest.approx(got.r.value, abs=1e-12)
+        assert flipped.value == pytest.approx(-got.r.value, abs=1e-12)
+        assert scaled.value == pytest.approx(-got.r.value, abs=1e-12)
+    else:
+        assert not shuffled.defined
+        assert not flipped.defined
+        assert not scaled.defined

@@ -1,0 +1,177 @@
+"""The store: parts appear whole or not at all, damage is seen, two writers agree."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import time
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefs.errors import UserError
+from prefs.store import Store, batches, canonical
+
+SCHEMA = pa.schema([("text", pa.string()), ("mass", pa.list_(pa.float64()))])
+SPEC = {"model": {"id": "m", "dtype": "bfloat16"}, "temperature": 1.0}
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store.open(str(tmp_path / "store"))
+
+
+def fill(store: Store, count: int = 3, start: int = 0):
+    table = store.table("t", SPEC, SCHEMA)
+    rows = {table.key(messages=[str(n)]): {"text": f"text {n}", "mass": [0.1, n]} for n in range(start, start + count)}
+    table.append(rows)
+    return table, rows
+
+
+def test_rows_come_back(store):
+    table, rows = fill(store)
+    assert table.read() == rows
+    assert store.table("t", SPEC, SCHEMA).read() == rows
+    assert store.table("t", {**SPEC, "temperature": 0.5}, SCHEMA).read() == {}
+
+
+def test_keys_depend_on_everything_that_determines_a_record_and_nothing_else(store):
+    table = store.table("t", SPEC, SCHEMA)
+    assert table.key(a=1, b=2) == store.table("t", dict(reversed(SPEC.items())), SCHEMA).key(b=2, a=1)
+    others = [
+        table.key(a=1, b=3),
+        store.table("u", SPEC, SCHEMA).key(a=1, b=2),
+        store.table("t", {**SPEC, "x": 1}, SCHEMA).key(a=1, b=2),
+    ]
+    assert table.key(a=1, b=2) not in others
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.dictionaries(st.text(), x)))
+def test_canonical_json_ignores_the_order_of_names(value):
+    shuffled = dict(reversed(value.items())) if isinstance(value, dict) else value
+    assert canonical(value) == canonical(shuffled)
+
+
+def test_nan_has_no_canonical_form():
+    with pytest.raises(ValueError, match="JSON"):
+        canonical(float("nan"))
+
+
+def test_the_same_part_twice_is_one_file(store):
+    table, _ = fill(store)
+    fill(store)
+    assert len(list(table.folder.glob("*.parquet"))) == 1
+
+
+def test_a_damaged_part_is_named_set_aside_and_left_out(store, prefs_log):
+    table, rows = fill(store)
+    _, more = fill(store, start=3)
+    part = sorted(table.folder.glob("*.parquet"))[0]
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    left = table.read()
+    assert left in (rows, more)
+    assert part.name in prefs_log.text
+    assert (table.folder / "damaged" / part.name).exists()
+    fill(store)
+    fill(store, start=3)
+    assert table.read() == rows | more
+
+
+@pytest.mark.parametrize("length", [0, 10])
+def test_a_cut_off_part_is_set_aside(store, length):
+    table, _ = fill(store)
+    part = next(table.folder.glob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:length])
+    assert table.read() == {}
+
+
+def test_a_killed_writer_leaves_nothing_that_is_read(store):
+    table, rows = fill(store)
+    half = table.folder / ".part-0123"
+    half.write_bytes(b"half a part")
+    assert table.read() == rows
+    old = time.time() - 2 * 24 * 3600
+    os.utime(half, (old, old))
+    fill(store, start=5)
+    assert not half.exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(store, monkeypatch):
+    table, rows = fill(store)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write to the store at .*: No space left on device"):
+        fill(store, start=7)
+    monkeypatch.undo()
+    assert table.read() == rows
+    assert not list(table.folder.glob(".part-*"))
+
+
+def test_a_store_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"store\.dir: cannot make"):
+        Store.open(str(tmp_path / "file" / "store"))
+
+
+def _write_many(root: str, worker: int) -> None:
+    store = Store.open(root)
+    for n in range(30):
+        fill(store, count=2, start=n if worker % 2 else 29 - n)
+
+
+def test_two_processes_on_one_store(tmp_path):
+    root = str(tmp_path / "store")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write_many, args=(root, n)) for n in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    table, _ = fill(Store.open(root), count=1)
+    assert sorted(row["text"] for row in table.read().values()) == sorted(f"text {n}" for n in range(31))
+    assert not (table.folder / "damaged").exists()
+
+
+def test_vectors_by_key_and_layer(store):
+    vectors = store.vectors("v", SPEC)
+    some = torch.randn(3, 2, 4).to(torch.bfloat16)
+    vectors.append(["a", "b", "c"], [0, 5], some, absent=["d"])
+    vectors.append(["a"], [7], torch.ones(1, 1, 4, dtype=torch.bfloat16), absent=[])
+    vectors.refresh()
+    assert vectors.has("a", [0, 5, 7])
+    assert not vectors.has("b", [0, 7])
+    assert vectors.has("d", [0, 99])
+    assert not vectors.has("e", [0])
+    assert torch.equal(vectors.gather(["c", "a"], [5, 0]), some[[2, 0]][:, [1, 0]])
+    assert vectors.gather(["c", "a"], [5]).dtype is torch.bfloat16
+
+
+def test_damaged_vectors_are_set_aside(store, prefs_log):
+    vectors = store.vectors("v", SPEC)
+    vectors.append(["a"], [0], torch.ones(1, 1, 4), absent=[])
+    part = next(vectors.folder.glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    vectors.refresh()
+    assert not vectors.has("a", [0])
+    assert "damaged" in prefs_log.text
+
+
+@given(st.dictionaries(st.text(max_size=4), st.integers(1, 50), max_size=40), st.integers(1, 200), st.randoms())
+def test_batches_hold_every_row_once_within_the_budget_in_any_order(lengths, budget, random):
+    cut = batches(lengths, budget)
+    assert sorted(key for batch in cut for key in batch) == sorted(lengths)
+    for batch in cut:
+        assert len(batch) == 1 or len(batch) * max(lengths[key] for key in batch) <= budget
+    items = list(lengths.items())
+    random.shuffle(items)
+    assert batches(dict(items), budget) == cut

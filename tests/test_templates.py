@@ -1,0 +1,143 @@
+"""Reading answers: the value, or a reason; never a guess."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import TEMPLATES, template
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefs.config import Reading
+from prefs.templates import Invalid, Option, Template
+
+ANCHORED = template("anchored")
+LIKERT = template("likert")
+AGREEMENT = template("agreement")
+BINARY = template("binary")
+TO_TEN = Template("t", "?", tuple(Option(str(n), float(n)) for n in range(11)), Reading.number)
+HALVES = Template("t", "?", tuple(Option(f"{n / 2:g}", n / 2) for n in range(2, 11)), Reading.number)
+SIGNED = Template("t", "?", tuple(Option(str(n), float(n)) for n in range(-2, 3)), Reading.number)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("4", 4),
+        (" 4.", 4),
+        ("**4**", 4),
+        ("4/5", 4),
+        ("4 / 5", 4),
+        ("4 out of 5", 4),
+        ("5/5", 5),
+        ("I'd give it a 4 out of 5.", 4),
+        ("Four", 4),
+        ("Rating: 2\n", 2),
+        ("４", 4),
+        ("On a scale of 1 to 5, I would say 3", 3),
+        ("from 1 to 5: 2", 2),
+        ("4, definitely 4", 4),
+        ("4 stars!", 4),
+        ("As an AI I have no feelings, but: 4", 4),
+        ("", Invalid.empty),
+        (" \n\t", Invalid.empty),
+        ("**", Invalid.empty),
+        ("3 or 4", Invalid.ambiguous),
+        ("3-4", Invalid.ambiguous),
+        ("not 4", Invalid.ambiguous),
+        ("4.5", Invalid.out_of_range),
+        ("4,5", Invalid.out_of_range),
+        ("7", Invalid.out_of_range),
+        ("0", Invalid.out_of_range),
+        ("-4", Invalid.out_of_range),
+        ("45", Invalid.out_of_range),
+        ("4 or maybe 7", Invalid.ambiguous),
+        ("I liked it", Invalid.no_option),
+        ("from 1 to 5", Invalid.no_option),
+        ("v4", Invalid.no_option),
+        ("4th", Invalid.no_option),
+        ("I cannot rate this.", Invalid.refused_to_rate),
+        ("I cannot rate this from 1 to 5.", Invalid.refused_to_rate),
+        ("As an AI language model, I don't have personal preferences.", Invalid.refused_to_rate),
+        ("I’m unable to give a rating.", Invalid.refused_to_rate),
+    ],
+)
+def test_numbers_from_1_to_5(answer: str, expected: float | Invalid):
+    assert ANCHORED.read(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "expected"),
+    [
+        (LIKERT, "Very negative", 1),
+        (LIKERT, "negative.", 2),
+        (LIKERT, "VERY  POSITIVE!", 5),
+        (LIKERT, "Positive, I think", 4),
+        (LIKERT, "Somewhere between negative and positive", Invalid.ambiguous),
+        (LIKERT, "nonnegative", Invalid.no_option),
+        (LIKERT, "not positive", Invalid.ambiguous),
+        (LIKERT, "4", Invalid.no_option),
+        (AGREEMENT, "Strongly disagree", 1),
+        (AGREEMENT, "I disagree", 2),
+        (AGREEMENT, "Neither agree nor disagree", 3),
+        (AGREEMENT, "I agree", 4),
+        (AGREEMENT, "I don't agree", Invalid.ambiguous),
+        (BINARY, "Good.", 1),
+        (BINARY, "It was a bad experience", 0),
+        (BINARY, "not bad", Invalid.ambiguous),
+        (BINARY, "good and bad", Invalid.ambiguous),
+        (BINARY, "goodness", Invalid.no_option),
+        (TO_TEN, "10", 10),
+        (TO_TEN, "1", 1),
+        (TO_TEN, "7/10", 7),
+        (TO_TEN, "10/10", 10),
+        (TO_TEN, "11", Invalid.out_of_range),
+        (HALVES, "3.5", 3.5),
+        (HALVES, "3.7", Invalid.out_of_range),
+        (SIGNED, "-2", -2),
+        (SIGNED, "−1", -1),
+        (SIGNED, "0", 0),
+    ],
+)
+def test_other_scales(question: Template, answer: str, expected: float | Invalid):
+    assert question.read(answer) == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_option_of_every_shipped_template_reads_as_itself(name: str):
+    for option in template(name).options:
+        for said in (option.say, *option.also, option.say.upper(), f" {option.say}.\n", f"**{option.say}**"):
+            assert template(name).read(said) == option.value, said
+
+
+any_template = st.sampled_from([ANCHORED, LIKERT, AGREEMENT, BINARY, TO_TEN, HALVES, SIGNED])
+
+
+@given(any_template, st.text(max_size=300))
+def test_any_text_gives_a_value_of_the_scale_or_a_reason(question: Template, answer: str):
+    read = question.read(answer)
+    assert isinstance(read, Invalid) or read in question.values
+
+
+@given(any_template, st.data())
+def test_two_different_options_are_never_settled(question: Template, data: st.DataObject):
+    first, second = data.draw(st.lists(st.sampled_from(question.says), min_size=2, max_size=2, unique=True))
+    joiner = data.draw(st.sampled_from([" or ", ", maybe ", " then again ", "; ", "\n"]))
+    assert isinstance(question.read(first + joiner + second), Invalid)
+
+
+@given(any_template, st.text(alphabet="bcfhjkmpqxyz ,!?\n", max_size=60))
+def test_text_that_names_no_option_gives_no_value(question: Template, answer: str):
+    assert question.read(answer) in (Invalid.empty, Invalid.no_option)
+
+
+@given(any_template, st.data())
+def test_surroundings_that_say_nothing_do_not_matter(question: Template, data: st.DataObject):
+    option = data.draw(st.sampled_from(question.options))
+    before = data.draw(st.sampled_from(["", "  ", "\n\n", "*", "Rating: ", '"', "My answer is "]))
+    after = data.draw(st.sampled_from(["", " ", "\n", "*", ".", "!", '"', " :)"]))
+    assert question.read(before + option.say + after) == option.value
+
+
+def test_huge_answers_are_read_in_reasonable_time():
+    assert ANCHORED.read("bla " * 500_000) == Invalid.no_option
+    assert isinstance(ANCHORED.read("4 3 " * 100_000), Invalid)
