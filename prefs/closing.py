@@ -34,8 +34,8 @@ def number(value: object, digits: int = 2) -> str:
 def sampled_lines(rows: Sequence[Stability]) -> Table:
     """Stability of sampled ratings by origin."""
     seeds = len(rows[0].cross_seed.pearson.pairs)
-    table = _table(f"Sampled ratings: stability over rating seeds ({seeds} pairs)")
-    for name in ("n", "valid", "cross-seed r ± SD", "informative r", "d", "mode (share)"):
+    table = _table(f"Sampled ratings: cross-seed r is mean ± SD over {seeds} pairs of rating seeds")
+    for name in ("n", "valid", "cross-seed r", "informative r", "d", "mode (share)"):
         table.add_column(name, justify="right")
     for row in _all_last(rows):
         pearson, mode = row.cross_seed.pearson, row.modal
@@ -55,8 +55,8 @@ def sampled_lines(rows: Sequence[Stability]) -> Table:
 def exact_lines(rows: Sequence[Stability]) -> Table:
     """Exact ratings by origin: how much of the model's answer is a rating, and what sampling would do to it."""
     target = next(row.exact.seeds_needed.target_r for row in rows if row.exact)
-    table = _table("Exact ratings: from the model's probabilities, without sampling noise")
-    for name in ("n", "valid mass", "mean ± SD", "predicted r of one seed", f"seeds for r = {number(target)}"):
+    table = _table("Exact ratings: predicted r is what two sampled seeds would show")
+    for name in ("n", "valid mass", "mean ± SD", "predicted r", f"seeds for r = {number(target)}"):
         table.add_column(name, justify="right")
     for row in _all_last(rows):
         if row.exact is None:
@@ -76,8 +76,8 @@ def exact_lines(rows: Sequence[Stability]) -> Table:
 
 def refusal_lines(frame: pd.DataFrame, rated_by: str) -> Table:
     """Refusal × rating by origin."""
-    table = _table(f"Refusal × rating ({rated_by})")
-    for name in ("n", "refused", "mean, refused", "mean, not", "point-biserial r [95 %]"):
+    table = _table(f"Refusal × rating: point-biserial r with the {rated_by}")
+    for name in ("n", "refused", "mean, refused", "mean, not", "r [95 %]"):
         table.add_column(name, justify="right")
     rows = frame.to_dict("records")
     for row in sorted(rows, key=lambda row: row["origin"] == ALL):
@@ -97,10 +97,10 @@ def probe_lines(report: ProbeReport, most: int = 11) -> Table:
     if len(spaced) > most:
         spaced = tuple(report.layers[round(at * (len(report.layers) - 1) / (most - 1))] for at in range(most))
     of = "" if len(spaced) == len(report.layers) else f"; {len(spaced)} of {len(report.layers)} layers"
-    table = _table(f"Probe at {report.position}: R² on held-out tasks by layer{of}", first="layer")
+    table = _table(f"Probe at {report.position}: R² on held-out tasks, by target{of}", first="layer")
     targets = {str(target): rows for target, rows in report.scores.groupby("target", sort=False)}
     for target, rows in targets.items():
-        table.add_column(f"target: {target} (n = {rows['n'].iloc[0]})", justify="right")
+        table.add_column(f"{target} (n = {rows['n'].iloc[0]})", justify="right")
     for layer in spaced:
         table.add_row(str(layer), *(number(rows.set_index("layer")["r2"][layer]) for rows in targets.values()))
     table.add_section()
@@ -152,7 +152,7 @@ def remarks(
             " such means; the exact ratings have no sampling noise and need none."
         )
     share = whole.modal.share.value
-    if share is not None and share > 0.8:
+    if share is not None and share > 0.8 and whole.modal.ratings >= 20:
         said.append(
             f"{share:.0%} of the ratings are {whole.modal.rating:g}: r flatters a model that nearly always says the"
             " same; see informative r and d."

@@ -204,11 +204,16 @@ def typed(cfg: DictConfig) -> Config:
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise ConfigError(missing[0], "???", "a value; this one has no default, so give it on the command line")
+        raise missing_value(missing[0])
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def missing_value(key: str) -> ConfigError:
+    """The error for a key that has no default and was not given."""
+    return ConfigError(key, "???", "a value; this one has no default, so give it on the command line")
 
 
 def check(config: Config) -> None:

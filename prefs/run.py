@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from prefs.config import register, typed
+from prefs.config import missing_value, register, typed
 from prefs.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -29,45 +31,68 @@ log = logging.getLogger("prefs")
 def main() -> None:
     """Run the job, or the jobs of a sweep; what the user can mend ends in one line and exit code 2."""
     register()
-    OmegaConf.register_new_resolver("prefs.basename", lambda path: Path(str(path)).stem, replace=True)
+    register_resolvers()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     # Hydra prints errors in its own way unless this is set; then they come up to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    with _one_line_errors(enabled=not wants_traceback):
+        hydra.main(version_base="1.3", config_path="pkg://prefs.conf", config_name="config")(_job(wants_traceback))()
+
+
+@contextmanager
+def _one_line_errors(*, enabled: bool) -> Iterator[None]:
+    """Turn what the user can mend into one line and exit code 2; other errors keep their traceback."""
     try:
-        hydra.main(version_base="1.3", config_path="pkg://prefs.conf", config_name="config")(_job())()
+        yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
+        if not enabled:
             raise
         sys.stderr.write(f"prefs: {explain(error)}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write(
-            "prefs: interrupted; what was computed is in the store, so the same command goes on from there\n"
-        )
+        sys.stderr.write("prefs: interrupted; what was computed is in the store; the same command goes on from there\n")
         sys.exit(130)
 
 
-def _job() -> Callable[[DictConfig], None]:
+@contextmanager
+def _named_failure() -> Iterator[None]:
+    """In a sweep, say which job failed and why before Hydra goes on with the others: at the end it tells of one only."""
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        log.error("Job %s failed: %s", " ".join(HydraConfig.get().overrides.task), explain(error))
+        raise
+    except Exception:
+        log.exception("Job %s failed", " ".join(HydraConfig.get().overrides.task))
+        raise
+
+
+def register_resolvers() -> None:
+    """Make ``${prefs.basename:PATH}`` known: the last part of a path, by which things are named."""
+    OmegaConf.register_new_resolver("prefs.basename", lambda path: Path(str(path)).stem, replace=True)
+
+
+def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
     """The task function that Hydra calls once a job. Models stay loaded from one job of a sweep to the next."""
     loaded: list[Models] = []
 
     def job(cfg: DictConfig) -> None:
-        config = typed(cfg)
-        hydra_config = HydraConfig.get()
-        sweep = hydra_config.mode is RunMode.MULTIRUN
-        # Imported only now: help, completion and a wrong config should not wait for torch.
-        from prefs.job import run_job
-        from prefs.models.loading import Models
+        sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+        with _named_failure() if sweep else _one_line_errors(enabled=not wants_traceback):
+            config = typed(cfg)
+            # Imported only now: help, completion and a wrong config should not wait for torch.
+            from prefs.job import run_job
+            from prefs.models.loading import Models
 
-        if not loaded:
-            loaded.append(Models())
-        run_job(
-            config,
-            Path(hydra_config.runtime.output_dir),
-            loaded[0],
-            plain_config=_plain(cfg),
-            group=_sweep_name(Path(hydra_config.sweep.dir)) if sweep else None,
-        )
+            if not loaded:
+                loaded.append(Models())
+            run_job(
+                config,
+                Path(HydraConfig.get().runtime.output_dir),
+                loaded[0],
+                plain_config=_plain(cfg),
+                group=_sweep_name(Path(HydraConfig.get().sweep.dir)) if sweep else None,
+            )
 
     return job
 
@@ -89,6 +114,9 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return str(ConfigError(group, option, sorted(error.options)))
+    needed = re.search(r"Missing mandatory value: (\S+)", str(error))
+    if needed:
+        return str(missing_value(needed[1]))
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
         return _unknown_key(cause)

@@ -153,12 +153,12 @@ def stability_table(rows: Sequence[Stability]) -> pd.DataFrame:
             cells |= dict.fromkeys(("exact_mean", "exact_sd", "valid_mass", "predicted_r", "seeds_needed"))
             cells["predicted_r_reason"] = NOT_ASKED
         table.append(cells)
-    return pd.DataFrame(table)
+    return _numeric(pd.DataFrame(table))
 
 
 def refusal_table(rows: Mapping[str, RefusalRating]) -> pd.DataFrame:
     """One row an origin, as in the report's table."""
-    return pd.DataFrame(
+    table = pd.DataFrame(
         [
             {
                 "origin": origin,
@@ -173,6 +173,13 @@ def refusal_table(rows: Mapping[str, RefusalRating]) -> pd.DataFrame:
             for origin, row in rows.items()
         ]
     )
+    return _numeric(table)
+
+
+def _numeric(table: pd.DataFrame) -> pd.DataFrame:
+    """Missing statistics as NaN, so that a column of numbers is one even when all of it is missing."""
+    words = [name for name in table.columns if name == "origin" or name.endswith("_reason")]
+    return table.assign(**{name: pd.to_numeric(table[name]) for name in table.columns.drop(words)})
 
 
 def _columns(name: str, estimate: Estimate, *, interval: bool = True) -> dict[str, object]:

@@ -1,0 +1,131 @@
+"""Composed configs: what is wrong is one line that names the key, before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from prefs.config import Config, register, typed
+from prefs.errors import UserError
+from prefs.run import explain, register_resolvers
+
+
+@pytest.fixture(autouse=True)
+def hydra_app():
+    register()
+    register_resolvers()
+    with initialize_config_module("prefs.conf", version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> Config:
+    return typed(compose("config", overrides=list(overrides)))
+
+
+def message(*overrides: str) -> str:
+    with pytest.raises((UserError, HydraException, OmegaConfBaseException)) as caught:
+        composed(*overrides)
+    line = explain(caught.value)
+    assert "\n" not in line
+    return line
+
+
+OPTIONS = "template.anchored_precise.options"
+
+
+def test_defaults():
+    config = composed()
+    assert config.model.name == "smollm2"
+    assert list(config.template) == ["anchored_precise"]
+    assert config.completer.model is None
+
+
+@pytest.mark.parametrize(
+    "name", ["binary", "likert", "agreement", "stated", "anchored", "anchored_precise", "[anchored,likert]"]
+)
+def test_every_template(name):
+    assert list(composed(f"template={name}").template) == name.strip("[]").split(",")
+
+
+def test_the_reports_names():
+    names = [composed(f"template={name}").template[name].name for name in ("binary", "likert", "agreement", "stated")]
+    assert names == ["qualitative_binary", "likert_qualitative", "likert_agreement", "stated_1_5"]
+
+
+def test_roles_and_experiment():
+    assert composed("completer=smollm2").completer.model.path == "embedded:smollm2"
+    assert composed("+experiment=smoke").dataset.limit == 16
+    assert composed("model=hf", "model.path=/models/llama-8b").model.name == "llama-8b"
+
+
+def test_the_config_survives_yaml():
+    register()
+    text = OmegaConf.to_yaml(compose("config"), resolve=True)
+    assert "smollm2" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model=gemma"], "model: got 'gemma'; allowed: one of hf, smollm2"),
+        (["template=likrt"], "template: got 'likrt'; allowed: one of agreement, anchored"),
+        (["modle=3"], "modle: there is no such key; did you mean 'model'? Known here: capture, completer"),
+        (["model.prefil=x"], "model.prefil: there is no such key; did you mean 'prefill'? Known here: backend"),
+        (["rating.seed=1"], "rating.seed: there is no such key; did you mean 'seeds'?"),
+        (["model.batch_tokens=many"], "model.batch_tokens: Value 'many' of type 'str' could not be"),
+        (["model.dtype=int8"], "model.dtype: Invalid value 'int8', expected one of [bfloat16, float16, float32]"),
+        (["model=hf"], "model.path: got '???'; allowed: a value"),
+        (["model.device=gpu"], "model.device: got 'gpu'; allowed: auto, cpu, mps, cuda or cuda:N"),
+        (["model.backend=vlm"], "model.backend: got 'vlm'; allowed: one of transformer_lens"),
+        (["rating.seeds=[0,0]"], "rating.seeds: got [0, 0]; allowed: seeds that differ"),
+        (["rating.seeds=[-1]"], "rating.seeds: got [-1]; allowed: seeds that are 0 or more"),
+        (["rating.seeds=[]", "rating.exact=false", "probe=none"], "rating.seeds: got []; allowed: at least one seed"),
+        (["rating.temperature=-1"], "rating.temperature: got -1.0; allowed: 0"),
+        (["rating.temperature=inf"], "rating.temperature: got inf"),
+        (["completer.top_p=0"], "completer.top_p: got 0.0; allowed: more than 0, at most 1"),
+        (["completer.max_new_tokens=0"], "completer.max_new_tokens: got 0; allowed: 1 or more"),
+        (["capture.layers=some"], "capture.layers: got 'some'; allowed: all, or a list of layer numbers"),
+        (["capture.layers=[]"], "capture.layers: got []"),
+        (["capture.layers=[1.5]"], "capture.layers: got [1.5]"),
+        (["capture.positions=[last]"], "capture.positions: got 'last'; allowed: one of last_prompt, first_completion"),
+        (["capture=none"], "probe.position: got 'rating'; allowed: a captured position (nothing is captured;"),
+        (["probe.position=first_completion"], "probe.position: got 'first_completion'; allowed: a captured position"),
+        (["rating.exact=false"], "probe.targets: got ['exact', 'sampled']; allowed: sampled, since rating.exact=false"),
+        (["rating.seeds=[]"], "probe.targets: got ['exact', 'sampled']; allowed: exact, since rating.seeds=[]"),
+        (["probe.folds=1"], "probe.folds: got 1; allowed: 2 or more"),
+        (["probe.penalty=-1"], "probe.penalty: got -1.0; allowed: 0 or more"),
+        (["dataset=file"], "dataset.path: got None; allowed: the path of a .jsonl or .csv file"),
+        (["dataset=file", "dataset.path=/no/file.csv"], "got '/no/file.csv'; allowed: a file that exists"),
+        (["dataset.limit=0"], "dataset.limit: got 0; allowed: 1 or more"),
+        (["judge.phrases=[]"], "judge.phrases: got []; allowed: at least one phrase"),
+        (["wandb.mode=on"], "wandb.mode: got"),
+        (["stats.target_r=1"], "stats.target_r: got 1.0"),
+        (["template.anchored_precise.question=''"], "template.anchored_precise.question: got ''; allowed: some text"),
+        (["template.anchored_precise.options=[]"], "template.anchored_precise.options: got []; allowed: two options"),
+        ([f"{OPTIONS}=[{{say: '1', value: 2}},{{say: '2', value: 1}}]"], "got '1: 2.0'; allowed: numbers"),
+        ([f"{OPTIONS}=[{{say: a, value: 1}},{{say: A, value: 2}}]"], "options that differ in more than case"),
+        (["experiment=smoke"], "Could not override 'experiment'"),
+        (["template=[a"], "no viable alternative at input '[a'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(overrides, expected):
+    assert expected in message(*overrides)
+
+
+def test_a_users_own_template_of_any_scale(tmp_path):
+    (tmp_path / "template").mkdir()
+    (tmp_path / "template" / "mine.yaml").write_text(
+        "mine:\n  name: from_0_to_10\n  question: From 0 to 10?\n  options:\n"
+        + "".join(f"    - {{say: '{n}', value: {n}}}\n" for n in range(11))
+    )
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    (tmp_path / "main.yaml").write_text("defaults:\n  - config\n  - _self_\nhydra:\n  searchpath: [pkg://prefs.conf]\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        config = typed(compose("main", overrides=["template=mine"]))
+    assert [option.value for option in config.template["mine"].options] == list(range(11))
