@@ -14,7 +14,9 @@ from rich.table import Table
 
 from prefs.probing import NoProbe, ProbeReport
 from prefs.records import Ratings, Work
+from prefs.refusal import MIN_GROUP
 from prefs.summary import ALL, Stability
+from prefs.templates import Invalid
 
 MISSING = "–"
 
@@ -128,6 +130,15 @@ def remarks(
     too_long = [each.task.id for each in ratings.completions if each.invalid is not None]
     if too_long:
         said.append(f"{len(too_long)} tasks are too long for the completer's context: {_some(too_long)}.")
+    no_room = [
+        each.task.id
+        for each, answers in zip(ratings.completions, ratings.answers, strict=True)
+        if each.invalid is None and any(answer.invalid is Invalid.too_long for answer in answers)
+    ]
+    if no_room:
+        said.append(
+            f"The question does not fit into the rater's context behind {len(no_room)} tasks: {_some(no_room)}."
+        )
     invalid = ratings.invalid_counts()
     if invalid:
         counts = ", ".join(f"{count} {reason}" for reason, count in invalid.items())
@@ -162,6 +173,9 @@ def remarks(
             f"Exact ratings hardly differ between tasks (SD {number(whole.exact.sd)} on a scale from"
             f" {min(ratings.template.values):g} to {max(ratings.template.values):g})."
         )
+    few = int(refusals["refused"].iloc[0])
+    if 0 < few < MIN_GROUP:
+        said.append(f"Refusal × rating rests on {few} refused task{'s' * (few > 1)}: too few for an interval.")
     if refusals["unjudged"].to_numpy().any():
         said.append("Refusals were not judged everywhere (no judge, or no completion).")
     if isinstance(report, NoProbe):

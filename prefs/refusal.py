@@ -11,6 +11,9 @@ from scipy import stats
 
 from prefs.estimates import ROUNDING, Estimate, bootstrap_interval, pearson_of_sums, resample_counts
 
+# A bootstrap over one or two refusals draws the same ones again and again, and looks far surer than it is.
+MIN_GROUP = 5
+
 
 @dataclass(frozen=True)
 class RefusalRating:
@@ -55,7 +58,8 @@ def refusal_rating(
     rating
         [T], NaN where there is no valid rating.
     bootstrap
-        Resamples of tasks for the 95 % interval of r; 0 for none.
+        Resamples of tasks for the 95 % interval of r; 0 for none. There is none either with fewer than `MIN_GROUP`
+        tasks on one side.
     seed
         Of the resampling.
     """
@@ -94,7 +98,8 @@ def _point_biserial(is_refused: NDArray[np.bool_], x: NDArray[np.float64], boots
         sums = resample_counts(index) @ products
         return pearson_of_sums(*np.moveaxis(sums, 1, 0))
 
-    low, high = bootstrap_interval(resampled, n, bootstrap, seed)
+    smaller = min(int(is_refused.sum()), int((~is_refused).sum()))
+    low, high = bootstrap_interval(resampled, n, bootstrap if smaller >= MIN_GROUP else 0, seed)
     return Estimate(r, low, high, n)
 
 

@@ -33,6 +33,9 @@ def main() -> None:
     register()
     register_resolvers()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    # Read when torch is loaded, later: threads that wait sleep instead of spinning, which costs a lone job nothing and
+    # makes two on the same cores finish in two thirds of the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Hydra prints errors in its own way unless this is set; then they come up to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with _one_line_errors(enabled=not wants_traceback):
@@ -56,7 +59,7 @@ def _one_line_errors(*, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def _named_failure() -> Iterator[None]:
-    """In a sweep, say which job failed and why before Hydra goes on with the others: at the end it tells of one only."""
+    """In a sweep, say which job failed before Hydra goes on with the others: at the end it tells of one only."""
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:

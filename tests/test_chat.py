@@ -123,6 +123,7 @@ def test_no_chat_template_is_refused(tokenizer):
         ChatEncoder(with_template(tokenizer, ""))
 
 
+@pytest.mark.slow
 def test_ten_megabytes(encoder):
     encoded = encoder.encode([Message("user", "word <|im_end|> " * 640_000)], answer="")
     assert len(encoded.ids) > 1_000_000

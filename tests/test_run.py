@@ -1,0 +1,272 @@
+"""The program as a user runs it, in processes of its own, on the real embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import offline_wandb
+import pandas as pd
+import pytest
+
+from prefs.probes import load_probe
+
+SMALL = [
+    "dataset.limit=12",
+    "completer.max_new_tokens=8",
+    "rating.seeds=[0,1,2]",
+    "rating.max_new_tokens=4",
+    "capture.layers=[0,14,29]",
+    "probe.folds=3",
+    "model.batch_tokens=700",
+]
+TABLES = ("ratings", "exact", "stability", "refusals", "probe", "probe_predictions")
+
+
+def environment(store: Path) -> dict[str, str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HYDRA", "PREFS"))}
+    return clean | {"PREFS_STORE": str(store), "COLUMNS": "80"}
+
+
+def start(folder: Path, store: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "prefs.run", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(store), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(folder: Path, store: Path, *arguments: str) -> str:
+    process = start(folder, store, *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def run_folder(folder: Path) -> Path:
+    (found,) = folder.glob("outputs/*/*")
+    return found
+
+
+def tables(folder: Path, template: str = "anchored_precise") -> dict[str, bytes]:
+    content = {name: (folder / template / f"{name}.csv").read_bytes() for name in TABLES}
+    return content | {"completions": (folder / "completions.csv").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, Path, str]:
+    """One whole run: its folder, its store and what it printed."""
+    folder, store = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("store")
+    printed = run(folder, store, *SMALL)
+    return run_folder(folder), store, printed
+
+
+def test_the_closing_table(uninterrupted):
+    folder, store, printed = uninterrupted
+    for part in ("Sampled ratings", "Exact ratings", "Refusal × rating", "Probe at rating", "noise ceiling"):
+        assert part in printed
+    for origin in ("BAILBENCH", "WILDCHAT", "ALPACA", "MATH", "ALL"):
+        assert origin in printed
+    assert str(folder) in printed
+    assert str(store) in printed
+    assert re.search(r"wandb sync \S+offline-run", printed)
+    tables, _, _ = printed.partition("smollm2 ·")[2].partition("tables and figures")
+    assert max(len(line) for line in tables.splitlines()) <= 80
+
+
+def test_the_tables_are_right_for_what_the_store_holds(uninterrupted):
+    folder, _, _ = uninterrupted
+    read = {name: pd.read_parquet(folder / "anchored_precise" / f"{name}.parquet") for name in TABLES}
+    exact, ratings, stability = read["exact"], read["ratings"], read["stability"].set_index("origin")
+    masses = exact[[f"p({n})" for n in range(1, 6)]].to_numpy()
+    mean = masses @ np.arange(1, 6) / masses.sum(axis=1)
+    np.testing.assert_allclose(exact["mean"], mean)
+    assert stability.loc["ALL", "valid_mass"] == pytest.approx(masses.sum(axis=1).mean())
+    assert len(ratings) == 12 * 3
+    assert ratings["value"].notna().sum() == stability.loc["ALL", "valid"]
+    assert set(ratings.loc[ratings["value"].isna(), "invalid"]) <= {"no_option", "out_of_range", "ambiguous", "empty"}
+    wide = ratings.pivot(index="task", columns="seed", values="value")
+    pairs = wide.corr(min_periods=3).to_numpy()[np.triu_indices(3, k=1)]
+    assert stability.loc["ALL", "cross_seed_r"] == pytest.approx(np.nanmean(pairs))
+    predictions = read["probe_predictions"].query("target == 'exact' and layer == 29")
+    residual = ((predictions["measured"] - predictions["predicted"]) ** 2).sum()
+    total = ((predictions["measured"] - predictions["measured"].mean()) ** 2).sum()
+    row = read["probe"].query("target == 'exact' and layer == 29").iloc[0]
+    assert row["r2"] == pytest.approx(1 - residual / total)
+    assert row["ceiling_r2"] == 1
+
+
+def test_figures_and_probe_are_there(uninterrupted):
+    folder, _, _ = uninterrupted
+    for name in ("ratings_by_origin", "cross_seed_r", "probe_r2"):
+        png = (folder / "anchored_precise" / "figures" / f"{name}.png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+    probe = load_probe(folder / "anchored_precise" / "probe")
+    assert probe.layers == (0, 14, 29)
+    assert probe.metadata["model"]["id"] == "embedded:smollm2"
+    assert probe.metadata["position"] == "rating"
+
+
+def test_wandb_has_it_all_offline(uninterrupted):
+    folder, _, _ = uninterrupted
+    (logged,) = folder.glob("wandb/offline-run-*")
+    logs = offline_wandb.read(logged)
+    assert logs.name == "smollm2-anchored_precise"
+    assert logs.config["model"]["name"] == "smollm2"
+    assert logs.exit_code == 0
+    stability = pd.read_csv(folder / "anchored_precise" / "stability.csv").set_index("origin")
+    assert logs.summary["stability/valid_mass/MATH"] == pytest.approx(stability.loc["MATH", "valid_mass"])
+    layers = [row for row in logs.history if "probe/layer" in row]
+    assert [row["probe/layer"] for row in layers] == [0, 14, 29]
+    assert all("probe/r2/exact" in row for row in layers)
+    logged_keys = {key for row in logs.history for key in row}
+    assert {"tables/stability", "tables/ratings", "figures/probe_r2"} <= logged_keys
+    assert ("probe", "probe-smollm2-anchored_precise") in logs.artifacts
+
+
+def test_a_second_run_computes_nothing_and_finds_the_same(uninterrupted, tmp_path):
+    folder, store, _ = uninterrupted
+    printed = run(tmp_path, store, *SMALL)
+    assert "Loading" not in printed
+    assert re.findall(r"(\d+) computed", printed.partition("smollm2 ·")[0]) == ["0", "0", "0"]
+    assert tables(run_folder(tmp_path)) == tables(folder)
+
+
+@pytest.mark.parametrize("stage", [pytest.param("completions", marks=pytest.mark.slow), "scores"])
+def test_kill_9_and_relaunch(uninterrupted, tmp_path, stage):
+    folder, _, _ = uninterrupted
+    killed, store = tmp_path / "killed", tmp_path / "store"
+    killed.mkdir()
+    process = start(killed, store, *SMALL)
+    deadline = time.monotonic() + 240
+    while not list(store.glob(f"{stage}/*/*.parquet")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    relaunched = tmp_path / "relaunched"
+    relaunched.mkdir()
+    printed = run(relaunched, store, *SMALL)
+    done, left = (int(n) for n in re.search(r"completions: (\d+) in the store, (\d+) computed", printed).groups())
+    assert done + left == 12
+    assert done > 0
+    assert tables(run_folder(relaunched)) == tables(folder)
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_on_one_store(uninterrupted, tmp_path):
+    folder, _, _ = uninterrupted
+    store = tmp_path / "store"
+    places = [tmp_path / "one", tmp_path / "two"]
+    for place in places:
+        place.mkdir()
+    processes = [start(place, store, *SMALL) for place in places]
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert [tables(run_folder(place)) for place in places] == [tables(folder)] * 2
+    assert not list(store.rglob("damaged"))
+
+
+def test_a_sweep_runs_on_one_loaded_model_and_the_same_completions(uninterrupted, tmp_path):
+    _, store, _ = uninterrupted
+    printed = run(tmp_path, store, "-m", *SMALL, "template=anchored,likert,stated")
+    assert printed.count("Loading smollm2") == 1
+    assert printed.count("completions: 12 in the store, 0 computed") == 6  # logged, and in the closing table
+    jobs = sorted(tmp_path.glob("multirun/*/*/[0-9]"))
+    assert len(jobs) == 3
+    assert len({(job / "completions.csv").read_bytes() for job in jobs}) == 1
+    runs = [offline_wandb.read(next(job.glob("wandb/offline-run-*"))) for job in jobs]
+    assert sorted(each.name for each in runs) == ["smollm2-anchored", "smollm2-likert", "smollm2-stated"]
+    assert {each.group for each in runs} == {"/".join(jobs[0].parts[-3:-1])}
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_after_a_job_that_fails(uninterrupted, tmp_path):
+    _, store, _ = uninterrupted
+    process = start(tmp_path, store, "-m", *SMALL, "capture.layers=[99],[29]")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "capture.layers: got 99; allowed: all, or from -30 to 29 (smollm2)" in out
+    assert "Probe at rating" in out
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["template=ancored"], "prefs: template: got 'ancored'; allowed: one of agreement, anchored"),
+        (["model.nme=x"], "prefs: model.nme: there is no such key; did you mean 'name'?"),
+        (["rating.seeds=[1,1]"], "prefs: rating.seeds: got [1, 1]"),
+        (["capture.layers=[30]"], "prefs: capture.layers: got 30; allowed: all, or from -30 to 29"),
+        (["dataset=file", "dataset.path=tasks.jsonl"], "tasks.jsonl:2: the `prompt` is empty"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, arguments, line):
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    process = start(tmp_path, tmp_path / "store", *arguments)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert line in err
+    assert len(err.strip().splitlines()) == 1
+    assert "Loading" not in out
+
+
+@pytest.mark.slow
+def test_no_secret_is_written_anywhere(uninterrupted, tmp_path):
+    _, store, _ = uninterrupted
+    secret = "0123456789abcdef" * 2 + "deadbeef"
+    env = environment(store) | {"WANDB_API_KEY": secret, "WANDB_MODE": "offline", "OPENAI_API_KEY": secret}
+    command = [sys.executable, "-m", "prefs.run", *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True, timeout=300)
+    assert secret not in done.stdout + done.stderr
+    for path in [*tmp_path.rglob("*"), *store.rglob("*")]:
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+def test_a_users_own_data_and_template(uninterrupted, tmp_path):
+    _, store, _ = uninterrupted
+    (tmp_path / "tasks.csv").write_text("prompt,origin\nName a colour.,A\nAdd 2 and 3.,B\n<|im_end|> hi,B\n")
+    (tmp_path / "conf" / "template").mkdir(parents=True)
+    (tmp_path / "conf" / "template" / "mine.yaml").write_text(
+        "mine:\n  name: mine_0_10\n  question: From 0 to 10, how was it?\n  options:\n"
+        + "".join(f"    - {{say: '{n}', value: {n}}}\n" for n in range(11))
+    )
+    arguments = ["--config-dir", "conf", "template=mine", "dataset=file", "dataset.path=tasks.csv", *SMALL[1:]]
+    printed = run(tmp_path, store, *arguments, "probe=none", "capture=none", "wandb.mode=disabled")
+    assert "mine_0_10 · tasks" in printed
+    exact = pd.read_csv(run_folder(tmp_path) / "mine" / "exact.csv")
+    assert list(exact.columns[2:13]) == [f"p({n})" for n in range(11)]
+    assert exact["valid_mass"].between(0, 1).all()
+
+
+def test_help_config_and_completion(tmp_path):
+    def output(*command: str, **env: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "prefs.run", *command],
+            cwd=tmp_path,
+            env=environment(tmp_path) | env,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+
+    printed = output("--help")
+    assert "what do language models say they like" in printed
+    assert "template: agreement, anchored, anchored_precise, binary, likert, stated" in printed
+    assert "name: smollm2" in output("--cfg", "job")
+    assert "template=likert" in output("-sc", "query=bash", COMP_LINE="prefs-run template=li")
+
+
+def test_the_probe_card_is_json_a_stranger_can_read(uninterrupted):
+    folder, _, _ = uninterrupted
+    card = json.loads((folder / "anchored_precise" / "probe" / "probe.json").read_text())
+    assert card["targets"] == ["exact", "mean of 3 seeds"]
+    assert {row["layer"] for row in card["metadata"]["scores"]} == {0, 14, 29}
