@@ -11,6 +11,7 @@ import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prefs.probing import NoProbe, ProbeReport
 from prefs.records import Ratings, Work
@@ -216,22 +217,22 @@ def show(
 ) -> None:
     """Print one cell."""
     console.print()
-    console.rule(f"[bold]{title}", align="left")
+    console.rule(Text(title, style="bold"), align="left")
     for table in tables:
         console.print(table)
     for remark in said:
-        console.print(f"• {remark}", highlight=False)
+        console.print(f"• {remark}")
 
 
 def show_files(console: Console, work: Sequence[Work], folder: Path, store: Path, wandb: Mapping[str, Path]) -> None:
     """Print what was reused and computed, and where everything is."""
     console.print()
     for each in work:
-        console.print(f"{each}", highlight=False)
-    console.print(f"tables and figures  {folder}", highlight=False, soft_wrap=True)
-    console.print(f"store               {store}", highlight=False, soft_wrap=True)
+        console.print(f"{each}")
+    console.print(f"tables and figures  {folder}", soft_wrap=True)
+    console.print(f"store               {store}", soft_wrap=True)
     for name, path in wandb.items():
-        console.print(f"W&B, offline        wandb sync {path}    ({name})", highlight=False, soft_wrap=True)
+        console.print(f"W&B, offline        wandb sync {path}    ({name})", soft_wrap=True)
 
 
 def _all_last(rows: Sequence[Stability]) -> list[Stability]:

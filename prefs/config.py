@@ -300,8 +300,9 @@ def _check_template(key: str, template: TemplateConfig) -> None:
             raise ConfigError(
                 f"{key}.options", f"{option.say}: {option.value}", "numbers worth themselves, or reading: option"
             )
-    if len({option.value for option in template.options}) < 2:
-        raise ConfigError(f"{key}.options", "one value", "two different values or more")
+    values = [option.value for option in template.options]
+    if len(set(values)) < len(values):
+        raise ConfigError(f"{key}.options", values, "one value an option; more words for it go to `also`")
 
 
 def _number(text: str) -> float | None:

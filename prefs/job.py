@@ -75,7 +75,8 @@ def run_job(
         log.info("%s", work)
     refused = judge(config.judge, completions)
     _write(completions_table(completions, refused), folder / "completions")
-    console = Console()
+    # Task ids and origins are the user's text: nothing in them is markup.
+    console = Console(markup=False, highlight=False, emoji=False)
     synced: dict[str, Path] = {}
     for key, ratings in rated.ratings.items():
         name = f"{rater.name}-{key}"

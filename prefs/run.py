@@ -71,8 +71,12 @@ def _named_failure() -> Iterator[None]:
 
 
 def register_resolvers() -> None:
-    """Make ``${prefs.basename:PATH}`` known: the last part of a path, by which things are named."""
-    OmegaConf.register_new_resolver("prefs.basename", lambda path: Path(str(path)).stem, replace=True)
+    """Make ``${prefs.basename:PATH}`` known: the last part of a path, less a data file's ending."""
+
+    def basename(path: str) -> str:
+        return re.sub(r"\.(jsonl?|csv)$", "", Path(path).name)
+
+    OmegaConf.register_new_resolver("prefs.basename", basename, replace=True)
 
 
 def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:

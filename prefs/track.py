@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ class Tracker:
         if self.run is not None:
             import wandb
 
-            artifact = wandb.Artifact(name, type=kind, metadata=metadata)
+            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type=kind, metadata=metadata)
             for path in paths:
                 artifact.add_file(str(path))
             self.run.log_artifact(artifact)

@@ -58,7 +58,8 @@ def test_the_reports_names():
 def test_roles_and_experiment():
     assert composed("completer=smollm2").completer.model.path == "embedded:smollm2"
     assert composed("+experiment=smoke").dataset.limit == 16
-    assert composed("model=hf", "model.path=/models/llama-8b").model.name == "llama-8b"
+    assert composed("model=hf", "model.path=meta/Llama-3.1-8B").model.name == "Llama-3.1-8B"
+    assert composed("dataset=file", f"dataset.path={__file__}").dataset.name == "test_config.py"
 
 
 def test_the_config_survives_yaml():
