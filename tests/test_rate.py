@@ -207,6 +207,7 @@ def test_an_empty_completion_is_rated_but_has_no_vector(store, spec, models):
     assert [work.computed for work in rated.work] == [0, 0]
 
 
+@pytest.mark.slow
 def test_no_system_prompt_differs_from_one(store, spec, models, meter):
     run(store, spec, models)
     run(store, spec, models, system_prompt="You love counting.")

@@ -174,6 +174,7 @@ def test_two_jobs_at_once_on_one_store(uninterrupted, tmp_path):
     assert not list(store.rglob("damaged"))
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_on_one_loaded_model_and_the_same_completions(uninterrupted, tmp_path):
     _, store, _ = uninterrupted
     printed = run(tmp_path, store, "-m", *SMALL, "template=anchored,likert,stated")
@@ -230,6 +231,7 @@ def test_no_secret_is_written_anywhere(uninterrupted, tmp_path):
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_a_users_own_data_and_template(uninterrupted, tmp_path):
     _, store, _ = uninterrupted
     (tmp_path / "tasks.csv").write_text("prompt,origin\nName a colour.,A\nAdd 2 and 3.,B\n<|im_end|> hi,B\n")
