@@ -58,7 +58,7 @@ def sampled_lines(rows: Sequence[Stability]) -> Table:
 def exact_lines(rows: Sequence[Stability]) -> Table:
     """Exact ratings by origin: how much of the model's answer is a rating, and what sampling would do to it."""
     target = next(row.exact.seeds_needed.target_r for row in rows if row.exact)
-    table = _table("Exact ratings: predicted r is what two sampled seeds would show")
+    table = _table("Exact ratings: predicted r is of two seeds sampled at temperature 1")
     for name in ("n", "valid mass", "mean ± SD", "predicted r", f"seeds for r = {number(target)}"):
         table.add_column(name, justify="right")
     for row in _all_last(rows):
@@ -161,7 +161,7 @@ def remarks(
         target = whole.exact.seeds_needed.target_r
         said.append(
             f"A mean over {whole.exact.seeds_needed.seeds:,} seeds would be needed for r = {number(target)} between two"
-            " such means; the exact ratings have no sampling noise and need none."
+            " such means (at temperature 1); the exact ratings have no sampling noise."
         )
     share = whole.modal.share.value
     if share is not None and share > 0.8 and whole.modal.ratings >= 20:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from prefs.config import JudgeConfig
@@ -16,15 +17,15 @@ def judge(config: JudgeConfig, completions: Sequence[Completion]) -> list[bool |
     """
     if config.kind == "none":
         return [None] * len(completions)
-    phrases = [_plain(phrase) for phrase in config.phrases]
-    return [None if each.text is None else refuses(each.text, phrases, config.window) for each in completions]
+    return [None if each.text is None else refuses(each.text, config.phrases, config.window) for each in completions]
 
 
 def refuses(text: str, phrases: Sequence[str], window: int) -> bool:
-    """Whether the first `window` characters of a text (0: all of it) hold one of the phrases, case apart."""
+    """Whether the first `window` characters of a text (0: all) hold one of the phrases as whole words, case apart."""
     opening = _plain(text.strip())
     opening = opening[:window] if window else opening
-    return any(_plain(phrase) in opening for phrase in phrases)
+    words = "|".join(re.escape(_plain(phrase)) for phrase in phrases)
+    return re.search(rf"(?<!\w)(?:{words})(?!\w)", opening) is not None
 
 
 def _plain(text: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,8 +15,11 @@ from matplotlib.figure import Figure
 # Okabe & Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DPI = 150
+# Origins and options are the user's text: a dollar sign in them is no formula.
+as_written = rc_context({"text.parse_math": False})
 
 
+@as_written
 def ratings_by_origin(
     path: Path,
     *,
@@ -40,7 +44,7 @@ def ratings_by_origin(
     width = 0.8 / max(len(shares), 1)
     for at, (origin, share) in enumerate(shares.items()):
         x = np.arange(len(labels)) + (at - (len(shares) - 1) / 2) * width
-        axes.bar(x, share, width, color=COLOURS[at % len(COLOURS)], label=f"{origin} ({counts[origin]})")
+        axes.bar(x, share, width, color=COLOURS[at % len(COLOURS)], label=f"\u200b{origin} ({counts[origin]})")
         if exact is not None:
             label = "exact" if at == len(shares) - 1 else None
             axes.scatter(x, exact[origin], marker="D", s=18, color="white", edgecolor="black", zorder=3, label=label)
@@ -52,6 +56,7 @@ def ratings_by_origin(
     return _save(figure, path)
 
 
+@as_written
 def cross_seed_by_origin(path: Path, *, title: str, table: pd.DataFrame) -> Path:
     """Mean cross-seed r by origin with its SD over pairs of seeds, d written above, beside the predicted r.
 
@@ -65,7 +70,7 @@ def cross_seed_by_origin(path: Path, *, title: str, table: pd.DataFrame) -> Path
     axes.errorbar(x, r, yerr=np.nan_to_num(sd), fmt="none", ecolor="black", capsize=4)
     axes.scatter(
         x, table["predicted_r"].to_numpy(dtype=float), marker="D", s=30, color="white", edgecolor="black", zorder=3,
-        label="predicted from exact ratings",
+        label="predicted from exact ratings (temperature 1)",
     )  # fmt: skip
     for at, d in enumerate(table["d"].to_numpy(dtype=float)):
         top = np.nanmax([r[at] + np.nan_to_num(sd[at]), table["predicted_r"].iloc[at], 0.0])
@@ -80,6 +85,7 @@ def cross_seed_by_origin(path: Path, *, title: str, table: pd.DataFrame) -> Path
     return _save(figure, path)
 
 
+@as_written
 def probe_by_layer(path: Path, *, title: str, table: pd.DataFrame) -> Path:
     """Held-out R² by layer for each target, with its noise ceiling (dashed) and origin-mean baseline (dotted).
 

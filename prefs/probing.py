@@ -20,8 +20,6 @@ from prefs.summary import task_means
 
 log = logging.getLogger(__name__)
 
-NOISE_FREE = "exact ratings have no sampling noise"
-
 
 @dataclass(frozen=True)
 class ProbeReport:
@@ -68,8 +66,9 @@ def probe(ratings: Ratings, residuals: Residuals, config: ProbeConfig) -> ProbeR
     The reported scores are of held-out tasks. No layer is chosen, so none is flattered.
     """
     use = [int(row) for row in np.flatnonzero(residuals.present())]
-    if len(use) < max(config.folds, 3):
-        return NoProbe(f"{len(use)} tasks with a vector are too few for {config.folds} folds (probe.folds)")
+    needed = max(config.folds, 3)
+    if len(use) < needed:
+        return NoProbe(f"{len(use)} with a vector, and {config.folds} folds (probe.folds) need {needed} tasks or more")
     tasks = [ratings.completions[row].task for row in use]
     targets, ceilings = _targets(ratings, use, config)
     varying = [name for name, values in targets.items() if np.nanstd(values) > 0]
@@ -124,7 +123,7 @@ def _targets(
         x = ratings.sampled[use]
         name = f"mean of {x.shape[1]} seeds" if x.shape[1] > 1 else "one seed"
         targets[name] = sampled[use]
-        if ratings.mass is not None:
+        if ratings.mass is not None and ratings.sampling.temperature == ratings.sampling.top_p == 1:
             # Known noise: the mean of a task's k valid ratings varies by w/k.
             summary = exact_summary(ratings.mass[use], ratings.template.values)
             k = np.isfinite(x).sum(axis=1)

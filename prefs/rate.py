@@ -20,11 +20,14 @@ from prefs.models.backend import Ask, Backend, CaptureRequest, Conversation, Obs
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.progress import progress
 from prefs.records import Answer, Completion, Rated, Ratings, Residuals, Work
-from prefs.store import Store, Table, Vectors, batches
+from prefs.store import Store, Table, Vectors, batches, digest
 from prefs.templates import Invalid, Template
 
 SCORES = pa.schema([("mass", pa.list_(pa.float64())), ("invalid", pa.string())])
 ANSWERS = pa.schema([("text", pa.string()), ("tokens", pa.int32()), ("finished", pa.bool_()), ("invalid", pa.string())])
+
+# Tokens that a batch's budget sets aside for each row's question and answer, whatever is asked.
+QUESTION_ALLOWANCE = 256
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class _Cell:
 
     template: Template
     question: Question
+    sampling: Sampling
     seeds: tuple[int, ...]
     scores: Table | None
     answers: Table
@@ -112,6 +116,7 @@ class _Cell:
         return cls(
             template=template,
             question=question,
+            sampling=sampling,
             seeds=seeds,
             scores=scores,
             answers=answers,
@@ -138,14 +143,14 @@ class _Cell:
         total = len(self.score_keys) + len(self.answer_keys)
         return Work(f"ratings, {self.template.name}", found, total - found)
 
-    def record_too_long(self, rows: Sequence[int]) -> None:
-        """Write down that the question does not fit behind these conversations."""
+    def record_too_long(self, unscored: Sequence[int], unanswered: Sequence[int]) -> None:
+        """Write down behind which conversations the question does not fit, and behind which its answer does not."""
         reason = Invalid.too_long.value
         self._write(
-            {self.score_keys[row]: {"mass": None, "invalid": reason} for row in rows if self.wants_score(row)},
+            {self.score_keys[row]: {"mass": None, "invalid": reason} for row in unscored if self.wants_score(row)},
             {
                 self.answer_keys[row, seed]: {"text": None, "tokens": 0, "finished": True, "invalid": reason}
-                for row in rows
+                for row in unanswered
                 for seed in self.missing_seeds(row)
             },
         )
@@ -158,7 +163,8 @@ class _Cell:
             if self.wants_score(row) and answer.option_mass is not None:
                 scores[self.score_keys[row]] = {"mass": list(answer.option_mass), "invalid": None}
             for seed in self.missing_seeds(row):
-                answers[self.answer_keys[row, seed]] = {**asdict(answer.samples[seed]), "invalid": None}
+                if seed in answer.samples:
+                    answers[self.answer_keys[row, seed]] = {**asdict(answer.samples[seed]), "invalid": None}
         self._write(scores, answers)
 
     def _write(self, scores: dict[str, dict], answers: dict[str, dict]) -> None:
@@ -179,6 +185,7 @@ class _Cell:
         return Ratings(
             template=self.template,
             question=self.question,
+            sampling=self.sampling,
             completions=completions,
             seeds=self.seeds,
             answers=[
@@ -192,7 +199,7 @@ class _Cell:
         found = self.found_answers[self.answer_keys[row, seed]]
         if found["invalid"] is not None:
             return Answer(seed, None, None, Invalid(found["invalid"]))
-        value = self.template.read(found["text"])
+        value = self.template.read(found["text"], finished=bool(found["finished"]))
         if isinstance(value, Invalid):
             return Answer(seed, found["text"], None, value)
         return Answer(seed, found["text"], value, None)
@@ -269,6 +276,15 @@ class _Positions:
             positions.append("rating")
         return CaptureRequest(self.plan.layers, tuple(positions)) if positions else None
 
+    def record_too_long(self, rows: Sequence[int], fit: _Fit) -> None:
+        """Write down that these conversations have no vectors: they, or the questions behind them, do not fit."""
+        nothing = [None] * len(rows)
+        for of in self.shared.values() if not fit.conversation else ():
+            self._write(of, rows, nothing)
+        for name, of in self.at_rating.items():
+            if name not in fit.questions:
+                self._write(of, rows, nothing)
+
     def record(self, rows: Sequence[int], observations: Sequence[Observation], names: Sequence[str]) -> None:
         """Write what a batch brought, where it was missing."""
         for position, of in self.shared.items():
@@ -305,6 +321,15 @@ class _Positions:
         return {name: self._residuals("rating", of, count) for name, of in self.at_rating.items()}
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """What of a job fits into the context behind a conversation: itself, questions, and questions with an answer."""
+
+    conversation: bool
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
 def _compute(
     rows: Mapping[int, Conversation],
     missing: set[int],
@@ -314,41 +339,54 @@ def _compute(
     sampling: Sampling,
     backend: Backend,
 ) -> None:
-    """Ask and capture what is missing, batch by batch; each batch is written before the next is begun."""
-    fitting: dict[tuple[str, ...], dict[str, int]] = {}
-    too_long: dict[str, list[int]] = {name: [] for name in cells}
+    """Ask and capture what is missing, batch by batch; each batch is written before the next is begun.
+
+    Batches are cut by the conversations alone, with the same allowance for any question, so that they do not depend on
+    which templates a job has or in what order the tasks came.
+    """
+    fits: dict[_Fit, list[int]] = {}
+    lengths = {row: backend.conversation_tokens(turns) for row, turns in rows.items()}
     for row, turns in rows.items():
-        lengths = {name: backend.question_tokens(turns, cell.question) for name, cell in cells.items()}
-        fits = tuple(
-            name for name, length in lengths.items() if length + sampling.max_new_tokens <= backend.max_context
+        asked = {name: backend.question_tokens(turns, cell.question) for name, cell in cells.items()}
+        fit = _Fit(
+            conversation=lengths[row] <= backend.max_context,
+            questions=tuple(name for name, length in asked.items() if length <= backend.max_context),
+            answers=tuple(n for n, length in asked.items() if length + sampling.max_new_tokens <= backend.max_context),
         )
-        for name in cells.keys() - set(fits):
-            too_long[name].append(row)
-        if fits:
-            fitting.setdefault(fits, {})[f"{row:09d}"] = max(lengths[name] for name in fits)
-    for name, cell in cells.items():
-        cell.record_too_long(too_long[name])
+        fits.setdefault(fit, []).append(row)
+    for fit, members in fits.items():
+        for name, cell in cells.items():
+            cell.record_too_long(
+                members if name not in fit.questions else [], members if name not in fit.answers else []
+            )
+        positions.record_too_long(members, fit)
     with progress("Rating", len(missing)) as advance:
-        for names, lengths in fitting.items():
-            for batch in batches(lengths, rater.batch_tokens):
-                batch_rows = [int(row) for row in batch]
-                if missing.isdisjoint(batch_rows):
-                    continue
-                _compute_batch(batch_rows, rows, {name: cells[name] for name in names}, positions, sampling, backend)
-                advance(len(missing.intersection(batch_rows)))
+        for fit, members in fits.items():
+            if not fit.conversation:
+                advance(len(missing.intersection(members)))
+                continue
+            by_key = {digest(as_dicts(rows[row])): row for row in members}
+            budgeted = {key: lengths[row] + QUESTION_ALLOWANCE for key, row in by_key.items()}
+            for batch in batches(budgeted, rater.batch_tokens):
+                batch_rows = [by_key[key] for key in batch]
+                if not missing.isdisjoint(batch_rows):
+                    _compute_batch(batch_rows, rows, fit, cells, positions, sampling, backend)
+                    advance(len(missing.intersection(batch_rows)))
 
 
 def _compute_batch(
     batch: Sequence[int],
     rows: Mapping[int, Conversation],
+    fit: _Fit,
     cells: Mapping[str, _Cell],
     positions: _Positions,
     sampling: Sampling,
     backend: Backend,
 ) -> None:
     wanted: dict[str, Ask] = {}
-    for name, cell in cells.items():
-        lacking = {seed for row in batch for seed in cell.missing_seeds(row)}
+    for name in fit.questions:
+        cell = cells[name]
+        lacking = {seed for row in batch for seed in cell.missing_seeds(row)} if name in fit.answers else set()
         score = any(cell.wants_score(row) for row in batch)
         if lacking or score or any(positions.lacks_rating(row, name) for row in batch):
             wanted[name] = Ask(cell.question, tuple(seed for seed in cell.seeds if seed in lacking), score)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefs.models.backend import Question
+from prefs.models.backend import Question, Sampling
 from prefs.store import Vectors
 from prefs.tasks import Task
 from prefs.templates import Invalid, Template
@@ -47,6 +47,7 @@ class Ratings:
 
     template: Template
     question: Question
+    sampling: Sampling
     completions: Sequence[Completion]
     seeds: tuple[int, ...]
     answers: Sequence[Sequence[Answer]]

@@ -74,7 +74,7 @@ def register_resolvers() -> None:
     """Make ``${prefs.basename:PATH}`` known: the last part of a path, less a data file's ending."""
 
     def basename(path: str) -> str:
-        return re.sub(r"\.(jsonl?|csv)$", "", Path(path).name)
+        return re.sub(r"\.(jsonl?|csv)$", "", Path(str(path)).name)
 
     OmegaConf.register_new_resolver("prefs.basename", basename, replace=True)
 

@@ -100,7 +100,7 @@ class _Collection:
             if path.name.startswith("."):
                 continue
             try:
-                if _checksum_of(path) == path.name.removesuffix(self.suffix):
+                if file_checksum(path) == path.name.removesuffix(self.suffix):
                     good.append(path)
                 else:
                     self._set_aside(path, "its bytes do not match its checksum")
@@ -123,9 +123,9 @@ class _Collection:
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _write_durably(self.folder / "spec.json", (canonical(self.spec) + "\n").encode())
+                write_durably(self.folder / "spec.json", (canonical(self.spec) + "\n").encode())
             self._forget_abandoned()
-            _write_durably(path, content)
+            write_durably(path, content)
         except OSError as error:
             raise UserError(f"cannot write to the store at {self.folder}: {error.strerror}") from None
 
@@ -245,7 +245,8 @@ def batches(lengths: Mapping[str, int], budget: int) -> list[list[str]]:
     return cut
 
 
-def _checksum_of(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """XXH3 of a file's bytes, 128 bits in hexadecimal: against accidents, not against an adversary."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -253,7 +254,8 @@ def _checksum_of(path: Path) -> str:
     return state.hexdigest()
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all. Raises OSError, and leaves nothing behind then."""
     temporary = path.parent / f".part-{uuid.uuid4().hex}"
     try:
         with temporary.open("wb") as file:

@@ -26,8 +26,8 @@ from prefs.stability import (
     predicted_r,
     seeds_needed,
 )
+from prefs.tasks import ALL
 
-ALL = "ALL"
 NOT_ASKED = "rating.exact=false"
 
 

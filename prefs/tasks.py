@@ -16,6 +16,7 @@ from prefs.config import DatasetConfig
 from prefs.errors import ConfigError, UserError
 
 NO_ORIGIN = "USER"
+ALL = "ALL"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def _task(path: Path, line: int, row: Mapping[str, object]) -> Task:
     prompt = text("prompt")
     if prompt is None or not prompt.strip():
         raise UserError(f"{path}:{line}: the `prompt` is empty")
+    if text("origin") == ALL:
+        raise UserError(f"{path}:{line}: the origin {ALL} is kept for the totals; give it another name")
     # Without an id, the prompt names the task: stable under reordering the file.
     task_id = text("id") or hashlib.sha256(prompt.encode()).hexdigest()[:12]
     return Task(id=task_id, prompt=prompt, origin=text("origin") or NO_ORIGIN, topic=text("topic"))

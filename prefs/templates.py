@@ -9,6 +9,7 @@ from enum import Enum
 from functools import cached_property
 
 from prefs.config import Reading, TemplateConfig
+from prefs.errors import ConfigError
 
 
 class Invalid(Enum):
@@ -43,8 +44,23 @@ class Template:
 
     @classmethod
     def from_config(cls, config: TemplateConfig) -> Template:
+        """A template of the config, its question without blanks around it.
+
+        Raises
+        ------
+        ConfigError
+            If two options share a word, or a word has nothing to read it by (a template's words are compared without
+            case and emphasis marks).
+        """
         options = tuple(Option(option.say, float(option.value), tuple(option.also)) for option in config.options)
-        return cls(config.name, config.question, options, config.reading, config.prefill)
+        seen: dict[str, str] = {}
+        for option in options:
+            for word in {_normalised(word) for word in (option.say, *option.also)}:
+                if not word or word in seen:
+                    what = f"{option.say!r} like {seen[word]!r}" if word else f"{option.say!r}"
+                    raise ConfigError(f"template {config.name}", what, "words that can be told apart when read")
+                seen[word] = option.say
+        return cls(config.name, config.question.strip(), options, config.reading, config.prefill)
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -56,17 +72,20 @@ class Template:
         """What the options say, in the template's order."""
         return tuple(option.say for option in self.options)
 
-    def read(self, answer: str) -> float | Invalid:
+    def read(self, answer: str, *, finished: bool = True) -> float | Invalid:
         """The value that an answer gives, or the reason why it gives none.
 
         An answer counts when it names exactly one option, by its words or as a number of the scale. ``4/5`` and
         ``4 out of 5`` are 4; a mention of the whole scale (``from 1 to 5``) is not an answer; ``3 or 4``,
         ``not good`` and an answer that discusses two options are ambiguous; ``4.5`` and ``7`` are out of range on a
-        scale of whole numbers from 1 to 5.
+        scale of whole numbers from 1 to 5. In an answer that was cut off (not `finished`), "1" at the very end may be
+        the beginning of "10", and is ambiguous where that is an option.
         """
         text = _normalised(answer)
         if not text:
             return Invalid.empty
+        if not finished and self._may_go_on(text):
+            return Invalid.ambiguous
         text = self._scale_mention.sub(" ", text)
         named = {self._by_word[match[0]] for match in self._word.finditer(text)}
         negated = any(_negated(text, match) for match in self._word.finditer(text))
@@ -88,6 +107,12 @@ class Template:
         if named:
             return Invalid.ambiguous
         return Invalid.out_of_range if off_scale else Invalid.no_option
+
+    def _may_go_on(self, text: str) -> bool:
+        """Whether a text ends with an option that opens another."""
+        words = [_normalised(option.say) for option in self.options]
+        openers = [word for word in words if any(other != word and other.startswith(word) for other in words)]
+        return any(re.search(rf"(?<!\w){re.escape(word)}$", text) for word in openers)
 
     @cached_property
     def _by_word(self) -> dict[str, float]:

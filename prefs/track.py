@@ -65,7 +65,7 @@ class Tracker:
         if self.run is not None:
             import wandb
 
-            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type=kind, metadata=metadata)
+            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:128], type=kind, metadata=metadata)
             for path in paths:
                 artifact.add_file(str(path))
             self.run.log_artifact(artifact)

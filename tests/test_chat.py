@@ -118,6 +118,12 @@ def test_a_template_that_drops_a_message_is_refused(tokenizer):
         encoder.encode([Message("system", "Be kind."), Message("user", "Hi")], answer="")
 
 
+def test_the_date_does_not_change_the_prompt(tokenizer):
+    dated = with_template(tokenizer, "{{ strftime_now('%d %b %Y') }}" + TRIMS)
+    ids = ChatEncoder(dated).encode([Message("user", "Hi")]).ids
+    assert "26 Jul 2024" in tokenizer.decode(list(ids))
+
+
 def test_no_chat_template_is_refused(tokenizer):
     with pytest.raises(UserError, match="no chat template"):
         ChatEncoder(with_template(tokenizer, ""))

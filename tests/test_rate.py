@@ -19,7 +19,8 @@ from prefs.store import Store
 from prefs.tasks import Task
 from prefs.templates import Invalid
 
-TASKS = [Task(f"t{n}", "Count to " + "very " * n + f"{n}.", origin="ABC"[n % 3]) for n in range(5)]
+# Some of the same length, so that they could change places at the edge of a batch.
+TASKS = [Task(f"t{n}", f"Count to {n}{n % 2 * ', slowly'}.", origin="ABC"[n % 3]) for n in range(5)]
 SHORT = Sampling(1.0, 1.0, 3)
 PLAN = CapturePlan(layers=(0, 15, 29), positions=("last_prompt", "last_completion", "rating"), dtype="bfloat16")
 
@@ -90,7 +91,7 @@ def test_the_second_run_computes_nothing_and_loads_nothing(store, spec, models, 
     assert meter.observed == len(TASKS)
     fresh = Models()
     second = run(store, spec, fresh)
-    assert not fresh.loaded(spec)
+    assert not fresh._loaded
     assert meter.completed == meter.observed == len(TASKS)
     same(first[1], second[1])
     assert [work.computed for work in second[1].work] == [0, 0]
@@ -157,24 +158,29 @@ def test_exact_ratings_in_bfloat16_are_near_those_in_float32(store, spec, spec_f
     np.testing.assert_allclose(*means, atol=0.1)
 
 
-def test_prompts_that_do_not_fit_are_too_long_and_the_others_are_not(store, spec, models):
+def test_what_does_not_fit_is_too_long_and_the_rest_is_done(store, spec, tmp_path):
     tight = dataclasses.replace(spec, max_context=130)
-    own = Models()
+    loaded = Models()
     tasks = [Task("short", "Hi."), Task("long", "word " * 200), Task("short2", "Hello.")]
-    completions, _ = complete(tasks, tight, SHORT, seed=0, system_prompt=None, store=store, models=own)
+
+    def both(models: Models, store: Store = store):
+        completions, _ = complete(tasks, tight, SHORT, seed=0, system_prompt=None, store=store, models=models)
+        rated = rate(
+            completions,
+            tight,
+            {name: template(name) for name in ("stated", "anchored_precise")},
+            SHORT,
+            seeds=(0, 1),
+            exact=True,
+            capture=dataclasses.replace(PLAN, positions=("last_prompt", "rating")),
+            system_prompt=None,
+            store=store,
+            models=models,
+        )
+        return completions, rated
+
+    completions, rated = both(loaded)
     assert [each.invalid for each in completions] == [None, Invalid.too_long, None]
-    rated = rate(
-        completions,
-        tight,
-        {name: template(name) for name in ("stated", "anchored_precise")},
-        SHORT,
-        seeds=(0, 1),
-        exact=True,
-        capture=dataclasses.replace(PLAN, positions=("last_prompt",)),
-        system_prompt=None,
-        store=store,
-        models=own,
-    )
     # The long question fits behind none of them, the short one behind the short tasks.
     assert rated.ratings["anchored_precise"].invalid_counts() == {"too_long": 6}
     assert np.isnan(rated.ratings["anchored_precise"].mass).all()
@@ -182,8 +188,37 @@ def test_prompts_that_do_not_fit_are_too_long_and_the_others_are_not(store, spec
     assert [{answer.invalid for answer in row} == {Invalid.too_long} for row in stated.answers] == [False, True, False]
     assert np.isnan(stated.mass).all(axis=1).tolist() == [False, True, False]
     assert rated.residuals["last_prompt"].present().tolist() == [True, False, True]
-    again = complete(tasks, tight, SHORT, seed=0, system_prompt=None, store=store, models=Models())
-    assert [each.invalid for each in again[0]] == [None, Invalid.too_long, None]
+    assert rated.rating_residuals["stated"].present().tolist() == [True, False, True]
+    assert not rated.rating_residuals["anchored_precise"].present().any()
+    # All of this is known the next time, without the model.
+    fresh = Models()
+    again, same = both(fresh)
+    assert not fresh._loaded
+    assert again == completions
+    assert [work.computed for work in same.work] == [0, 0, 0]
+
+
+def test_no_room_for_an_answer_leaves_the_exact_rating(store, spec):
+    """A question that just fits is scored, though nothing can be sampled after it; later settings do not inherit it."""
+    loaded = Models()
+    completions = [Completion(TASKS[0], "One.")]
+    long = dataclasses.replace(SHORT, max_new_tokens=10_000)
+    for sampling, invalid in ((long, {"too_long": 1}), (SHORT, None)):
+        rated = rate(
+            completions,
+            spec,
+            {"stated": template("stated")},
+            sampling,
+            seeds=(0,),
+            exact=True,
+            capture=None,
+            system_prompt=None,
+            store=store,
+            models=loaded,
+        )
+        assert np.isfinite(rated.ratings["stated"].mass).all()
+        counts = rated.ratings["stated"].invalid_counts()
+        assert counts == invalid if invalid else "too_long" not in counts
 
 
 def test_an_empty_completion_is_rated_but_has_no_vector(store, spec, models):
@@ -222,11 +257,12 @@ def test_no_system_prompt_differs_from_one(store, spec, models, meter):
         ("  i cannot   do this", True),
         ("Sure! " + "x" * 200 + " I'm sorry.", False),
         ("Here is the answer.", False),
+        ("Amelia was as an aircraft pilot known.", False),
         ("", False),
     ],
 )
 def test_phrases_at_the_start_of_a_completion(text, refused):
-    assert refuses(text, ["I'm sorry", "I cannot"], window=120) is refused
+    assert refuses(text, ["I'm sorry", "I cannot", "As an AI"], window=120) is refused
 
 
 def test_judge():

@@ -76,6 +76,7 @@ def test_ids_are_made_from_the_prompt(tmp_path):
             r"t.jsonl:2: the same prompt as line 1",
         ),
         ("t.jsonl", b'{"prompt": "a", "id": "1"}\n{"prompt": "b", "id": "1"}\n', r"t.jsonl:2: the same id as line 1"),
+        ("t.jsonl", b'{"prompt": "a", "origin": "ALL"}\n', r"t.jsonl:1: the origin ALL is kept for the totals"),
         ("t.jsonl", b'{"prompt": "\xff"}\n', r"t.jsonl:1: not UTF-8"),
         ("t.jsonl", b"[" * 100_000, r"t.jsonl:1: not JSON"),
         ("t.csv", b"text\na\n", r"t.csv:1: no column `prompt`; the header has text"),

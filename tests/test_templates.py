@@ -7,7 +7,8 @@ from conftest import TEMPLATES, template
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefs.config import Reading
+from prefs.config import OptionConfig, Reading, TemplateConfig
+from prefs.errors import ConfigError
 from prefs.templates import Invalid, Option, Template
 
 ANCHORED = template("anchored")
@@ -30,7 +31,8 @@ SIGNED = Template("t", "?", tuple(Option(str(n), float(n)) for n in range(-2, 3)
         ("4 out of 5", 4),
         ("5/5", 5),
         ("I'd give it a 4 out of 5.", 4),
-        ("Four", 4),
+        ("Four", Invalid.no_option),
+        ("It was one of the best tasks", Invalid.no_option),
         ("Rating: 2\n", 2),
         ("４", 4),
         ("On a scale of 1 to 5, I would say 3", 3),
@@ -136,6 +138,21 @@ def test_surroundings_that_say_nothing_do_not_matter(question: Template, data: s
     before = data.draw(st.sampled_from(["", "  ", "\n\n", "*", "Rating: ", '"', "My answer is "]))
     after = data.draw(st.sampled_from(["", " ", "\n", "*", ".", "!", '"', " :)"]))
     assert question.read(before + option.say + after) == option.value
+
+
+def test_a_cut_off_answer_may_have_gone_on():
+    assert TO_TEN.read("I would rate it 1", finished=False) == Invalid.ambiguous
+    assert TO_TEN.read("I would rate it 2", finished=False) == 2
+    assert TO_TEN.read("1, since", finished=False) == 1
+    assert TO_TEN.read("I would rate it 1") == 1
+    assert ANCHORED.read("1", finished=False) == 1
+
+
+@pytest.mark.parametrize("words", [("C#", "C"), ("*", "**"), ("fair", "Fair")])
+def test_words_that_read_the_same_are_refused(words):
+    options = [OptionConfig(say=word, value=at) for at, word in enumerate(words)]
+    with pytest.raises(ConfigError, match="told apart when read"):
+        Template.from_config(TemplateConfig(name="t", question="?", options=options, reading=Reading.option))
 
 
 def test_huge_answers_are_read_in_reasonable_time():

@@ -54,8 +54,7 @@ class Ask:
 class CaptureRequest:
     """Residual-stream vectors wanted: layers (0-based, after the block) and positions (``prefs.config.POSITIONS``).
 
-    ``rating`` is taken at the first question asked only where ``Observation.rating_residuals`` says so: one for each
-    question.
+    ``rating`` is taken at every question asked, and comes with its `Answer`; the others come with the `Observation`.
     """
 
     layers: tuple[int, ...]
@@ -95,6 +94,10 @@ class Backend(Protocol):
 
     def prompt_tokens(self, conversation: Conversation) -> int:
         """Number of tokens of a conversation with the assistant's turn opened, as `complete` would run it."""
+        ...
+
+    def conversation_tokens(self, conversation: Conversation) -> int:
+        """Number of tokens of a conversation before any question, as `observe` would run it."""
         ...
 
     def question_tokens(self, conversation: Conversation, question: Question) -> int:

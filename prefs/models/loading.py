@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import logging
 from collections.abc import Iterable
@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 from prefs.config import ModelConfig
 from prefs.errors import ConfigError, UserError
 from prefs.models.backend import Backend
+from prefs.store import digest, file_checksum, write_durably
 
 log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded:"
+MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,6 @@ class Models:
         for engine in set(self._loaded) - wanted:
             del self._loaded[engine]
 
-    def loaded(self, spec: ModelSpec) -> bool:
-        """Whether a spec's model is in memory."""
-        return spec.engine in self._loaded
-
 
 def _load(spec: ModelSpec) -> Backend:
     from prefs.models.transformer_lens import TransformerLensBackend
@@ -147,22 +147,26 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """SHA-256 over a model folder's files: whole for small ones; size, first and last MiB for weights."""
-    digest = hashlib.sha256()
-    mib = 1 << 20
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".safetensors", ".jinja", ".model", ".txt"):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if path.suffix != ".safetensors" or size <= 2 * mib:
-                digest.update(file.read())
-            else:
-                digest.update(file.read(mib))
-                file.seek(-mib, 2)
-                digest.update(file.read(mib))
-    return digest.hexdigest()
+    """SHA-256 over the names and checksums of a model folder's files."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILES]
+    return digest([[path.name, _checksum(path)] for path in files])
+
+
+def _checksum(path: Path) -> str:
+    """Checksum of a whole file, remembered in the user's cache for as long as the file is not touched."""
+    stat = path.stat()
+    known = (
+        user_cache_path("prefs")
+        / "checksums"
+        / digest([str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns])
+    )
+    with contextlib.suppress(OSError):
+        return known.read_text()
+    checksum = file_checksum(path)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(known, checksum.encode())
+    return checksum
 
 
 def _commit(spec: ModelSpec) -> str:

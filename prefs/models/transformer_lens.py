@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # Sampled answers decoded at once for each row: bounds the copies of a conversation's keys and values.
 SEEDS_AT_ONCE = 4
+# Encoded where there is no question: it shows where the conversation ends.
+NO_QUESTION = Question("?", ("1", "2"))
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,9 @@ class TransformerLensBackend:
     def prompt_tokens(self, conversation: Conversation) -> int:
         return len(self.encoder.encode(conversation, answer="").ids)
 
+    def conversation_tokens(self, conversation: Conversation) -> int:
+        return ask(self.encoder, conversation, NO_QUESTION).question_start
+
     def question_tokens(self, conversation: Conversation, question: Question) -> int:
         asked = ask(self.encoder, conversation, question)
         return len(asked.ids) + max(len(tail) for tail in asked.tails)
@@ -146,8 +151,7 @@ class TransformerLensBackend:
         sampling: Sampling,
         capture: CaptureRequest | None = None,
     ) -> list[Observation]:
-        # Without a question there is still one to encode: it fixes where the conversation ends.
-        questions = [each.question for each in asks] or [Question("?", ("1", "2"))]
+        questions = [each.question for each in asks] or [NO_QUESTION]
         asked = [[ask(self.encoder, row, question) for row in batch] for question in questions]
         prefixes = [_shared_prefix([of_question[row] for of_question in asked]) for row in range(len(batch))]
         residuals: list[dict[str, torch.Tensor]] = [{} for _ in batch]
