@@ -109,6 +109,7 @@ def test_what_is_lost_is_computed_again_and_equal(store, spec, models, meter):
     same(first, second)
 
 
+@pytest.mark.slow
 def test_more_seeds_templates_and_layers_add_to_what_is_there(store, spec_fp32, models):
     _, first = run(store, spec_fp32, models)
     wider = dataclasses.replace(PLAN, layers=(0, 7, 15, 29))
@@ -136,6 +137,7 @@ def test_the_order_of_the_tasks_does_not_matter(store, tmp_path, spec, models):
     assert list(first.ratings["anchored"].answers) == list(second.ratings["anchored"].answers)[::-1]
 
 
+@pytest.mark.slow
 def test_exact_ratings_in_bfloat16_are_near_those_in_float32(store, spec, spec_fp32, models):
     means = []
     values = np.array(template("anchored").values)
