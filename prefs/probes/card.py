@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from prefs.errors import UserError
+from prefs.store import write_durably
 
 WEIGHTS = "probe.safetensors"
 CARD = "probe.json"
@@ -78,8 +76,8 @@ def save_probe(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, tensors)
-    _write(folder / CARD, text.encode())
+    write_durably(folder / WEIGHTS, tensors)
+    write_durably(folder / CARD, text.encode())
 
 
 def load_probe(folder: str | Path) -> SavedProbe:
@@ -125,17 +123,3 @@ def _mismatch(probe: SavedProbe, d_model: int) -> str | None:
         f"{bank[0]} targets, {bank[1]} layers and d_model={d_model} need weight {[*bank, d_model]} and "
         f"bias {list(bank)}, got weight {list(probe.weight.shape)} and bias {list(probe.bias.shape)}"
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
