@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prefs.jobs import Work
 from prefs.probing import NoProbe, ProbeReport
-from prefs.records import Ratings, Work
-from prefs.refusal import MIN_GROUP
-from prefs.summary import ALL, Stability
+from prefs.records import Ratings
+from prefs.statistics.refusal import MIN_GROUP
+from prefs.summary import Stability
+from prefs.tasks import ALL
 from prefs.templates import Invalid
 
 MISSING = "–"
@@ -41,14 +43,14 @@ def sampled_lines(rows: Sequence[Stability]) -> Table:
     for name in ("n", "valid", "cross-seed r", "informative r", "d", "mode (share)"):
         table.add_column(name, justify="right")
     for row in _all_last(rows):
-        pearson, mode = row.cross_seed.pearson, row.modal
+        pearson, pearson_off, mode = row.cross_seed.pearson, row.cross_seed.informative, row.modal
         table.add_row(
             row.origin,
             str(row.n),
             f"{row.valid}/{row.answers}",
             MISSING if pearson.mean.value is None else f"{number(pearson.mean.value)} ± {number(pearson.sd.value)}",
-            number(row.informative.r.mean.value),
-            number(row.informative.d.value),
+            number(pearson_off.r.mean.value),
+            number(pearson_off.d.value),
             MISSING if mode.rating is None else f"{mode.rating:g} ({number(mode.share.value)})",
             style=_weight(row.origin),
         )
@@ -57,21 +59,21 @@ def sampled_lines(rows: Sequence[Stability]) -> Table:
 
 def exact_lines(rows: Sequence[Stability]) -> Table:
     """Exact ratings by origin: how much of the model's answer is a rating, and what sampling would do to it."""
-    target = next(row.exact.seeds_needed.target_r for row in rows if row.exact)
+    target = next(row.exact.target_r for row in rows if row.exact)
     table = _table("Exact ratings: predicted r is of two seeds sampled at temperature 1")
     for name in ("n", "valid mass", "mean ± SD", "predicted r", f"seeds for r = {number(target)}"):
         table.add_column(name, justify="right")
     for row in _all_last(rows):
         if row.exact is None:
             continue
-        seeds = row.exact.seeds_needed.seeds
+        moments, seeds = row.exact.moments, row.exact.seeds_needed.value
         table.add_row(
             row.origin,
             str(row.n),
-            number(row.exact.valid_mass),
-            f"{number(row.exact.mean)} ± {number(row.exact.sd)}",
+            number(moments.valid_mass.value),
+            f"{number(moments.mean.value)} ± {number(moments.sd.value)}",
             number(row.exact.predicted_r.value),
-            MISSING if seeds is None else f"{seeds:,}",
+            MISSING if seeds is None else f"{seeds:,.0f}",
             style=_weight(row.origin),
         )
     return table
@@ -144,9 +146,11 @@ def remarks(
     if invalid:
         counts = ", ".join(f"{count} {reason}" for reason, count in invalid.items())
         said.append(f"{whole.answers - whole.valid} of {whole.answers} sampled answers gave no rating: {counts}.")
-    if whole.exact is not None and whole.exact.valid_mass < 0.5:
+    moments = whole.exact.moments if whole.exact is not None else None
+    valid_mass = moments.valid_mass.value if moments is not None else None
+    if valid_mass is not None and valid_mass < 0.5:
         said.append(
-            f"Only {whole.exact.valid_mass:.0%} of the model's probability is on the options: it mostly answers with"
+            f"Only {valid_mass:.0%} of the model's probability is on the options: it mostly answers with"
             " something else, and what is measured is the rest. Try a prefill (template.NAME.prefill or model.prefill)."
         )
     r = whole.cross_seed.pearson.mean
@@ -157,10 +161,10 @@ def remarks(
             f"Sampled ratings are mostly noise (cross-seed r {number(r.value)}): one seed's ratings say little about"
             " another's."
         )
-    if whole.exact is not None and whole.exact.seeds_needed.seeds is not None and whole.exact.seeds_needed.seeds > 20:
-        target = whole.exact.seeds_needed.target_r
+    seeds = whole.exact.seeds_needed.value if whole.exact is not None else None
+    if whole.exact is not None and seeds is not None and seeds > 20:
         said.append(
-            f"A mean over {whole.exact.seeds_needed.seeds:,} seeds would be needed for r = {number(target)} between two"
+            f"A mean over {seeds:,.0f} seeds would be needed for r = {number(whole.exact.target_r)} between two"
             " such means (at temperature 1); the exact ratings have no sampling noise."
         )
     share = whole.modal.share.value
@@ -169,9 +173,10 @@ def remarks(
             f"{share:.0%} of the ratings are {whole.modal.rating:g}: r flatters a model that nearly always says the"
             " same; see informative r and d."
         )
-    if whole.exact is not None and whole.exact.sd < 0.25 * _step(ratings):
+    sd = moments.sd.value if moments is not None else None
+    if sd is not None and sd < 0.25 * _step(ratings):
         said.append(
-            f"Exact ratings hardly differ between tasks (SD {number(whole.exact.sd)} on a scale from"
+            f"Exact ratings hardly differ between tasks (SD {number(sd)} on a scale from"
             f" {min(ratings.template.values):g} to {max(ratings.template.values):g})."
         )
     few = int(refusals["refused"].iloc[0])

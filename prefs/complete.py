@@ -8,10 +8,11 @@ from dataclasses import asdict
 import pyarrow as pa
 
 from prefs.chat import Message, as_dicts
+from prefs.jobs import Work
 from prefs.models.backend import Conversation, Sampling
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.progress import progress
-from prefs.records import Completion, Work
+from prefs.records import Completion
 from prefs.store import Store, batches
 from prefs.tasks import Task
 

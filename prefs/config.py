@@ -24,8 +24,17 @@ DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 class DType(Enum):
-    """Precision of a model's weights, or of stored activations."""
+    """Precision of stored activations."""
 
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class ModelDType(Enum):
+    """Precision of a model's weights and arithmetic; ``auto``: bfloat16 where the device has it, else float32."""
+
+    auto = "auto"
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
@@ -46,7 +55,7 @@ class ModelConfig:
     path: str = MISSING
     revision: str | None = None
     backend: str = "transformer_lens"
-    dtype: DType = DType.bfloat16
+    dtype: ModelDType = ModelDType.auto
     device: str = "auto"
     max_context: int | None = None
     prefill: str = ""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 
@@ -16,15 +16,26 @@ from prefs import closing, plots
 from prefs.complete import complete
 from prefs.config import CaptureConfig, Config
 from prefs.errors import ConfigError
+from prefs.files import write_table
+from prefs.jobs import Work
 from prefs.judge import judge
+from prefs.measured import Measured
 from prefs.models.backend import Sampling
 from prefs.models.loading import Models, ModelSpec, identity, model_folder
 from prefs.probing import NoProbe, ProbeReport, features_digest, probe
 from prefs.rate import CapturePlan, rate
 from prefs.records import Completion, Rated, Ratings, Residuals
-from prefs.stability import exact_summary
 from prefs.store import Store
-from prefs.summary import ALL, by_origin, refusal_table, refusals, stability, stability_table
+from prefs.summary import (
+    Group,
+    by_origin,
+    distribution_table,
+    groups_by_origin,
+    refusal_table,
+    refusals,
+    stability,
+    stability_table,
+)
 from prefs.tasks import load_tasks
 from prefs.templates import Template
 from prefs.track import Tracker, tracker
@@ -32,10 +43,22 @@ from prefs.track import Tracker, tracker
 log = logging.getLogger("prefs")
 
 
-def run_job(
-    config: Config, folder: Path, models: Models, *, plain_config: Mapping[str, Any], group: str | None
-) -> None:
-    """Run one job and write everything it found to `folder`.
+@dataclass(frozen=True)
+class Place:
+    """Where a job's results go: its folder, and its W&B group and the words that tell it from others of the sweep."""
+
+    folder: Path
+    group: str | None = None
+    suffix: str = ""
+
+
+def run_job(config: Config, place: Place, models: Models, *, plain_config: Mapping[str, Any]) -> list[Work]:
+    """Run one job and write everything it found to its folder.
+
+    Returns
+    -------
+    list
+        What was reused and what computed, by stage.
 
     Raises
     ------
@@ -74,17 +97,32 @@ def run_job(
     for work in rated.work:
         log.info("%s", work)
     refused = judge(config.judge, completions)
-    _write(completions_table(completions, refused), folder / "completions")
+    write_table(completions_table(completions, refused), place.folder / "completions")
+    groups = groups_by_origin([each.task.origin for each in completions], config.stats.bootstrap, config.stats.seed)
     # Task ids and origins are the user's text: nothing in them is markup.
     console = Console(markup=False, highlight=False, emoji=False)
     synced: dict[str, Path] = {}
     for key, ratings in rated.ratings.items():
-        name = f"{rater.name}-{key}"
-        with tracker(config.wandb, name=name, group=group, folder=folder, run_config=plain_config) as track:
-            _report(config, key, ratings, rated, refused, rater, folder / key, track, console)
+        name = f"{rater.name}-{key}{place.suffix}"
+        with tracker(config.wandb, name=name, group=place.group, folder=place.folder, run_config=plain_config) as track:
+            cell = _Cell(key, ratings, ratings.measured(refused), groups, place.folder / key)
+            _report(config, cell, rated, rater, track, console)
         if track.offline and track.folder is not None:
             synced[name] = track.folder
-    closing.show_files(console, [completed, *rated.work], folder, store.root, synced)
+    work = [completed, *rated.work]
+    closing.show_files(console, work, place.folder, store.root, synced)
+    return work
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One template of a job: its ratings, as records and as arrays, and the folder for what is found in them."""
+
+    key: str
+    ratings: Ratings
+    measured: Measured
+    groups: Sequence[Group]
+    folder: Path
 
 
 def _capture_plan(config: CaptureConfig, rater: ModelSpec) -> CapturePlan | None:
@@ -104,35 +142,30 @@ def _capture_plan(config: CaptureConfig, rater: ModelSpec) -> CapturePlan | None
     return CapturePlan(layers, tuple(config.positions), config.dtype.value)
 
 
-def _report(
-    config: Config,
-    key: str,
-    ratings: Ratings,
-    rated: Rated,
-    refused: list[bool | None],
-    rater: ModelSpec,
-    folder: Path,
-    track: Tracker,
-    console: Console,
-) -> None:
+def _report(config: Config, cell: _Cell, rated: Rated, rater: ModelSpec, track: Tracker, console: Console) -> None:
     """One cell: statistics, probe, tables, figures, W&B and the closing table."""
-    rows = stability(ratings, config.stats)
+    ratings, measured = cell.ratings, cell.measured
+    rows = stability(measured, cell.groups, config.stats.target_r)
     tables = {
         "ratings": answers_table(ratings),
         "stability": stability_table(rows),
-        "refusals": refusal_table(refusals(ratings, refused, config.stats)),
+        "distribution": distribution_table(measured, cell.groups),
+        "refusals": refusal_table(refusals(measured, cell.groups)),
     }
-    if ratings.mass is not None:
-        tables["exact"] = exact_table(ratings)
-    probed = _probe(config, ratings, rated, key)
+    if measured.exact is not None:
+        tables["exact"] = exact_table(measured)
+    residuals = _residuals(config, rated, cell.key)
+    probed = None
+    if config.probe.kind != "none" and residuals is not None:
+        probed = probe(measured, ratings.sampling, residuals, config.probe)
     if isinstance(probed, ProbeReport):
         tables |= {"probe": probed.scores, "probe_predictions": probed.predictions}
     for name, table in tables.items():
-        _write(table, folder / name)
-    figures = draw_figures(folder / "figures", ratings, tables, probed, title=f"{rater.name}, {ratings.template.name}")
+        write_table(table, cell.folder / name)
+    title = f"{rater.name}, {ratings.template.name}"
+    figures = draw_figures(cell.folder / "figures", tables, probed, seeds=len(ratings.seeds), title=title)
     _track(track, tables, figures)
     if isinstance(probed, ProbeReport):
-        residuals = _residuals(config, rated, key)
         metadata = {
             "model": identity(rater),
             "template": ratings.template.name,
@@ -140,31 +173,23 @@ def _report(
             "tasks": features_digest(residuals) if residuals else None,
             "config": dataclasses.asdict(config.probe),
         }
-        paths = probed.save(folder / "probe", metadata)
-        track.artifact(
-            f"probe-{rater.name}-{key}", "probe", paths, {k: v for k, v in metadata.items() if k != "config"}
-        )
-    shown = [closing.sampled_lines(rows)] if ratings.seeds else []
-    shown += [closing.exact_lines(rows)] if ratings.mass is not None else []
-    rated_by = "exact mean" if ratings.mass is not None else f"mean of {len(ratings.seeds)} seeds"
-    shown.append(closing.refusal_lines(tables["refusals"], rated_by))
+        paths = probed.save(cell.folder / "probe", metadata)
+        shown = {name: value for name, value in metadata.items() if name != "config"}
+        track.artifact(f"probe-{rater.name}-{cell.key}", "probe", paths, shown)
+    lines = [closing.sampled_lines(rows)] if ratings.seeds else []
+    lines += [closing.exact_lines(rows)] if measured.exact is not None else []
+    rated_by = "exact mean" if measured.exact is not None else f"mean of {len(ratings.seeds)} seeds"
+    lines.append(closing.refusal_lines(tables["refusals"], rated_by))
     if isinstance(probed, ProbeReport):
-        shown.append(closing.probe_lines(probed))
+        lines.append(closing.probe_lines(probed))
     title = f"{rater.name} · {ratings.template.name} · {config.dataset.name} · completions by {config.completer.name}"
-    closing.show(console, title=title, tables=shown, said=closing.remarks(ratings, rows, tables["refusals"], probed))
+    closing.show(console, title=title, tables=lines, said=closing.remarks(ratings, rows, tables["refusals"], probed))
 
 
 def _residuals(config: Config, rated: Rated, key: str) -> Residuals | None:
     if config.probe.position == "rating":
         return rated.rating_residuals.get(key)
     return rated.residuals.get(config.probe.position)
-
-
-def _probe(config: Config, ratings: Ratings, rated: Rated, key: str) -> ProbeReport | NoProbe | None:
-    residuals = _residuals(config, rated, key)
-    if config.probe.kind == "none" or residuals is None:
-        return None
-    return probe(ratings, residuals, config.probe)
 
 
 def completions_table(completions: list[Completion], refused: list[bool | None]) -> pd.DataFrame:
@@ -200,62 +225,32 @@ def answers_table(ratings: Ratings) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "origin", "seed", "answer", "value", "invalid"])
 
 
-def exact_table(ratings: Ratings) -> pd.DataFrame:
+def exact_table(measured: Measured) -> pd.DataFrame:
     """One row a task: each option's probability before renormalising, mean, variance and valid mass."""
-    assert ratings.mass is not None
-    summary = exact_summary(ratings.mass, ratings.template.values)
-    table = pd.DataFrame(
-        {
-            "task": [each.task.id for each in ratings.completions],
-            "origin": [each.task.origin for each in ratings.completions],
-        }
-    )
-    for at, option in enumerate(ratings.template.options):
-        table[f"p({option.say})"] = ratings.mass[:, at]
-    table["mean"], table["variance"] = summary.mean, summary.variance
-    table["valid_mass"] = summary.valid_mass
+    assert measured.mass is not None
+    assert measured.exact is not None
+    table = pd.DataFrame({"task": measured.tasks, "origin": measured.origins})
+    for at, say in enumerate(measured.says):
+        table[f"p({say})"] = measured.mass[:, at]
+    table["mean"], table["variance"] = measured.exact.mean, measured.exact.variance
+    table["valid_mass"] = measured.exact.valid_mass
     return table
 
 
 def draw_figures(
-    folder: Path,
-    ratings: Ratings,
-    tables: Mapping[str, pd.DataFrame],
-    probed: ProbeReport | NoProbe | None,
-    *,
-    title: str,
+    folder: Path, tables: Mapping[str, pd.DataFrame], probed: ProbeReport | NoProbe | None, *, seeds: int, title: str
 ) -> list[Path]:
     """The figures of one cell."""
-    stable = tables["stability"]
-    per_origin = stable.query("origin != @ALL")
-    template = ratings.template
-    order = np.argsort(template.values)
-    groups = {origin: tasks for origin, tasks in by_origin(ratings).items() if origin != ALL}
-    sampled = ratings.sampled
-    shares, exact, counts = {}, {}, {}
-    for origin, tasks in groups.items():
-        values = sampled[tasks][np.isfinite(sampled[tasks])]
-        counted = np.array([(values == template.values[at]).sum() for at in order], dtype=float)
-        shares[origin] = counted / counted.sum() if len(values) else np.full(len(order), np.nan)
-        counts[origin] = f"n = {len(tasks)} tasks, {len(values)} ratings"
-        if ratings.mass is not None:
-            mass = ratings.mass[tasks][:, order]
-            mass = mass[mass.sum(axis=1) > 0]
-            exact[origin] = (mass / mass.sum(axis=1, keepdims=True)).mean(axis=0) if len(mass) else shares[origin]
-    labels = [_label(template.options[at].say, template.options[at].value) for at in order]
     figures = [
-        plots.ratings_by_origin(
+        plots.rating_distribution(
             folder / "ratings_by_origin.png",
             title=f"Ratings by origin: {title}",
-            labels=labels,
-            shares=shares,
-            exact=exact or None,
-            counts=counts,
+            table=by_origin(tables["distribution"]),
         ),
         plots.cross_seed_by_origin(
             folder / "cross_seed_r.png",
-            title=f"Stability over {len(ratings.seeds)} rating seeds: {title}",
-            table=per_origin,
+            title=f"Stability over {seeds} rating seeds: {title}",
+            table=by_origin(tables["stability"]),
         ),
     ]
     if isinstance(probed, ProbeReport):
@@ -265,10 +260,6 @@ def draw_figures(
             )
         )
     return figures
-
-
-def _label(say: str, value: float) -> str:
-    return say if say == f"{value:g}" else f"{say}\n({value:g})"
 
 
 def _track(track: Tracker, tables: Mapping[str, pd.DataFrame], figures: list[Path]) -> None:
@@ -293,10 +284,3 @@ def _track(track: Tracker, tables: Mapping[str, pd.DataFrame], figures: list[Pat
             track.table(name, table)
     for path in figures:
         track.figure(path.stem, path)
-
-
-def _write(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV and Parquet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path.with_suffix(".csv"), index=False)
-    table.to_parquet(path.with_suffix(".parquet"), index=False)

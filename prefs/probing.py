@@ -12,11 +12,13 @@ import numpy as np
 import pandas as pd
 
 from prefs.config import ProbeConfig
-from prefs.estimates import Estimate
+from prefs.measured import Measured
+from prefs.models.backend import Sampling
 from prefs.probes import FittedProbes, assign_folds, evaluate, fit_linear, origin_mean_baseline, save_probe
-from prefs.records import Ratings, Residuals
-from prefs.stability import ceiling, exact_summary, intraclass, predicted_r
-from prefs.summary import task_means
+from prefs.records import Residuals
+from prefs.statistics.estimates import Estimate
+from prefs.statistics.exact import ceiling, predicted_r
+from prefs.statistics.sampled import intraclass
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class NoProbe:
     reason: str
 
 
-def probe(ratings: Ratings, residuals: Residuals, config: ProbeConfig) -> ProbeReport | NoProbe:
+def probe(measured: Measured, sampling: Sampling, residuals: Residuals, config: ProbeConfig) -> ProbeReport | NoProbe:
     """Train one probe a layer for each target, on the tasks that have a vector at the position.
 
     The reported scores are of held-out tasks. No layer is chosen, so none is flattered.
@@ -69,8 +71,8 @@ def probe(ratings: Ratings, residuals: Residuals, config: ProbeConfig) -> ProbeR
     needed = max(config.folds, 3)
     if len(use) < needed:
         return NoProbe(f"{len(use)} with a vector, and {config.folds} folds (probe.folds) need {needed} tasks or more")
-    tasks = [ratings.completions[row].task for row in use]
-    targets, ceilings = _targets(ratings, use, config)
+    used = measured.only(use)
+    targets, ceilings = _targets(used, sampling, config)
     varying = [name for name, values in targets.items() if np.nanstd(values) > 0]
     if not varying:
         return NoProbe("the target has no variance: " + ", ".join(targets))
@@ -79,17 +81,14 @@ def probe(ratings: Ratings, residuals: Residuals, config: ProbeConfig) -> ProbeR
     finite = features.isfinite().all(dim=2)
     if not bool(finite.all()):
         at, layer = (~finite).nonzero()[0].tolist()
-        return NoProbe(f"NaN or infinity in the residuals of task {tasks[at].id} at layer {residuals.layers[layer]}")
-    folds = assign_folds([task.id for task in tasks], [task.origin for task in tasks], config.folds, config.seed)
+        return NoProbe(f"NaN or infinity in the residuals of task {used.tasks[at]} at layer {residuals.layers[layer]}")
+    folds = assign_folds(used.tasks, used.origins, config.folds, config.seed)
     y = np.stack(list(targets.values()), axis=1)
     fitted = fit_linear(
         features, y, folds, penalty=config.penalty, max_epochs=config.max_epochs, seed=config.seed, show_progress=True
     )
     scored = evaluate(fitted.out_of_fold, y, folds, names=list(targets), layers=list(residuals.layers))
-    baselines = {
-        name: origin_mean_baseline(values, [task.origin for task in tasks], folds).r2
-        for name, values in targets.items()
-    }
+    baselines = {name: origin_mean_baseline(values, used.origins, folds).r2 for name, values in targets.items()}
     rows = []
     for each in scored:
         row: dict[str, object] = {"target": each.target, "layer": each.layer, "n": each.scores.r2.n}
@@ -104,33 +103,31 @@ def probe(ratings: Ratings, residuals: Residuals, config: ProbeConfig) -> ProbeR
         layers=residuals.layers,
         fitted=fitted,
         scores=pd.DataFrame(rows).astype({"r2": float, "baseline_r2": float, "ceiling_r2": float}),
-        predictions=_predictions(fitted, targets, residuals.layers, [task.id for task in tasks], folds),
-        left_out=len(ratings.completions) - len(use),
+        predictions=_predictions(fitted, targets, residuals.layers, list(used.tasks), folds),
+        left_out=len(measured.tasks) - len(use),
     )
 
 
 def _targets(
-    ratings: Ratings, use: list[int], config: ProbeConfig
+    used: Measured, sampling: Sampling, config: ProbeConfig
 ) -> tuple[dict[str, np.ndarray], dict[str, Estimate]]:
     """The targets [tasks used] by name, and the reliability of each: the largest R² a probe can reach."""
-    exact, sampled = task_means(ratings)
     targets: dict[str, np.ndarray] = {}
     ceilings: dict[str, Estimate] = {}
-    if "exact" in config.targets and exact is not None:
-        targets["exact"] = exact[use]
-        ceilings["exact"] = Estimate(1.0, None, None, n=len(use))
-    if "sampled" in config.targets and sampled is not None:
-        x = ratings.sampled[use]
-        name = f"mean of {x.shape[1]} seeds" if x.shape[1] > 1 else "one seed"
-        targets[name] = sampled[use]
-        if ratings.mass is not None and ratings.sampling.temperature == ratings.sampling.top_p == 1:
+    if "exact" in config.targets and used.exact is not None:
+        targets["exact"] = used.exact.mean
+        ceilings["exact"] = Estimate(1.0, None, None, n=len(used.tasks))
+    seeds = used.sampled.shape[1]
+    if "sampled" in config.targets and seeds:
+        name = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+        targets[name] = used.seed_means
+        if used.exact is not None and sampling.temperature == sampling.top_p == 1:
             # Known noise: the mean of a task's k valid ratings varies by w/k.
-            summary = exact_summary(ratings.mass[use], ratings.template.values)
-            k = np.isfinite(x).sum(axis=1)
-            noise = np.divide(summary.variance, k, out=np.full(len(x), np.nan), where=k > 0)
-            reliability = predicted_r(summary.mean, noise)
+            k = np.isfinite(used.sampled).sum(axis=1)
+            noise = np.divide(used.exact.variance, k, out=np.full(len(k), np.nan), where=k > 0)
+            reliability = predicted_r(used.exact.mean, noise)
         else:
-            reliability = intraclass(x).mean
+            reliability = intraclass(used.sampled).mean
         ceilings[name] = ceiling(reliability).r2
     return targets, ceilings
 

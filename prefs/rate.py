@@ -16,10 +16,11 @@ import torch
 
 from prefs.chat import Message, as_dicts
 from prefs.complete import conversation
+from prefs.jobs import Work
 from prefs.models.backend import Ask, Backend, CaptureRequest, Conversation, Observation, Question, Sampling
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.progress import progress
-from prefs.records import Answer, Completion, Rated, Ratings, Residuals, Work
+from prefs.records import Answer, Completion, Rated, Ratings, Residuals
 from prefs.store import Store, Table, Vectors, batches, digest
 from prefs.templates import Invalid, Template
 

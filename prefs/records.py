@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefs.jobs import Work
+from prefs.measured import Measured
 from prefs.models.backend import Question, Sampling
 from prefs.store import Vectors
 from prefs.tasks import Task
@@ -53,11 +55,18 @@ class Ratings:
     answers: Sequence[Sequence[Answer]]
     mass: np.ndarray | None
 
-    @property
-    def sampled(self) -> np.ndarray:
-        """[tasks, seeds] sampled ratings, NaN where invalid."""
+    def measured(self, refused: Sequence[bool | None]) -> Measured:
+        """These ratings and the judge's verdicts as arrays."""
         rows = [[np.nan if answer.value is None else answer.value for answer in row] for row in self.answers]
-        return np.array(rows, dtype=float).reshape(len(self.completions), len(self.seeds))
+        return Measured(
+            tasks=tuple(each.task.id for each in self.completions),
+            origins=tuple(each.task.origin for each in self.completions),
+            says=self.template.says,
+            values=self.template.values,
+            sampled=np.array(rows, dtype=float).reshape(len(self.completions), len(self.seeds)),
+            mass=self.mass,
+            refused=np.array(refused, dtype=float),
+        )
 
     def invalid_counts(self) -> dict[str, int]:
         """Number of sampled answers by reason, for the reasons that occur."""
@@ -80,18 +89,6 @@ class Residuals:
     def present(self) -> np.ndarray:
         """[tasks] bool: which tasks have a vector at this position."""
         return np.array([key is not None and key not in self.vectors.absent for key in self.keys], dtype=bool)
-
-
-@dataclass(frozen=True)
-class Work:
-    """How many records of a stage were found in the store and how many had to be computed."""
-
-    stage: str
-    reused: int
-    computed: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}: {self.reused} in the store, {self.computed} computed"
 
 
 @dataclass(frozen=True)

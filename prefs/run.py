@@ -21,6 +21,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from prefs.config import missing_value, register, typed
 from prefs.errors import ConfigError, UserError
+from prefs.jobs import FILE as JOB
+from prefs.jobs import recorded
+from prefs.sweep import name_suffix, noting_sweeps, sweep_name, swept
 
 if TYPE_CHECKING:
     from prefs.models.loading import Models
@@ -38,7 +41,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Hydra prints errors in its own way unless this is set; then they come up to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with _one_line_errors(enabled=not wants_traceback):
+    with _one_line_errors(enabled=not wants_traceback), _compared():
         hydra.main(version_base="1.3", config_path="pkg://prefs.conf", config_name="config")(_job(wants_traceback))()
 
 
@@ -55,6 +58,30 @@ def _one_line_errors(*, enabled: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("prefs: interrupted; what was computed is in the store; the same command goes on from there\n")
         sys.exit(130)
+
+
+@contextmanager
+def _compared() -> Iterator[None]:
+    """When a multirun ends, well or with failed jobs, put what its jobs found side by side."""
+    with noting_sweeps() as folders:
+        try:
+            yield
+        except Exception:
+            _compare(folders)
+            raise
+        _compare(folders)
+
+
+def _compare(folders: list[Path]) -> None:
+    for folder in folders:
+        if not any(folder.glob(f"*/{JOB}")):
+            continue  # nothing began: the error says why
+        from prefs.compare import compare
+
+        try:
+            compare([folder])
+        except UserError as error:
+            log.error("No comparison: %s", error)
 
 
 @contextmanager
@@ -86,32 +113,33 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
     def job(cfg: DictConfig) -> None:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         with _named_failure() if sweep else _one_line_errors(enabled=not wants_traceback):
-            config = typed(cfg)
-            # Imported only now: help, completion and a wrong config should not wait for torch.
-            from prefs.job import run_job
-            from prefs.models.loading import Models
+            hydra_config, plain = HydraConfig.get(), _plain(cfg)
+            folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
+            with recorded(folder, plain, overrides) as work:
+                config = typed(cfg)
+                # Imported only now: help, completion and a wrong config should not wait for torch.
+                from prefs.job import Place, run_job
+                from prefs.models.loading import Models
 
-            if not loaded:
-                loaded.append(Models())
-            run_job(
-                config,
-                Path(HydraConfig.get().runtime.output_dir),
-                loaded[0],
-                plain_config=_plain(cfg),
-                group=_sweep_name(Path(HydraConfig.get().sweep.dir)) if sweep else None,
-            )
+                place = Place(folder)
+                if sweep:
+                    sweep_folder = Path(hydra_config.sweep.dir)
+                    group = sweep_name(sweep_folder, hydra_config.runtime.choices.get("experiment"))
+                    place = Place(folder, group, name_suffix(overrides, swept(sweep_folder)))
+                if not loaded:
+                    loaded.append(Models())
+                work += run_job(config, place, loaded[0], plain_config=plain)
 
     return job
 
 
 def _plain(cfg: DictConfig) -> dict[str, object]:
-    container = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    try:
+        container = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    except OmegaConfBaseException:  # a value is missing; the check that follows says which
+        container = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def _sweep_name(folder: Path) -> str:
-    return "/".join(folder.parts[-2:])
 
 
 def explain(error: Exception) -> str:

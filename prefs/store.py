@@ -13,9 +13,7 @@ import hashlib
 import io
 import json
 import logging
-import os
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from prefs.errors import UserError
+from prefs.files import write_durably
 
 log = logging.getLogger(__name__)
 
@@ -252,18 +251,3 @@ def file_checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             state.update(block)
     return state.hexdigest()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all. Raises OSError, and leaves nothing behind then."""
-    temporary = path.parent / f".part-{uuid.uuid4().hex}"
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

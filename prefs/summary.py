@@ -8,38 +8,33 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from prefs.config import StatsConfig
-from prefs.estimates import Estimate
-from prefs.records import Ratings
-from prefs.refusal import RefusalRating, refusal_rating
-from prefs.stability import (
-    CrossSeed,
-    Informative,
-    Intraclass,
-    Modal,
-    SeedsNeeded,
-    cross_seed,
-    exact_summary,
-    informative,
-    intraclass,
-    modal,
-    predicted_r,
-    seeds_needed,
-)
+from prefs.measured import Measured
+from prefs.statistics.estimates import Estimate, Resamples
+from prefs.statistics.exact import ExactMoments, exact_moments, exact_summary, predicted_r, seeds_needed
+from prefs.statistics.refusal import RefusalRating, refusal_rating
+from prefs.statistics.sampled import CrossSeed, Intraclass, Modal, cross_seed, distribution, intraclass, modal
 from prefs.tasks import ALL
 
 NOT_ASKED = "rating.exact=false"
 
 
 @dataclass(frozen=True)
-class Exact:
-    """The exact ratings of some tasks: mean over tasks of the mean and of the valid mass, SD of the means."""
+class Group:
+    """Tasks that are described together: their indices, and the resamples that all their statistics share."""
 
-    mean: float
-    sd: float
-    valid_mass: float
+    origin: str
+    tasks: np.ndarray
+    draws: Resamples
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The exact ratings of some tasks, and what they predict of sampled ones."""
+
+    moments: ExactMoments
     predicted_r: Estimate
-    seeds_needed: SeedsNeeded
+    seeds_needed: Estimate
+    target_r: float
 
 
 @dataclass(frozen=True)
@@ -52,81 +47,58 @@ class Stability:
     valid: int
     mean: float | None
     cross_seed: CrossSeed
-    informative: Informative
     icc: Intraclass
     modal: Modal
     exact: Exact | None
 
 
-def by_origin(ratings: Ratings) -> dict[str, np.ndarray]:
-    """Indices of the tasks by origin, in the order of first appearance, after all of them under ``ALL``."""
-    origins = [completion.task.origin for completion in ratings.completions]
-    groups = {ALL: np.arange(len(origins))}
-    for origin in dict.fromkeys(origins):
-        groups[origin] = np.flatnonzero(np.array(origins) == origin)
-    return groups
+def groups_by_origin(origins: Sequence[str], resamples: int, seed: int) -> list[Group]:
+    """All tasks under ``ALL``, then those of each origin in the order of first appearance."""
+    named = np.array(origins, dtype=object)
+    indices = {ALL: np.arange(len(origins))}
+    indices |= {origin: np.flatnonzero(named == origin) for origin in dict.fromkeys(origins)}
+    return [Group(origin, tasks, Resamples.draw(len(tasks), resamples, seed)) for origin, tasks in indices.items()]
 
 
-def stability(ratings: Ratings, stats: StatsConfig) -> list[Stability]:
-    """Stability of all tasks and of each origin."""
-    return [_stability(ratings, origin, tasks, stats) for origin, tasks in by_origin(ratings).items()]
+def stability(measured: Measured, groups: Sequence[Group], target_r: float) -> list[Stability]:
+    """Stability of each group's ratings; `target_r` is what the number of seeds needed is for."""
+    return [_stability(measured, group, target_r) for group in groups]
 
 
-def _stability(ratings: Ratings, origin: str, tasks: np.ndarray, stats: StatsConfig) -> Stability:
-    x = ratings.sampled[tasks]
-    draws = {"bootstrap": stats.bootstrap, "seed": stats.seed}
+def _stability(measured: Measured, group: Group, target_r: float) -> Stability:
+    x = measured.sampled[group.tasks]
     return Stability(
-        origin=origin,
-        n=len(tasks),
+        origin=group.origin,
+        n=len(group.tasks),
         answers=x.size,
         valid=int(np.isfinite(x).sum()),
         mean=float(np.nanmean(x)) if np.isfinite(x).any() else None,
-        cross_seed=cross_seed(x, **draws),
-        informative=informative(x, **draws),
-        icc=intraclass(x, **draws),
-        modal=modal(x, **draws),
-        exact=None if ratings.mass is None else _exact(ratings.mass[tasks], ratings.template.values, stats),
+        cross_seed=cross_seed(x, group.draws),
+        icc=intraclass(x, group.draws),
+        modal=modal(x, group.draws),
+        exact=None if measured.mass is None else _exact(measured.mass[group.tasks], measured.values, group, target_r),
     )
 
 
-def _exact(mass: np.ndarray, values: Sequence[float], stats: StatsConfig) -> Exact:
-    summary = exact_summary(mass, values)
-    asked = np.isfinite(summary.mean)
-    m = summary.mean[asked]
-    valid_mass = summary.valid_mass[np.isfinite(summary.valid_mass)]
+def _exact(mass: np.ndarray, values: Sequence[float], group: Group, target_r: float) -> Exact:
+    exact = exact_summary(mass, values)
     return Exact(
-        mean=float(m.mean()) if len(m) else np.nan,
-        sd=float(m.std(ddof=1)) if len(m) > 1 else np.nan,
-        valid_mass=float(valid_mass.mean()) if len(valid_mass) else np.nan,
-        predicted_r=predicted_r(summary.mean, summary.variance, bootstrap=stats.bootstrap, seed=stats.seed),
-        seeds_needed=seeds_needed(summary.mean, summary.variance, stats.target_r),
+        moments=exact_moments(exact, group.draws),
+        predicted_r=predicted_r(exact.mean, exact.variance, draws=group.draws),
+        seeds_needed=seeds_needed(exact.mean, exact.variance, target_r, group.draws),
+        target_r=target_r,
     )
 
 
-def task_means(ratings: Ratings) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Exact mean and mean of the valid sampled ratings of each task, [tasks] each; None where not asked for."""
-    exact = None if ratings.mass is None else exact_summary(ratings.mass, ratings.template.values).mean
-    if not ratings.seeds:
-        return exact, None
-    x = ratings.sampled
-    count = np.isfinite(x).sum(axis=1)
-    sampled = np.divide(np.nansum(x, axis=1), count, out=np.full(len(x), np.nan), where=count > 0)
-    return exact, sampled
-
-
-def refusals(ratings: Ratings, refused: Sequence[bool | None], stats: StatsConfig) -> dict[str, RefusalRating]:
-    """Refusal × rating by origin. The rating is the exact mean where there is one, else the mean over seeds.
+def refusals(measured: Measured, groups: Sequence[Group]) -> dict[str, RefusalRating]:
+    """Refusal × rating by group. The rating is the exact mean where there is one, else the mean over seeds.
 
     Tasks without a verdict (no completion, no judge) are left out and counted.
     """
-    exact, sampled = task_means(ratings)
-    rating = exact if exact is not None else sampled
-    assert rating is not None  # `config.check` asks for one of them
+    rating = measured.task_means
     return {
-        origin: refusal_rating(
-            [refused[task] for task in tasks], rating[tasks], bootstrap=stats.bootstrap, seed=stats.seed
-        )
-        for origin, tasks in by_origin(ratings).items()
+        group.origin: refusal_rating(measured.refused[group.tasks], rating[group.tasks], group.draws)
+        for group in groups
     }
 
 
@@ -134,26 +106,29 @@ def stability_table(rows: Sequence[Stability]) -> pd.DataFrame:
     """One row an origin; a missing statistic is empty, with its reason in the column beside it."""
     table = []
     for row in rows:
+        pearson, informative = row.cross_seed.pearson, row.cross_seed.informative
         cells: dict[str, object] = {"origin": row.origin, "n": row.n, "answers": row.answers, "valid": row.valid}
         cells["mean_rating"] = row.mean
-        pearson = row.cross_seed.pearson
-        cells |= _columns("cross_seed_r", pearson.mean)
+        cells |= columns("cross_seed_r", pearson.mean)
         cells |= {"cross_seed_r_sd": pearson.sd.value, "cross_seed_pairs": pearson.pairs_defined}
-        cells |= _columns("cross_seed_rho", row.cross_seed.spearman.mean, interval=False)
-        cells |= _columns("informative_r", row.informative.r.mean)
-        cells |= _columns("d", row.informative.d)
-        cells |= _columns("icc1", row.icc.single) | _columns("icc1k", row.icc.mean)
-        cells |= {"modal_rating": row.modal.rating} | _columns("modal_share", row.modal.share)
-        if row.exact is not None:
-            cells |= {"exact_mean": row.exact.mean, "exact_sd": row.exact.sd, "valid_mass": row.exact.valid_mass}
-            cells |= _columns("predicted_r", row.exact.predicted_r)
-            cells["seeds_needed"] = row.exact.seeds_needed.seeds
-            cells["seeds_needed_reason"] = row.exact.seeds_needed.reason
-        else:
-            cells |= dict.fromkeys(("exact_mean", "exact_sd", "valid_mass", "predicted_r", "seeds_needed"))
-            cells["predicted_r_reason"] = NOT_ASKED
+        cells |= columns("cross_seed_rho", row.cross_seed.spearman.mean)
+        cells |= columns("informative_r", informative.r.mean) | {"informative_r_sd": informative.r.sd.value}
+        cells |= columns("d", informative.d)
+        cells |= columns("icc1", row.icc.single) | columns("icc1k", row.icc.mean)
+        cells |= {"modal_rating": row.modal.rating} | columns("modal_share", row.modal.share)
+        exact = row.exact
+        estimates = {
+            "exact_mean": exact and exact.moments.mean,
+            "exact_sd": exact and exact.moments.sd,
+            "sampling_variance": exact and exact.moments.noise,
+            "valid_mass": exact and exact.moments.valid_mass,
+            "predicted_r": exact and exact.predicted_r,
+            "seeds_needed": exact and exact.seeds_needed,
+        }
+        for name, estimate in estimates.items():
+            cells |= columns(name, estimate or Estimate.missing(NOT_ASKED, row.n))
         table.append(cells)
-    return _numeric(pd.DataFrame(table))
+    return numeric(pd.DataFrame(table))
 
 
 def refusal_table(rows: Mapping[str, RefusalRating]) -> pd.DataFrame:
@@ -166,24 +141,62 @@ def refusal_table(rows: Mapping[str, RefusalRating]) -> pd.DataFrame:
                 "refused": row.refused,
                 "unrated": row.unrated,
                 "unjudged": row.unjudged,
-                "mean_refused": row.mean_refused,
-                "mean_not_refused": row.mean_not_refused,
-                **_columns("r", row.r),
+                **columns("mean_refused", row.mean_refused),
+                **columns("mean_not_refused", row.mean_not_refused),
+                **columns("r", row.r),
             }
             for origin, row in rows.items()
         ]
     )
-    return _numeric(table)
+    return numeric(table)
 
 
-def _numeric(table: pd.DataFrame) -> pd.DataFrame:
-    """Missing statistics as NaN, so that a column of numbers is one even when all of it is missing."""
-    words = [name for name in table.columns if name == "origin" or name.endswith("_reason")]
-    return table.assign(**{name: pd.to_numeric(table[name]) for name in table.columns.drop(words)})
+def distribution_table(measured: Measured, groups: Sequence[Group]) -> pd.DataFrame:
+    """One row an origin and option, in order of value: its share of valid sampled ratings, and its exact share.
+
+    The exact share is the mean over tasks of the option's renormalised probability: what sampling for ever would give
+    if every task had the same number of valid answers.
+    """
+    rows = []
+    order = np.argsort(measured.values)
+    for group in groups:
+        sampled = distribution(measured.sampled[group.tasks], measured.values, group.draws)
+        exact = _exact_shares(measured, group)
+        for at in order:
+            row: dict[str, object] = {"origin": group.origin, "n": len(group.tasks)}
+            row |= {"option": measured.says[at], "value": measured.values[at]}
+            row |= columns("sampled_share", sampled[at]) | columns("exact_share", exact[at])
+            rows.append(row)
+    return numeric(pd.DataFrame(rows), words=("origin", "option"))
 
 
-def _columns(name: str, estimate: Estimate, *, interval: bool = True) -> dict[str, object]:
-    columns: dict[str, object] = {name: estimate.value}
-    if interval:
-        columns |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-    return columns | {f"{name}_reason": estimate.reason}
+def _exact_shares(measured: Measured, group: Group) -> list[Estimate]:
+    if measured.mass is None:
+        return [Estimate.missing(NOT_ASKED, len(group.tasks))] * len(measured.values)
+    mass = measured.mass[group.tasks]
+    # On a scale where one option is worth 1 and the others 0, the mean is that option's probability.
+    return [exact_moments(exact_summary(mass, scale), group.draws).mean for scale in np.eye(mass.shape[1])]
+
+
+def by_origin(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table that are of one origin each."""
+    return table.loc[table["origin"] != ALL, :]
+
+
+def numeric(table: pd.DataFrame, words: Sequence[str] = ("origin",)) -> pd.DataFrame:
+    """Missing statistics as NaN, so that a column of numbers is one even when all of it is missing.
+
+    Columns of `words`, and reasons, stay as they are.
+    """
+    kept = [name for name in table.columns if name in words or name.endswith("_reason")]
+    return table.assign(**{name: pd.to_numeric(table[name]) for name in table.columns.drop(kept)})
+
+
+def columns(name: str, estimate: Estimate) -> dict[str, object]:
+    """An estimate as four columns: value, interval, and the reason where there is no value."""
+    return {
+        name: estimate.value,
+        f"{name}_low": estimate.low,
+        f"{name}_high": estimate.high,
+        f"{name}_reason": estimate.reason,
+    }

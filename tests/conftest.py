@@ -9,11 +9,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as prefs.run does, before torch is loaded
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
 from prefs.chat import ChatEncoder
 from prefs.config import TemplateConfig
+from prefs.models.device import resolve_dtype
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models, ModelSpec
 from prefs.models.transformer_lens import TransformerLensBackend
@@ -47,8 +49,9 @@ def smollm2_fp32() -> ModelSpec:
 
 
 @pytest.fixture(scope="session")
-def smollm2_bf16(smollm2_fp32: ModelSpec) -> ModelSpec:
-    return dataclasses.replace(smollm2_fp32, dtype="bfloat16")
+def smollm2(smollm2_fp32: ModelSpec) -> ModelSpec:
+    """In the precision that users get on this machine: bfloat16 where it is fast."""
+    return dataclasses.replace(smollm2_fp32, dtype=resolve_dtype("auto", torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")

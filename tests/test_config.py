@@ -77,7 +77,7 @@ def test_the_config_survives_yaml():
         (["model.prefil=x"], "model.prefil: there is no such key; did you mean 'prefill'? Known here: backend"),
         (["rating.seed=1"], "rating.seed: there is no such key; did you mean 'seeds'?"),
         (["model.batch_tokens=many"], "model.batch_tokens: Value 'many' of type 'str' could not be"),
-        (["model.dtype=int8"], "model.dtype: Invalid value 'int8', expected one of [bfloat16, float16, float32]"),
+        (["model.dtype=int8"], "model.dtype: Invalid value 'int8', expected one of [auto, bfloat16, float16, float32]"),
         (["model=hf"], "model.path: got '???'; allowed: a value"),
         (["model.device=gpu"], "model.device: got 'gpu'; allowed: auto, cpu, mps, cuda or cuda:N"),
         (["model.backend=vlm"], "model.backend: got 'vlm'; allowed: one of transformer_lens"),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from prefs.refusal import refusal_rating
+from prefs.statistics.estimates import Resamples
+from prefs.statistics.refusal import refusal_rating
 
 nan = np.nan
 
@@ -18,7 +19,7 @@ def test_by_hand():
     # Means 1.5 and 4, population SD of (1, 2, 3, 4, 5) √2, shares 2/5 and 3/5: r = -2.5/√2 · √.24.
     got = refusal_rating([1, 1, 0, 0, 0], [1, 2, 3, 4, 5])
     assert (got.n, got.refused, got.unrated, got.unjudged) == (5, 2, 0, 0)
-    assert (got.mean_refused, got.mean_not_refused) == (1.5, 4.0)
+    assert (got.mean_refused.value, got.mean_not_refused.value) == (1.5, 4.0)
     assert got.r.value == pytest.approx(-2.5 / np.sqrt(2) * np.sqrt(0.24))
     assert (got.r.low, got.r.high, got.r.n) == (None, None, 5)
 
@@ -45,11 +46,11 @@ def test_every_task_is_counted_once():
     ],
 )
 def test_missing_with_a_reason(refused, rating, reason, means):
-    got = refusal_rating(refused, rating, bootstrap=20)
+    got = refusal_rating(refused, rating, Resamples.draw(len(rating), 20))
     assert got.r.value is None
     assert got.r.reason == reason
     assert got.r.n == got.n
-    assert (got.mean_refused, got.mean_not_refused) == pytest.approx(means)
+    assert (got.mean_refused.value, got.mean_not_refused.value) == pytest.approx(means)
 
 
 def test_shapes_must_agree():
@@ -61,7 +62,8 @@ def test_interval_agrees_with_scipy():
     rng = np.random.default_rng(0)
     refused = rng.random(150) < 0.3
     rating = np.clip(np.round(4 - 1.5 * refused + rng.normal(size=150)), 1, 5)
-    got = refusal_rating(refused, rating, bootstrap=3000, seed=1).r
+    draws = Resamples.draw(150, 3000, seed=1)
+    got = refusal_rating(refused, rating, draws).r
     peer = stats.bootstrap(
         (refused, rating),
         lambda y, x: stats.pearsonr(y, x).statistic,
@@ -73,7 +75,7 @@ def test_interval_agrees_with_scipy():
     ).confidence_interval
     assert got.low < got.value < got.high
     assert (got.low, got.high) == pytest.approx((peer.low, peer.high), abs=0.02)
-    assert refusal_rating(refused, rating, bootstrap=3000, seed=1).r == got
+    assert refusal_rating(refused, rating, Resamples.draw(150, 3000, seed=1)).r == got
 
 
 @settings(max_examples=50)
@@ -88,7 +90,7 @@ def test_interval_agrees_with_scipy():
 )
 def test_properties(arrays, random):
     refused, rating = arrays
-    got = refusal_rating(refused, rating, bootstrap=10)
+    got = refusal_rating(refused, rating, Resamples.draw(len(rating), 10))
     assert got.r.defined == (got.r.reason is None)
     assert got.n + got.unrated + got.unjudged == len(rating)
     order = random.sample(range(len(rating)), len(rating))

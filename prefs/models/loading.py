@@ -14,8 +14,10 @@ from platformdirs import user_cache_path
 
 from prefs.config import ModelConfig
 from prefs.errors import ConfigError, UserError
+from prefs.files import write_durably
 from prefs.models.backend import Backend
-from prefs.store import digest, file_checksum, write_durably
+from prefs.models.device import resolve_device, resolve_dtype
+from prefs.store import digest, file_checksum
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +42,19 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> ModelSpec:
+        """A model of the config, with the precision it has on this machine.
+
+        Raises
+        ------
+        UserError
+            If its device is not there.
+        """
         return cls(
             name=config.name,
             path=config.path,
             revision=config.revision,
             backend=config.backend,
-            dtype=config.dtype.value,
+            dtype=resolve_dtype(config.dtype.value, resolve_device(config.device)),
             device=config.device,
             max_context=config.max_context,
             batch_tokens=config.batch_tokens,

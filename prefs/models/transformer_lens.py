@@ -23,9 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging as transformers_logging
 
-from prefs.chat import ChatEncoder
+from prefs.chat import ChatEncoder, Message
 from prefs.errors import UserError
 from prefs.models.backend import Answer, Ask, CaptureRequest, Conversation, Observation, Question, Sample, Sampling
+from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec
 from prefs.options import Asked, ask, option_masses
 from prefs.sampling import draw, row_uniforms
@@ -104,7 +105,7 @@ class TransformerLensBackend:
         """
         from transformer_lens.model_bridge import TransformerBridge
 
-        device = _device(spec.device)
+        device = resolve_device(spec.device)
         dtype = getattr(torch, spec.dtype)
         with _quiet_loading():
             try:
@@ -192,7 +193,7 @@ class TransformerLensBackend:
             state, logits = self._extend(state, rest)
         masses = self._score(state, logits, asked) if each.score else None
         samples: list[dict[int, Sample]] = [{} for _ in batch]
-        conversations = [(*row, _question_message(each.question)) for row in batch]
+        conversations = [(*row, Message("user", each.question.text)) for row in batch]
         for start in range(0, len(each.seeds), SEEDS_AT_ONCE):
             seeds = each.seeds[start : start + SEEDS_AT_ONCE]
             decoded = self._decode(state.fork(), logits, [seeds] * len(batch), conversations, sampling)
@@ -375,12 +376,6 @@ def _shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
     return prefix
 
 
-def _question_message(question: Question):
-    from prefs.chat import Message
-
-    return Message("user", question.text)
-
-
 def _fork(cache: Cache) -> Cache:
     """A cache that can be extended without changing this one. Growing layers replace their tensors, so these are
     shared; other kinds write in place and are copied."""
@@ -394,16 +389,6 @@ def _stop_tokens(tokenizer: Any, generation_config: Any) -> frozenset[int]:
     stops = generation_config.eos_token_id if generation_config is not None else None
     stops = [stops] if isinstance(stops, int) else list(stops or [])
     return frozenset([*stops, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"model.device: {name} was asked for, but torch sees no CUDA device; use cpu or auto")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("model.device: mps was asked for, but torch sees none; use cpu or auto")
-    return torch.device(name)
 
 
 def config_layers(path: str, revision: str | None) -> int:

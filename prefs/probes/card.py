@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from prefs.errors import UserError
-from prefs.store import write_durably
+from prefs.files import write_durably
 
 WEIGHTS = "probe.safetensors"
 CARD = "probe.json"

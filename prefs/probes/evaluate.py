@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import mean_absolute_error, r2_score
 
-from prefs.estimates import Estimate
+from prefs.statistics.estimates import Estimate
 
 # A spread below this share of the values' size is rounding, not variance.
 ROUNDING = 1e-9

@@ -1,0 +1,102 @@
+"""A job's own record, ``job.json`` in its folder: what it was to do, whether it did, and what that took.
+
+Written when a job begins and again when it ends, so that what was killed in between shows as not finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prefs.errors import UserError
+from prefs.files import write_durably
+
+FILE = "job.json"
+RUNNING, FINISHED, FAILED = "not finished", "finished", "failed"
+
+
+@dataclass(frozen=True)
+class Work:
+    """How many records of a stage were found in the store and how many had to be computed."""
+
+    stage: str
+    reused: int
+    computed: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reused} in the store, {self.computed} computed"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job: its folder, its resolved config and overrides, how it ended, and the work it took."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    overrides: tuple[str, ...] = ()
+    status: str = RUNNING
+    error: str | None = None
+    work: tuple[Work, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join(self.overrides) or str(self.folder)
+
+
+@contextmanager
+def recorded(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[list[Work]]:
+    """Keep a job's record while it runs; the list given takes the work it did.
+
+    Raises
+    ------
+    UserError
+        If the record cannot be written.
+    """
+    job = Job(folder, config, tuple(overrides))
+    _write(job)
+    work: list[Work] = []
+    try:
+        yield work
+    except Exception as error:
+        line = " ".join(str(error).split())
+        named = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
+        _write(Job(folder, config, job.overrides, FAILED, named))
+        raise
+    _write(Job(folder, config, job.overrides, FINISHED, work=tuple(work)))
+
+
+def _write(job: Job) -> None:
+    content = {name: value for name, value in asdict(job).items() if name != "folder"}
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_durably(job.folder / FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"cannot write to {job.folder}: {error.strerror}") from None
+
+
+def read_job(folder: Path) -> Job:
+    """The record in a job's folder.
+
+    Raises
+    ------
+    UserError
+        If there is none, or it is not one.
+    """
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_text())
+        return Job(
+            folder=folder,
+            config=content["config"],
+            overrides=tuple(content["overrides"]),
+            status=content["status"],
+            error=content["error"],
+            work=tuple(Work(**each) for each in content["work"]),
+        )
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the record of a job ({type(error).__name__}: {error})") from None

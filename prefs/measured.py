@@ -1,0 +1,67 @@
+"""One cell's measurements as plain arrays: what every statistic, table and figure of a cell is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from prefs.statistics.exact import ExactSummary, exact_summary
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell as the arrays that statistics are made of, whether just measured or read back from a run folder.
+
+    Attributes
+    ----------
+    tasks, origins
+        [T] task ids, and where each is from.
+    says, values
+        [V] the template's options and what they are worth.
+    sampled
+        [T, S] sampled ratings, NaN where invalid.
+    mass
+        [T, V] probabilities of the options before renormalising, NaN for tasks that were not asked; None where exact
+        ratings were not wanted.
+    refused
+        [T] 1 where the completion is a refusal, 0 where not, NaN without a verdict.
+    """
+
+    tasks: tuple[str, ...]
+    origins: tuple[str, ...]
+    says: tuple[str, ...]
+    values: tuple[float, ...]
+    sampled: np.ndarray
+    mass: np.ndarray | None
+    refused: np.ndarray
+
+    def only(self, rows: Sequence[int] | np.ndarray) -> Measured:
+        """These tasks, in this order."""
+        return Measured(
+            tasks=tuple(self.tasks[row] for row in rows),
+            origins=tuple(self.origins[row] for row in rows),
+            says=self.says,
+            values=self.values,
+            sampled=self.sampled[rows],
+            mass=None if self.mass is None else self.mass[rows],
+            refused=self.refused[rows],
+        )
+
+    @cached_property
+    def exact(self) -> ExactSummary | None:
+        """Mean, variance and valid mass of each task's exact rating; None where exact ratings were not wanted."""
+        return None if self.mass is None else exact_summary(self.mass, self.values)
+
+    @cached_property
+    def seed_means(self) -> np.ndarray:
+        """[T] mean of a task's valid sampled ratings, NaN without one."""
+        count = np.isfinite(self.sampled).sum(axis=1)
+        return np.divide(np.nansum(self.sampled, axis=1), count, out=np.full(len(count), np.nan), where=count > 0)
+
+    @property
+    def task_means(self) -> np.ndarray:
+        """[T] the best there is of each task's rating: the exact mean, or else the mean over seeds."""
+        return self.seed_means if self.exact is None else self.exact.mean

@@ -1,0 +1,184 @@
+"""Exact ratings: by hand, against peers, by their properties, and against what sampling gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+
+from prefs.statistics.estimates import Estimate, Resamples
+from prefs.statistics.exact import ceiling, exact_moments, exact_summary, predicted_r, seeds_needed
+from prefs.statistics.sampled import cross_seed, intraclass
+
+nan = np.nan
+
+
+def test_exact_summary_by_hand():
+    got = exact_summary([[0.1, 0.1, 0.2], [0, 0, 0.5], [0, 0, 0], [nan, nan, nan]], [1, 2, 3])
+    np.testing.assert_allclose(got.valid_mass, [0.4, 0.5, 0, nan])
+    np.testing.assert_allclose(got.mean, [2.25, 3, nan, nan])
+    np.testing.assert_allclose(got.variance, [0.6875, 0, nan, nan])
+    with pytest.raises(ValueError, match="options"):
+        exact_summary([[0.5, 0.5]], [1, 2, 3])
+    with pytest.raises(ValueError, match="negative"):
+        exact_summary([[0.5, -0.5]], [1, 2])
+
+
+def test_moments_by_hand():
+    got = exact_moments(exact_summary([[0.1, 0.1, 0.2], [0, 0, 0.5], [0, 0, 0], [nan, nan, nan]], [1, 2, 3]))
+    assert (got.mean.value, got.mean.n) == (pytest.approx(2.625), 2)
+    assert got.sd.value == pytest.approx(np.std([2.25, 3], ddof=1))
+    assert got.noise.value == pytest.approx(0.6875 / 2)
+    assert (got.valid_mass.value, got.valid_mass.n) == (pytest.approx(0.3), 3)
+    one = exact_moments(exact_summary([[0.5, 0.5]], [1, 2]))
+    assert (one.mean.value, one.sd.reason) == (1.5, "one task with an exact rating")
+    nothing = exact_moments(exact_summary(np.empty((0, 2)), [1, 2]), Resamples.draw(0, 10))
+    assert {each.reason for each in (nothing.mean, nothing.sd, nothing.noise, nothing.valid_mass)} == {
+        "no task with an exact rating"
+    }
+
+
+def test_intervals_agree_with_scipy():
+    exact = exact_summary(np.random.default_rng(0).dirichlet(np.full(5, 0.5), size=150), np.arange(1, 6))
+    draws = Resamples.draw(150, 4000, seed=1)
+    got = exact_moments(exact, draws)
+    predicted = predicted_r(exact.mean, exact.variance, draws=draws)
+
+    def peer(statistic, *data):
+        return stats.bootstrap(
+            data, statistic, paired=True, n_resamples=4000, vectorized=False, method="percentile",
+            rng=np.random.default_rng(2),
+        ).confidence_interval  # fmt: skip
+
+    for estimate, interval in (
+        (got.mean, peer(np.mean, exact.mean)),
+        (got.sd, peer(lambda m: np.std(m, ddof=1), exact.mean)),
+        (got.noise, peer(np.mean, exact.variance)),
+        (predicted, peer(lambda m, w: m.var(ddof=1) / (m.var(ddof=1) + w.mean()), exact.mean, exact.variance)),
+    ):
+        assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high), abs=0.02)
+    seeds = seeds_needed(exact.mean, exact.variance, 0.9, draws)
+    assert seeds.low == np.ceil(9 * (1 / predicted.high - 1))
+    assert seeds.high == np.ceil(9 * (1 / predicted.low - 1))
+
+
+def test_predicted_r_by_hand():
+    got = predicted_r([1, 2, 3, nan], [1, 2, 3, 4])  # Var(m) = 1, mean(w) = 2
+    assert (got.value, got.n, got.low) == (pytest.approx(1 / 3), 3, None)
+    assert predicted_r([1, 2, 3], [1, 2, 3], k=4).value == pytest.approx(2 / 3)
+    assert predicted_r([1, 2, 3], [0, 0, 0]).value == 1.0
+    assert predicted_r([2, 2, 2], [1, 1, 1]).value == 0.0
+    with pytest.raises(ValueError, match="at least 1"):
+        predicted_r([1, 2, 3], [1, 2, 3], k=0)
+
+
+def test_equal_means_up_to_rounding_have_no_variance():
+    m = [0.3, 0.1 + 0.2, 0.3]
+    assert predicted_r(m, [0, 0, 0]).reason == "no variance in ratings"
+    assert seeds_needed(m, [1, 1, 1], 0.9).reason == "no variance between tasks"
+
+
+def test_seeds_needed_by_hand():
+    # Var(m) = mean(w) = 1: r of k-seed means is k/(k + 1), so .9 takes exactly 9.
+    assert seeds_needed([1, 2, 3], [1, 1, 1], 0.9).value == 9
+    assert seeds_needed([1, 2, 3], [1, 1, 1], 0.91).value == 11
+    assert seeds_needed([1, 2, 3], [0, 0, 0], 0.99).value == 1
+    assert seeds_needed([2, 2, 2], [0, 0, 0], 0.9).reason == "no variance in ratings"
+    assert seeds_needed([1, 2], [1, 1], 0.9).reason == "fewer than 3 tasks with an exact rating"
+    for wrong in (0.0, 1.0):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            seeds_needed([1, 2, 3], [1, 1, 1], wrong)
+
+
+masses = st.tuples(st.integers(3, 10), st.integers(2, 5)).flatmap(
+    lambda shape: hnp.arrays(float, shape, elements=st.floats(0, 1, allow_subnormal=False))
+)
+
+
+@settings(max_examples=50)
+@given(masses, st.floats(0.05, 0.95))
+def test_seeds_needed_is_the_smallest(p, target):
+    exact = exact_summary(p, np.arange(p.shape[1]))
+    got = seeds_needed(exact.mean, exact.variance, target)
+    if got.value is not None and got.value < 10**9:
+        assert predicted_r(exact.mean, exact.variance, k=int(got.value)).value >= target - 1e-9
+        if got.value > 1:
+            assert predicted_r(exact.mean, exact.variance, k=int(got.value) - 1).value < target + 1e-9
+
+
+@settings(max_examples=50)
+@given(masses, st.floats(0.5, 10), st.floats(-10, 10), st.integers(1, 20), st.randoms(use_true_random=False))
+def test_predicted_r_properties(p, scale, shift, k, random):
+    values = np.arange(p.shape[1])
+    exact = exact_summary(p, values)
+    there = exact.valid_mass > 0
+    assert (exact.variance[there] >= 0).all()
+    assert ((exact.mean[there] >= -1e-12) & (exact.mean[there] <= values[-1] + 1e-12)).all()
+    got = predicted_r(exact.mean, exact.variance, k, Resamples.draw(len(p), 10))
+    assert got.defined == (got.reason is None)
+    if not got.defined:
+        return
+    assert 0 <= got.value <= 1
+    order = random.sample(range(len(p)), len(p))
+    moved = exact_summary(p[order], scale * values + shift)
+    again = predicted_r(moved.mean, moved.variance, k)
+    if exact.mean[there].var() > 1e-9 or exact.variance[there].mean() > 1e-9:
+        assert again.value == pytest.approx(got.value, abs=1e-6)
+
+
+# --- noise ceiling
+
+
+def test_ceiling():
+    got = ceiling(Estimate(0.64, 0.25, 0.81, 100))
+    assert got.r == Estimate(pytest.approx(0.8), 0.5, pytest.approx(0.9), 100)
+    assert got.r2 == Estimate(0.64, 0.25, 0.81, 100)
+    clipped = ceiling(Estimate(-0.1, -0.3, 1.2, 10))
+    assert clipped.r == clipped.r2 == Estimate(0.0, 0.0, 1.0, 10)
+    missing = ceiling(Estimate.missing("one rating seed", 5))
+    assert missing.r == missing.r2 == Estimate.missing("one rating seed", 5)
+
+
+def test_no_predictor_beats_the_ceiling():
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=100_000)
+    noisy = true + 0.75 * rng.normal(size=(100_000, 2)).T
+    best = ceiling(cross_seed(noisy.T).pearson.mean)
+    assert stats.pearsonr(true, noisy[0]).statistic == pytest.approx(best.r.value, abs=0.005)
+    assert 1 - np.var(noisy[0] - true) / np.var(noisy[0]) == pytest.approx(best.r2.value, abs=0.005)
+
+
+@pytest.mark.parametrize("tasks", [0, 1, 2])
+def test_undefined_exact_ratings_have_a_reason(tasks):
+    exact = exact_summary(np.full((tasks, 3), 0.3), [1, 2, 3])
+    got = predicted_r(exact.mean, exact.variance, draws=Resamples.draw(tasks, 20))
+    assert got == Estimate.missing("fewer than 3 tasks with an exact rating", tasks)
+    assert seeds_needed(exact.mean, exact.variance, 0.9).reason == got.reason
+    nothing = exact_summary(np.zeros((5, 3)), [1, 2, 3])
+    assert predicted_r(nothing.mean, nothing.variance).n == 0
+
+
+# --- simulations
+
+
+def draw(p: np.ndarray, values: np.ndarray, seeds: int, rng: np.random.Generator) -> np.ndarray:
+    """Sampled ratings [T, S] from option probabilities [T, V]."""
+    above = rng.random((len(p), seeds, 1)) > np.cumsum(p, axis=1)[:, None, :-1]
+    return values[above.sum(axis=2)]
+
+
+def test_predicted_r_is_the_cross_seed_r_of_many_seeds():
+    # 400 tasks, 60 seeds: the mean over 1,770 pairs has a Monte Carlo error of about .002, and the mean of ratios
+    # differs from the ratio of means by O(1/400). Hence .01.
+    rng = np.random.default_rng(0)
+    p, values = rng.dirichlet(np.full(5, 0.4), size=400), np.arange(1.0, 6.0)
+    exact = exact_summary(0.8 * p, values)
+    x = draw(p, values, 60, rng)
+    assert cross_seed(x).pearson.mean.value == pytest.approx(predicted_r(exact.mean, exact.variance).value, abs=0.01)
+    means = x.reshape(400, 15, 4).mean(axis=2)
+    predicted = predicted_r(exact.mean, exact.variance, k=4).value
+    assert cross_seed(means).pearson.mean.value == pytest.approx(predicted, abs=0.01)
+    assert intraclass(means).single.value == pytest.approx(predicted, abs=0.01)
