@@ -1,0 +1,480 @@
+"""The variance decomposition: by hand, against statsmodels, and against data whose components are known."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+
+from prefs.statistics.estimates import Estimate, Resamples
+from prefs.statistics.variance import (
+    EFFECTS,
+    Component,
+    VarianceDecomposition,
+    _effect_variances,
+    pomp,
+    variance_decomposition,
+)
+
+nan = float("nan")
+NAMES = (*EFFECTS.values(), "rating seed")
+TRUE = {
+    "task": 1.0,
+    "template": 0.3,
+    "rater": 0.2,
+    "task × template": 0.5,
+    "task × rater": 0.4,
+    "template × rater": 0.1,
+    "task × template × rater": 0.3,
+    "completion": 0.6,
+    "completion × template": 0.2,
+    "completion × rater": 0.25,
+    "completion × template × rater": 0.15,
+    "rating seed": 1.0,
+}
+
+
+def exact(y, draws: Resamples | None = None, sampling: float = 0.0) -> VarianceDecomposition:
+    """Of exact ratings, of which one sampled rating has the same variance everywhere."""
+    y = np.asarray(y, dtype=float)
+    return variance_decomposition(y, np.full(y.shape, sampling), np.zeros(y.shape), draws)
+
+
+def named(got: VarianceDecomposition) -> dict[str, Component]:
+    return {component.name: component for component in got.components}
+
+
+def variances(got: VarianceDecomposition) -> dict[str, float | None]:
+    return {component.name: component.variance.value for component in got.components}
+
+
+def simulate(rng: np.random.Generator, shape: tuple[int, int, int, int], true: dict[str, float]) -> np.ndarray:
+    """Ratings [T, C, M, R] without sampling noise, whose effects have these variances."""
+    y = np.zeros(shape)
+    for effect, name in EFFECTS.items():
+        levels = [count if facet in effect else 1 for facet, count in zip("tcmr", shape, strict=True)]
+        y += np.sqrt(true.get(name, 0.0)) * rng.normal(size=levels)
+    return y
+
+
+def sample(rng: np.random.Generator, m: np.ndarray, w: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean of k sampled ratings of each mean m and variance w, with what is known of its variance from those alone."""
+    x = m[..., None] + np.sqrt(w)[..., None] * rng.normal(size=(*m.shape, k))
+    within = x.var(axis=-1, ddof=1)
+    return x.mean(axis=-1), within, within / k
+
+
+# --- by hand, and against a peer
+
+
+def test_tasks_and_templates_by_hand():
+    # Task means 1.5, 4, 6.5 and template means 3, 5 around 4: SS 2·12.5 = 25, 3·2 = 6, and 32 in all leaves 1.
+    # MS 12.5, 6, .5 on 2, 1, 2 degrees of freedom.
+    y = np.array([[1, 2], [3, 5], [5, 8]], dtype=float)[:, None, :, None]
+    got = named(exact(y, sampling=0.25))
+    assert got["task × template"].variance.value == pytest.approx(0.5)
+    assert got["task"].variance.value == pytest.approx((12.5 - 0.5) / 2)
+    assert got["template"].variance.value == pytest.approx((6 - 0.5) / 3)
+    assert got["rating seed"].variance.value == 0.25
+    total = 0.5 + 6 + 5.5 / 3 + 0.25
+    assert exact(y, sampling=0.25).total == Estimate(pytest.approx(total), None, None, 3)
+    assert got["template"].share.value == pytest.approx(5.5 / 3 / total)
+    assert sum(component.share.value or 0.0 for component in got.values()) == pytest.approx(1)
+
+
+def test_completions_are_nested_in_tasks_by_hand():
+    # Completions (0, 2), (4, 4), (5, 9): means 1, 4, 7, so MS between 2·(9 + 0 + 9)/2 = 18, within (2 + 0 + 8)/3.
+    y = np.array([[0, 2], [4, 4], [5, 9]], dtype=float)[:, :, None, None]
+    got = named(exact(y))
+    assert got["completion"].variance.value == pytest.approx(10 / 3)
+    assert got["task"].variance.value == pytest.approx((18 - 10 / 3) / 2)
+    # What a seed is called in one task says nothing of another.
+    swapped = y.copy()
+    swapped[2] = y[2, ::-1]
+    assert variances(exact(swapped)) == pytest.approx(variances(exact(y)))
+
+
+def test_a_negative_component_counts_as_none_of_the_total():
+    got = exact(np.array([[1, 5], [5, 1], [1, 5]], dtype=float)[:, None, :, None])
+    by_name = named(got)
+    assert by_name["task"].variance.value == pytest.approx(-16 / 3)  # (0 - MS of the interaction, 32/3) / 2
+    assert by_name["task"].share.value == 0.0
+    assert got.total.value == by_name["task × template"].variance.value == pytest.approx(32 / 3)
+    assert by_name["task × template"].share.value == 1.0
+
+
+def anova(y: np.ndarray, formula: str) -> dict[str, float]:
+    """Mean squares of a linear model, by its terms, from statsmodels."""
+    index = np.indices(y.shape).reshape(4, -1)
+    frame = pd.DataFrame({**dict(zip("tcmr", index, strict=True)), "y": y.ravel()})
+    table = anova_lm(ols(f"y ~ {formula}", frame).fit())
+    return (table["sum_sq"] / table["df"]).to_dict()
+
+
+def test_crossed_facets_agree_with_statsmodels():
+    T, M, R = 7, 3, 4
+    y = simulate(np.random.default_rng(0), (T, 1, M, R), TRUE)
+    ms = anova(y, "C(t) + C(m) + C(r) + C(t):C(m) + C(t):C(r) + C(m):C(r)")
+    t, m, r, tm, tr, mr, tmr = ms.values()  # in the order of the formula; the residual is the three-way interaction
+    got = variances(exact(y))
+    assert got["task"] == pytest.approx((t - tm - tr + tmr) / (M * R))
+    assert got["template"] == pytest.approx((m - tm - mr + tmr) / (T * R))
+    assert got["rater"] == pytest.approx((r - tr - mr + tmr) / (T * M))
+    assert got["task × template"] == pytest.approx((tm - tmr) / R)
+    assert got["task × rater"] == pytest.approx((tr - tmr) / M)
+    assert got["template × rater"] == pytest.approx((mr - tmr) / T)
+    assert got["task × template × rater"] == pytest.approx(tmr)
+
+
+def test_a_nested_facet_agrees_with_statsmodels():
+    T, C, M = 6, 3, 4
+    y = simulate(np.random.default_rng(1), (T, C, M, 1), TRUE)
+    t, m, tc, tm, tcm = anova(y, "C(t) + C(m) + C(t):C(c) + C(t):C(m)").values()
+    got = variances(exact(y))
+    assert got["task"] == pytest.approx((t - tc - tm + tcm) / (C * M))
+    assert got["template"] == pytest.approx((m - tm) / (T * C))
+    assert got["task × template"] == pytest.approx((tm - tcm) / C)
+    assert got["completion"] == pytest.approx((tc - tcm) / M)
+    assert got["completion × template"] == pytest.approx(tcm)
+
+
+# --- known components
+
+
+def test_components_are_recovered_without_bias():
+    # The mean of 150 data sets against the truth, within four of its standard errors.
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(150):
+        m = simulate(rng, (40, 2, 3, 3), TRUE)
+        found.append(variances(variance_decomposition(*sample(rng, m, rng.uniform(0.5, 1.5, size=m.shape), k=3))))
+    table = pd.DataFrame(found)
+    assert tuple(table.columns) == NAMES
+    error = table.std() / np.sqrt(len(table))
+    assert (error < 0.05).all()
+    assert ((table.mean() - pd.Series(TRUE)).abs() < 4 * error).all()
+
+
+def test_sampled_ratings_have_the_components_of_exact_ones():
+    rng = np.random.default_rng(1)
+    m = simulate(rng, (2000, 2, 2, 3), TRUE)
+    w = rng.uniform(0, 4, size=m.shape)  # up to several times the other components, and unlike between cells
+    expected = variance_decomposition(m, w, np.zeros(m.shape))
+    got = variance_decomposition(*sample(rng, m, w, k=2))
+    for name, value in variances(expected).items():
+        assert variances(got)[name] == pytest.approx(value, abs=0.06), name
+        assert named(got)[name].share.value == pytest.approx(named(expected)[name].share.value, abs=0.015), name
+    # Had the noise been left in, it would be in the highest order, and only there.
+    left_in = variances(variance_decomposition(*sample(rng, m, w, k=2)[:2], np.zeros(m.shape)))
+    assert left_in["completion × template × rater"] == pytest.approx(
+        TRUE["completion × template × rater"] + 1, abs=0.06
+    )
+    assert left_in["completion"] == pytest.approx(variances(expected)["completion"], abs=0.06)
+
+
+def test_pomp_puts_scales_on_one():
+    np.testing.assert_allclose(pomp([[1, 3], [5, nan]], 1, 5), [[0, 0.5], [1, nan]])
+    np.testing.assert_allclose(pomp([-2, 2], -2, 2), [0, 1])
+    for low, high in ((1, 1), (5, 1), (nan, 1)):
+        with pytest.raises(ValueError, match="low end"):
+            pomp([1.0], low, high)
+
+
+# --- what cannot be told apart
+
+
+def test_one_completion_seed_is_part_of_the_task():
+    y = simulate(np.random.default_rng(2), (400, 1, 3, 4), TRUE)
+    got = exact(y)
+    by_name = named(got)
+    assert by_name["task"].holds == ("completion",)
+    assert by_name["task × template × rater"].holds == ("completion × template × rater",)
+    assert by_name["template"].holds == ()
+    assert by_name["completion × rater"] == Component(
+        "completion × rater", *[Estimate.missing("one completion seed", 400)] * 2
+    )
+    assert by_name["task × template × rater"].variance.value == pytest.approx(0.3 + 0.15, abs=0.05)
+    assert by_name["task"].variance.value == pytest.approx(1 + 0.6, abs=0.3)
+    assert got.levels == {"task": 400, "completion seed": 1, "template": 3, "rater": 4}
+
+
+def test_one_template_and_one_rater():
+    got = exact(simulate(np.random.default_rng(3), (50, 2, 1, 1), TRUE))
+    by_name = named(got)
+    assert {name for name, component in by_name.items() if component.variance.defined} == {
+        "task",
+        "completion",
+        "rating seed",
+    }
+    assert by_name["task"].holds == ("task × template", "task × rater", "task × template × rater")
+    assert by_name["template"].variance.reason == "one template"
+    assert by_name["completion × rater"].share.reason == "one rater"
+    assert by_name["template × rater"].variance.reason == "one template and one rater"
+
+
+def test_tasks_alone():
+    got = named(exact(np.arange(5.0).reshape(5, 1, 1, 1), Resamples.draw(5, 50)))
+    assert got["task"].variance.value == pytest.approx(2.5)
+    assert got["task"].variance.low is not None
+    assert got["task"].holds == tuple(name for effect, name in EFFECTS.items() if "t" in effect and name != "task")
+    assert got["template"].variance.reason == "one template"
+
+
+def test_sampling_that_is_not_known_is_part_of_the_highest_order():
+    rng = np.random.default_rng(4)
+    m = simulate(rng, (300, 2, 2, 3), TRUE)
+    x = m + rng.normal(size=m.shape)
+    unknown = np.full(m.shape, nan)
+    got = variance_decomposition(x, unknown, unknown, Resamples.draw(300, 50))
+    by_name = named(got)
+    assert by_name["completion × template × rater"].holds == ("rating seed",)
+    assert by_name["completion × template × rater"].variance.value == pytest.approx(1.15, abs=0.1)
+    assert by_name["rating seed"].variance == Estimate.missing("sampling variance not known", 300)
+    # It is all there, in another place, when one rating of each was sampled.
+    known = variance_decomposition(x, np.ones(m.shape), np.ones(m.shape))
+    assert got.total.value == pytest.approx(known.total.value)
+    assert by_name["task"].share.value == pytest.approx(named(known)["task"].share.value)
+    assert named(known)["completion × template × rater"].holds == ()
+
+
+def test_sampling_that_is_known_in_part_only_gives_no_shares():
+    y = simulate(np.random.default_rng(5), (50, 1, 2, 2), TRUE)
+    unknown, zero, one = np.full(y.shape, nan), np.zeros(y.shape), np.ones(y.shape)
+    of_one_rater = np.where(np.arange(2) == 0, one, nan)
+    cases = [(unknown, zero, False), (one, unknown, True), (of_one_rater, zero, False), (of_one_rater, unknown, True)]
+    for sampling, noise, held in cases:
+        got = variance_decomposition(y, sampling, noise)
+        assert got.total.reason == "sampling variance known in part only"
+        assert named(got)["task"].share == got.total
+        assert named(got)["task"].variance.value == exact(y).components[0].variance.value
+        assert ("rating seed" in named(got)["task × template × rater"].holds) == held
+
+
+def test_each_template_and_rater_counts_alike_however_much_is_known_of_it():
+    y = simulate(np.random.default_rng(6), (40, 1, 2, 1), TRUE)
+    sampling = np.broadcast_to(np.array([1.0, 3.0])[:, None], y.shape).copy()
+    sampling[5:, :, 1] = nan
+    got = named(variance_decomposition(y, sampling, sampling / 2))
+    assert got["rating seed"].variance.value == pytest.approx(2)
+    whole = variances(exact(y))["task × template"]
+    assert got["task × template"].variance.value == pytest.approx(whole - 1)
+
+
+# --- missing ratings, and data that say nothing
+
+
+def test_tasks_with_a_rating_missing_are_left_out():
+    y = simulate(np.random.default_rng(7), (30, 2, 2, 3), TRUE)
+    holey = y.copy()
+    holey[[3, 8], [0, 1], [1, 0], [2, 1]] = nan
+    holey[20] = np.inf
+    kept = np.delete(np.arange(30), [3, 8, 20])
+    got = exact(holey, Resamples.draw(30, 200))
+    assert (got.n, got.left_out, got.levels["task"]) == (27, 3, 27)
+    assert variances(got) == pytest.approx(variances(exact(y[kept])))
+    # A resample has as many of the 27 as were drawn: the interval is about that of 27 tasks.
+    alone = exact(y[kept], Resamples.draw(27, 200))
+    for name in ("task", "task × template", "completion"):
+        interval, peer = named(got)[name].variance, named(alone)[name].variance
+        assert (interval.low, interval.high) == pytest.approx((peer.low, peer.high), rel=0.25, abs=0.1)
+
+
+def test_what_is_known_of_tasks_left_out_counts_for_nothing():
+    y = simulate(np.random.default_rng(8), (10, 1, 2, 2), TRUE)
+    y[0, 0, 0, 0] = nan
+    sampling = np.ones(y.shape)
+    sampling[0] = 100
+    assert named(variance_decomposition(y, sampling, sampling / 2))["rating seed"].variance.value == 1.0
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        np.empty((0, 2, 2, 2)),
+        np.empty((5, 0, 2, 2)),
+        np.empty((5, 1, 0, 0)),
+        np.zeros((2, 2, 2, 2)),
+        np.full((6, 1, 2, 2), nan),
+        np.where(np.arange(6)[:, None, None, None] < 4, nan, np.ones((6, 1, 2, 2))),
+    ],
+)
+def test_fewer_than_three_tasks_give_nothing(y):
+    got = exact(y, Resamples.draw(len(y), 20))
+    assert got.n + got.left_out == len(y)
+    assert tuple(component.name for component in got.components) == NAMES
+    missing = Estimate.missing("fewer than 3 tasks with all their ratings", got.n)
+    assert {got.total} | {e for c in got.components for e in (c.variance, c.share)} == {missing}
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 4.0])
+@pytest.mark.parametrize("shape", [(7, 1, 3, 3), (11, 3, 1, 2), (3, 2, 3, 7), (5, 1, 1, 1)])
+def test_constant_ratings_have_no_variance_and_no_shares(value, shape):
+    y = np.full(shape, value)
+    y[::2] = (value + 0.1) - 0.1  # equal, but for rounding
+    got = exact(y, Resamples.draw(shape[0], 30))
+    assert got.total.value == 0.0
+    for component in got.components:
+        assert component.variance.value in (0.0, None)
+        assert not component.share.defined
+    assert got.components[0].share.reason == "no variance in ratings"
+
+
+def test_effects_that_are_not_there_are_exactly_zero():
+    rng = np.random.default_rng(9)
+    y = rng.random((9, 1, 1, 1)) + rng.random((1, 1, 1, 3)) + np.zeros((9, 2, 3, 3))
+    got = variances(exact(y, Resamples.draw(9, 30)))
+    assert {name for name, value in got.items() if value != 0} == {"task", "rater"}
+    seeds = named(exact(y, sampling=0.5))["rating seed"]
+    assert 0 < seeds.share.value < 1
+
+
+def test_differences_of_the_size_of_rounding_are_none():
+    y = np.array([[0, 0.1], [0.3, 0.2], [0.7, 0.5]])[:, None, :, None]
+    top = variances(exact(y))["task × template"]
+    noise = np.full(y.shape, top)
+    assert variances(variance_decomposition(y, noise, noise * (1 + 1e-15)))["task × template"] == 0.0
+    far = variances(exact(y + 1e6))
+    for name, value in variances(exact(y)).items():
+        assert far[name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_no_warning_even_where_resamples_have_no_complete_task():
+    y = np.full((12, 2, 2, 2), nan)
+    y[:3] = simulate(np.random.default_rng(10), (3, 2, 2, 2), TRUE)
+    draws = Resamples.draw(12, 500)
+    assert (draws.times[:, :3].sum(axis=1) < 2).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = exact(y, draws)
+    task = named(got)["task"].variance
+    assert np.isfinite([task.value, task.low, task.high]).all()
+
+
+def test_wrong_input_is_refused():
+    y = np.zeros((4, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"\[tasks, completion seeds, templates, raters\]"):
+        variance_decomposition(y[0], y[0], y[0])
+    with pytest.raises(ValueError, match="must be"):
+        variance_decomposition(y, y[:3], y)
+    with pytest.raises(ValueError, match="negative"):
+        variance_decomposition(y, y, y - 1)
+    with pytest.raises(ValueError, match="resamples of 5 tasks"):
+        variance_decomposition(y, y, y, Resamples.none(5))
+
+
+# --- properties
+
+
+shapes = st.tuples(st.integers(0, 6), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+
+
+@st.composite
+def cells(draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ratings on a grid, as options give them, some missing; with sampling variances, some of them not known."""
+    shape = draw(shapes)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    y = rng.integers(0, draw(st.integers(1, 5)), size=shape) / 4
+    sampling = rng.random(shape)
+    holes = draw(st.sampled_from([0.0, 0.02, 0.3, 1.0]))
+    y[rng.random(shape) < holes / 4] = nan
+    sampling[rng.random(shape) < holes] = nan
+    return y, sampling, sampling / draw(st.integers(1, 4))
+
+
+@settings(max_examples=80, deadline=None)
+@given(cells(), st.randoms(use_true_random=False), st.sampled_from([0.5, -2.0, 3.0]), st.integers(-5, 5))
+def test_order_and_scale_change_nothing_but_the_unit(given_, random, scale, shift):
+    def moved(values: np.ndarray) -> np.ndarray:
+        return values[np.ix_(*order)]
+
+    y, sampling, noise = given_
+    order = [random.sample(range(count), count) for count in y.shape]
+    expected = variance_decomposition(y, sampling, noise)
+    got = variance_decomposition(scale * moved(y) + shift, scale**2 * moved(sampling), scale**2 * moved(noise))
+    assert (got.n, got.left_out, got.levels) == (expected.n, expected.left_out, expected.levels)
+    for before, after in zip(expected.components, got.components, strict=True):
+        assert (after.name, after.holds) == (before.name, before.holds)
+        assert (after.variance.reason, after.share.reason) == (before.variance.reason, before.share.reason)
+        if before.variance.value is not None:
+            assert after.variance.value == pytest.approx(scale**2 * before.variance.value, abs=1e-10)
+        if before.share.value is not None:
+            assert after.share.value == pytest.approx(before.share.value, abs=1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(cells())
+def test_every_estimate_has_a_value_in_bounds_or_a_reason(given_):
+    got = variance_decomposition(*given_, Resamples.draw(len(given_[0]), 10))
+    assert tuple(component.name for component in got.components) == NAMES
+    for component in got.components:
+        for estimate in (component.variance, component.share):
+            assert estimate.defined == (estimate.reason is None)
+            assert (estimate.low is None) == (estimate.high is None)
+            assert estimate.n == got.n
+            assert estimate.value is None or np.isfinite(estimate.value)
+        assert component.share.value is None or 0 <= component.share.value <= 1
+        assert component.variance.defined or not component.holds
+    shares = [component.share.value for component in got.components if component.share.value is not None]
+    assert not shares or sum(shares) == pytest.approx(1)
+
+
+# --- intervals
+
+
+def coverage(estimates: list[Estimate], true: float) -> float:
+    return float(np.mean([got.low <= true <= got.high for got in estimates]))
+
+
+def test_intervals_cover():
+    # 200 data sets of 60 tasks: the standard error of a coverage of .95 is .015. A percentile interval of a variance
+    # covers somewhat less than it says for so few tasks.
+    rng = np.random.default_rng(0)
+    found: dict[str, list[Estimate]] = {name: [] for name in NAMES}
+    for at in range(200):
+        m = simulate(rng, (60, 2, 3, 2), TRUE)
+        w = np.broadcast_to(rng.uniform(0.5, 1.5, size=(60, 1, 1, 1)), m.shape)
+        got = variance_decomposition(*sample(rng, m, w, k=3), Resamples.draw(60, 300, seed=at))
+        for component in got.components:
+            found[component.name].append(component.variance)
+    for name in ("task", "task × template", "task × rater", "completion", "completion × template", "rating seed"):
+        assert 0.88 <= coverage(found[name], TRUE[name]) <= 0.99, name
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 3, 2), (4, 1, 2, 3), (4, 3, 1, 2), (3, 2, 1, 1)])
+def test_the_mean_of_all_resamples_is_the_estimate(shape):
+    y = simulate(np.random.default_rng(12), shape, TRUE)
+    tasks = range(shape[0])
+    drawn = [np.bincount(index, minlength=shape[0]) for index in itertools.product(tasks, repeat=shape[0])]
+    draws = Resamples(np.stack([np.ones(shape[0]), *drawn]).astype(np.uint16))
+    for effect, values in _effect_variances(y, draws).items():
+        assert values[1:].mean() == pytest.approx(values[0]), EFFECTS[effect]
+
+
+def test_the_interval_of_an_effect_without_tasks_is_around_its_estimate():
+    # Templates × raters have no effect, and their mean square is all noise. Without its correction the resampled one
+    # has that noise twice, and nearly every interval would lie above 0.
+    rng = np.random.default_rng(1)
+    true = {"task": 1.0, "task × template × rater": 1.0}
+    found = []
+    for at in range(60):
+        y = simulate(rng, (40, 1, 6, 8), true)
+        found.append(named(exact(y, Resamples.draw(40, 200, seed=at)))["template × rater"].variance)
+    assert coverage(found, 0.0) >= 0.9
+    middles = np.mean([(got.low + got.high) / 2 for got in found])
+    assert middles == pytest.approx(np.mean([got.value for got in found]), abs=0.003)
+
+
+def test_the_interval_does_not_depend_on_other_tasks_being_there():
+    # The same three quarters of the resampled tasks, with the rest incomplete: as the resamples of those alone.
+    y = simulate(np.random.default_rng(11), (40, 1, 2, 2), TRUE)
+    draws = Resamples.draw(40, 100)
+    holey = y.copy()
+    holey[30:, 0, 1, 1] = nan
+    assert exact(holey, draws).components == exact(y[:30], Resamples(draws.times[:, :30])).components
