@@ -4,42 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pandas as pd
-from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from prefs.jobs import Work
 from prefs.probing import NoProbe, ProbeReport
 from prefs.records import Ratings
 from prefs.statistics.refusal import MIN_GROUP
 from prefs.summary import Stability
 from prefs.tasks import ALL
 from prefs.templates import Invalid
-
-MISSING = "–"
-
-
-def number(value: object, digits: int = 2) -> str:
-    """A number as papers print it: .87, −.05, 1.00; a dash where there is none."""
-    if not isinstance(value, int | float) or pd.isna(value):
-        return MISSING
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.removeprefix("-")
-    if abs(float(text)) < 1:
-        text = text.replace("0.", ".", 1)
-    return text.replace("-", "−")
+from prefs.terminal import MISSING, new_table, number
 
 
 def sampled_lines(rows: Sequence[Stability]) -> Table:
     """Stability of sampled ratings by origin."""
     seeds = len(rows[0].cross_seed.pearson.pairs)
-    table = _table(f"Sampled ratings: cross-seed r is mean ± SD over {seeds} pairs of rating seeds")
+    table = new_table(f"Sampled ratings: cross-seed r is mean ± SD over {seeds} pairs of rating seeds")
     for name in ("n", "valid", "cross-seed r", "informative r", "d", "mode (share)"):
         table.add_column(name, justify="right")
     for row in _all_last(rows):
@@ -60,7 +42,7 @@ def sampled_lines(rows: Sequence[Stability]) -> Table:
 def exact_lines(rows: Sequence[Stability]) -> Table:
     """Exact ratings by origin: how much of the model's answer is a rating, and what sampling would do to it."""
     target = next(row.exact.target_r for row in rows if row.exact)
-    table = _table("Exact ratings: predicted r is of two seeds sampled at temperature 1")
+    table = new_table("Exact ratings: predicted r is of two seeds sampled at temperature 1")
     for name in ("n", "valid mass", "mean ± SD", "predicted r", f"seeds for r = {number(target)}"):
         table.add_column(name, justify="right")
     for row in _all_last(rows):
@@ -81,7 +63,7 @@ def exact_lines(rows: Sequence[Stability]) -> Table:
 
 def refusal_lines(frame: pd.DataFrame, rated_by: str) -> Table:
     """Refusal × rating by origin."""
-    table = _table(f"Refusal × rating: point-biserial r with the {rated_by}")
+    table = new_table(f"Refusal × rating: point-biserial r with the {rated_by}")
     for name in ("n", "refused", "mean, refused", "mean, not", "r [95 %]"):
         table.add_column(name, justify="right")
     rows = frame.to_dict("records")
@@ -102,7 +84,7 @@ def probe_lines(report: ProbeReport, most: int = 11) -> Table:
     if len(spaced) > most:
         spaced = tuple(report.layers[round(at * (len(report.layers) - 1) / (most - 1))] for at in range(most))
     of = "" if len(spaced) == len(report.layers) else f"; {len(spaced)} of {len(report.layers)} layers"
-    table = _table(f"Probe at {report.position}: R² on held-out tasks, by target{of}", first="layer")
+    table = new_table(f"Probe at {report.position}: R² on held-out tasks, by target{of}", first="layer")
     targets = {str(target): rows for target, rows in report.scores.groupby("target", sort=False)}
     for target, rows in targets.items():
         table.add_column(f"{target} (n = {rows['n'].iloc[0]})", justify="right")
@@ -111,12 +93,6 @@ def probe_lines(report: ProbeReport, most: int = 11) -> Table:
     table.add_section()
     for name, column in (("origin-mean baseline", "baseline_r2"), ("noise ceiling", "ceiling_r2")):
         table.add_row(name, *(number(rows[column].iloc[0]) for rows in targets.values()))
-    return table
-
-
-def _table(title: str, first: str = "origin") -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, no_wrap=True)
     return table
 
 
@@ -211,33 +187,6 @@ def _probe_remarks(report: ProbeReport) -> list[str]:
     if not report.fitted.converged:
         said.append("Some probes did not converge; raise probe.max_epochs.")
     return said
-
-
-def show(
-    console: Console,
-    *,
-    title: str,
-    tables: Sequence[Table],
-    said: Sequence[str],
-) -> None:
-    """Print one cell."""
-    console.print()
-    console.rule(Text(title, style="bold"), align="left")
-    for table in tables:
-        console.print(table)
-    for remark in said:
-        console.print(f"• {remark}")
-
-
-def show_files(console: Console, work: Sequence[Work], folder: Path, store: Path, wandb: Mapping[str, Path]) -> None:
-    """Print what was reused and computed, and where everything is."""
-    console.print()
-    for each in work:
-        console.print(f"{each}")
-    console.print(f"tables and figures  {folder}", soft_wrap=True)
-    console.print(f"store               {store}", soft_wrap=True)
-    for name, path in wandb.items():
-        console.print(f"W&B, offline        wandb sync {path}    ({name})", soft_wrap=True)
 
 
 def _all_last(rows: Sequence[Stability]) -> list[Stability]:

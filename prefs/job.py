@@ -38,6 +38,7 @@ from prefs.summary import (
 )
 from prefs.tasks import load_tasks
 from prefs.templates import Template
+from prefs.terminal import show, show_files
 from prefs.track import Tracker, tracker
 
 log = logging.getLogger("prefs")
@@ -110,7 +111,7 @@ def run_job(config: Config, place: Place, models: Models, *, plain_config: Mappi
         if track.offline and track.folder is not None:
             synced[name] = track.folder
     work = [completed, *rated.work]
-    closing.show_files(console, work, place.folder, store.root, synced)
+    show_files(console, work, place.folder, store.root, synced)
     return work
 
 
@@ -183,7 +184,7 @@ def _report(config: Config, cell: _Cell, rated: Rated, rater: ModelSpec, track: 
     if isinstance(probed, ProbeReport):
         lines.append(closing.probe_lines(probed))
     title = f"{rater.name} · {ratings.template.name} · {config.dataset.name} · completions by {config.completer.name}"
-    closing.show(console, title=title, tables=lines, said=closing.remarks(ratings, rows, tables["refusals"], probed))
+    show(console, title=title, tables=lines, said=closing.remarks(ratings, rows, tables["refusals"], probed))
 
 
 def _residuals(config: Config, rated: Rated, key: str) -> Residuals | None:

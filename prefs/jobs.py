@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Job:
-    """One job: its folder, its resolved config and overrides, how it ended, and the work it took."""
+    """One job: its folder, resolved config, overrides and W&B group, how it ended, and the work it took."""
 
     folder: Path
     config: Mapping[str, Any]
     overrides: tuple[str, ...] = ()
+    group: str | None = None
     status: str = RUNNING
     error: str | None = None
     work: tuple[Work, ...] = ()
@@ -47,7 +48,9 @@ class Job:
 
 
 @contextmanager
-def recorded(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[list[Work]]:
+def recorded(
+    folder: Path, config: Mapping[str, Any], overrides: Sequence[str], group: str | None
+) -> Iterator[list[Work]]:
     """Keep a job's record while it runs; the list given takes the work it did.
 
     Raises
@@ -55,7 +58,7 @@ def recorded(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) 
     UserError
         If the record cannot be written.
     """
-    job = Job(folder, config, tuple(overrides))
+    job = Job(folder, config, tuple(overrides), group)
     _write(job)
     work: list[Work] = []
     try:
@@ -63,9 +66,9 @@ def recorded(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) 
     except Exception as error:
         line = " ".join(str(error).split())
         named = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
-        _write(Job(folder, config, job.overrides, FAILED, named))
+        _write(replace(job, status=FAILED, error=named))
         raise
-    _write(Job(folder, config, job.overrides, FINISHED, work=tuple(work)))
+    _write(replace(job, status=FINISHED, work=tuple(work)))
 
 
 def _write(job: Job) -> None:
@@ -92,6 +95,7 @@ def read_job(folder: Path) -> Job:
             folder=folder,
             config=content["config"],
             overrides=tuple(content["overrides"]),
+            group=content["group"],
             status=content["status"],
             error=content["error"],
             work=tuple(Work(**each) for each in content["work"]),

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from prefs.errors import UserError
+
 # Okabe & Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DPI = 150
@@ -118,7 +120,7 @@ def stability_bars(path: Path, *, title: str, table: pd.DataFrame) -> Path:
 
     ``table`` has columns group, cross_seed_r, cross_seed_r_sd, informative_r, informative_r_sd, d, predicted_r.
     """
-    figure, axes = _figure(width=max(6.0, 1.3 * len(table) + 1.5))
+    figure, axes = _figure(width=max(6.0, 1.3 * len(table) + 1.5), height=4.8)
     x = np.arange(len(table))
     tops = np.zeros(len(table))
     for at, (name, label) in enumerate((("cross_seed_r", "all tasks"), ("informative_r", "informative tasks"))):
@@ -141,7 +143,7 @@ def stability_bars(path: Path, *, title: str, table: pd.DataFrame) -> Path:
     axes.set_ylabel("cross-seed r (Pearson over tasks)")
     axes.margins(y=0.15)
     axes.set_title(title)
-    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=1, frameon=False)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=1, frameon=False)
     return _save(figure, path)
 
 
@@ -249,6 +251,9 @@ def _figure(width: float, height: float = 4.2) -> tuple[Figure, Axes]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     return path

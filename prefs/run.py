@@ -115,20 +115,20 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
         with _named_failure() if sweep else _one_line_errors(enabled=not wants_traceback):
             hydra_config, plain = HydraConfig.get(), _plain(cfg)
             folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
-            with recorded(folder, plain, overrides) as work:
+            group, suffix = None, ""
+            if sweep:
+                sweep_folder = Path(hydra_config.sweep.dir)
+                group = sweep_name(sweep_folder, hydra_config.runtime.choices.get("experiment"))
+                suffix = name_suffix(overrides, swept(sweep_folder))
+            with recorded(folder, plain, overrides, group) as work:
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.
                 from prefs.job import Place, run_job
                 from prefs.models.loading import Models
 
-                place = Place(folder)
-                if sweep:
-                    sweep_folder = Path(hydra_config.sweep.dir)
-                    group = sweep_name(sweep_folder, hydra_config.runtime.choices.get("experiment"))
-                    place = Place(folder, group, name_suffix(overrides, swept(sweep_folder)))
                 if not loaded:
                     loaded.append(Models())
-                work += run_job(config, place, loaded[0], plain_config=plain)
+                work += run_job(config, Place(folder, group, suffix), loaded[0], plain_config=plain)
 
     return job
 

@@ -5,6 +5,7 @@ Imported while Hydra composes a config, so nothing heavy is imported here.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -76,6 +77,15 @@ def job_count(folder: Path) -> int | None:
     for values in swept(folder).values():
         count *= len(values)
     return count
+
+
+def command(folder: Path) -> str | None:
+    """The command line of a multirun; None where there is no telling."""
+    try:
+        task = OmegaConf.select(OmegaConf.load(folder / FILE), "hydra.overrides.task") or []
+    except (OSError, OmegaConfBaseException):
+        return None
+    return shlex.join(["python", "-m", "prefs.run", "-m", *task])
 
 
 def name_suffix(overrides: list[str], sweep: Mapping[str, tuple[str, ...]]) -> str:

@@ -60,6 +60,13 @@ class Tracker:
 
             self.run.log({f"figures/{name}": wandb.Image(str(path))})
 
+    def page(self, name: str, path: Path) -> None:
+        """Log an HTML page."""
+        if self.run is not None:
+            import wandb
+
+            self.run.log({name: wandb.Html(path.read_text(), inject=False)})
+
     def artifact(self, name: str, kind: str, paths: list[Path], metadata: dict[str, Any]) -> None:
         """Log files as an artifact."""
         if self.run is not None:
@@ -73,7 +80,13 @@ class Tracker:
 
 @contextmanager
 def tracker(
-    config: WandbConfig, *, name: str, group: str | None, folder: Path, run_config: Mapping[str, Any]
+    config: WandbConfig,
+    *,
+    name: str,
+    group: str | None,
+    folder: Path,
+    run_config: Mapping[str, Any],
+    job_type: str = "cell",
 ) -> Iterator[Tracker]:
     """Open a W&B run for the time of the block; marked as failed if the block raises.
 
@@ -82,7 +95,7 @@ def tracker(
     if config.mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
         yield Tracker(None, offline=False)
         return
-    run, offline = _start(config, name=name, group=group, folder=folder, run_config=run_config)
+    run, offline = _start(config, name=name, group=group, folder=folder, run_config=run_config, job_type=job_type)
     try:
         yield Tracker(run, offline)
     except BaseException:
@@ -92,7 +105,7 @@ def tracker(
 
 
 def _start(
-    config: WandbConfig, *, name: str, group: str | None, folder: Path, run_config: Mapping[str, Any]
+    config: WandbConfig, *, name: str, group: str | None, folder: Path, run_config: Mapping[str, Any], job_type: str
 ) -> tuple[Any, bool]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the library, at import
@@ -109,6 +122,7 @@ def _start(
             entity=config.entity,
             group=config.group or group,
             name=name,
+            job_type=job_type,
             tags=config.tags or None,
             dir=str(folder),
             config=dict(run_config),

@@ -394,7 +394,7 @@ def _of_pair(
     for row, times in enumerate(used.times):
         # In each resample the ranks are others.
         counts = times.astype(np.float64)
-        ranks, other = (_centred_ranks(np.bincount(at, counts, len(values)))[at] for at in (a, b))
+        ranks, other = (_centred_ranks(np.bincount(at, counts, len(values)).astype(np.float64))[at] for at in (a, b))
         ranked[row] = (counts * ranks) @ ranks, (counts * other) @ other, (counts * ranks) @ other
     nothing = np.zeros_like(n)
     columns = (

@@ -1,0 +1,172 @@
+"""How much faster an exact rating is than the sampled ratings that it replaces.
+
+The same conversations (task + completion of at least ``--tokens`` tokens) are rated with the same templates
+
+- exactly, by `prefs`: one pass over each conversation, from whose keys and values all templates go on;
+- (a) one conversation at a time, one ``generate`` a seed: what a researcher writes first;
+- (b) by transformers' batched ``generate`` with as many return sequences as there are seeds.
+
+All use the same weights, precision, tokens and threads, in one process. `prefs` rates all conversations, (b) a few of
+them and (a) one; times are medians and for one conversation. The means that (b) samples are compared
+with the exact ones: their difference must be sampling error. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from prefs.chat import Message
+from prefs.config import DatasetConfig, ModelConfig, register
+from prefs.models.backend import Ask, Conversation, Observation, Question, Sampling
+from prefs.models.embedded import smollm2_folder
+from prefs.models.loading import Models, ModelSpec
+from prefs.options import ask
+from prefs.statistics.exact import exact_summary
+from prefs.tasks import load_tasks
+from prefs.templates import Template
+
+TEMPLATES = ("binary", "likert", "agreement", "stated", "anchored", "anchored_precise")
+
+
+def templates() -> list[Template]:
+    """The six shipped templates."""
+    from hydra import compose, initialize_config_module
+
+    from prefs.config import typed
+    from prefs.run import register_resolvers
+
+    register()
+    register_resolvers()
+    with initialize_config_module("prefs.conf", version_base="1.3"):
+        config = typed(compose("config", overrides=[f"template=[{','.join(TEMPLATES)}]"]))
+    return [Template.from_config(each) for each in config.template.values()]
+
+
+def conversations(count: int, tokens: int, backend) -> list[Conversation]:
+    """Tasks with completions long enough: text of the data set itself, so that it is language and takes no model."""
+    tasks = load_tasks(DatasetConfig(name="mini"))
+    found = []
+    for start in range(count):
+        parts = [tasks[(start * 7 + at) % len(tasks)].prompt for at in range(1, 60)]
+        text = ""
+        for part in parts:
+            text += part + "\n\n"
+            turns = (Message("user", tasks[start].prompt), Message("assistant", text.strip()))
+            if backend.conversation_tokens(turns) >= tokens:
+                break
+        found.append(turns)
+    return found
+
+
+def median_time(run: Callable[[], object], repeats: int) -> float:
+    """Median wall-clock seconds of a call."""
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def generate(model, ids: Sequence[int], pad: int, sequences: int, new_tokens: int) -> torch.Tensor:
+    """transformers' own sampling at temperature 1: the new tokens of each sequence."""
+    prompt = torch.tensor([ids])
+    with torch.inference_mode():
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            pad_token_id=pad, max_new_tokens=new_tokens, num_return_sequences=sequences,
+        )  # fmt: skip
+    return out[:, len(ids) :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=16, help="rated exactly")
+    parser.add_argument("--tokens", type=int, default=500, help="tokens of a conversation, at least")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3, help="(b) rates so many conversations, (a) one")
+    parser.add_argument("--max-new-tokens", type=int, default=8)
+    given = parser.parse_args()
+    spec = ModelSpec.from_config(ModelConfig(name="smollm2", path="embedded:smollm2", prefill="Answer: "))
+    backend = Models().get(spec)
+    asked = templates()
+    questions = [Question(each.question, each.says, spec.prefill) for each in asked]
+    turns = conversations(given.conversations, given.tokens, backend)
+    lengths = [backend.conversation_tokens(each) for each in turns]
+    sampling = Sampling(1.0, 1.0, given.max_new_tokens)
+
+    def exact() -> list:
+        return backend.observe(turns, [Ask(question) for question in questions], sampling, None)
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=getattr(torch, spec.dtype)).eval()
+    tokenizer = backend.encoder.tokenizer  # type: ignore[attr-defined]
+    pad = tokenizer.pad_token_id or 0
+    prompts = [[ask(backend.encoder, row, question).ids for row in turns] for question in questions]  # type: ignore[attr-defined]
+    sampled: dict[int, dict[int, list[str]]] = {row: {} for row in range(given.repeats)}
+
+    def one_by_one(row: int) -> float:
+        """Seconds a conversation: of each template, the median of a few of its seeds, times the seeds."""
+        seconds = 0.0
+        for of_question in prompts:
+            one = partial(generate, model, of_question[row], pad, 1, given.max_new_tokens)
+            seconds += given.seeds * median_time(one, given.repeats)
+        return seconds
+
+    def batched(row: int) -> float:
+        begun = time.perf_counter()
+        for at, of_question in enumerate(prompts):
+            out = generate(model, of_question[row], pad, given.seeds, given.max_new_tokens)
+            sampled[row][at] = tokenizer.batch_decode(out, skip_special_tokens=True)
+        return time.perf_counter() - begun
+
+    exact()  # warm up
+    generate(model, prompts[0][0], pad, 1, 2)
+    rows = range(given.repeats)
+    seconds = {
+        "prefs, exact": median_time(exact, given.repeats) / len(turns),
+        "(a) one conversation at a time, one generate a seed": one_by_one(0),
+        "(b) batched generate, all seeds at once": statistics.median(batched(row) for row in rows),
+    }
+    base = seconds["prefs, exact"]
+    print(
+        f"{len(asked)} templates, {given.seeds} seeds, conversations of {min(lengths)} to {max(lengths)} tokens,"
+        f" smollm2 in {spec.dtype}, {torch.get_num_threads()} threads; median of {given.repeats}\n"
+    )
+    print("| method | s a conversation | ratio |\n|---|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.2f} | {value / base:.0f} |")
+    compare_means(asked, exact()[: given.repeats], sampled)
+
+
+def compare_means(asked: Sequence[Template], observed: Sequence[Observation], sampled: dict) -> None:
+    """Sampled means of (b) against exact ones, in standard errors: their mean square should be about 1."""
+    print("\n| template | exact mean | sampled mean | valid | difference / standard error |\n|---|---|---|---|---|")
+    for at, template in enumerate(asked):
+        exact = exact_summary([each.answers[at].option_mass for each in observed], template.values)
+        read = [[template.read(text) for text in sampled[row][at]] for row in range(len(observed))]
+        values = [[value for value in row if isinstance(value, float)] for row in read]
+        there = [row for row, valid in enumerate(values) if valid]
+        means = np.array([np.mean(values[row]) for row in there])
+        counts = np.array([len(values[row]) for row in there])
+        error = np.sqrt((exact.variance[there] / counts).sum()) / len(there)
+        difference = (means - exact.mean[there]).mean() / error
+        valid = f"{counts.sum()}/{sum(map(len, read))}"
+        print(
+            f"| {template.name} | {exact.mean[there].mean():.3f} | {means.mean():.3f} | {valid} | {difference:+.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

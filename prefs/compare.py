@@ -1,0 +1,210 @@
+"""What a sweep found, side by side: ``python -m prefs.compare multirun/DATE/TIME [more ...]``.
+
+Runs by itself when a multirun ends. Writes tables (CSV and Parquet), figures (PNG) and ``report.html``, prints one
+table of all cells, and logs one summary run to W&B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from prefs.comparison.cautions import cautions, unfinished
+from prefs.comparison.cells import Sweep, align, read_sweep
+from prefs.comparison.figures import draw
+from prefs.comparison.page import comparison_page
+from prefs.comparison.tables import (
+    Block,
+    agreement,
+    cell_table,
+    distributions,
+    refusals_of_cells,
+    stability_by,
+    variance,
+)
+from prefs.config import StatsConfig, WandbConfig
+from prefs.errors import UserError
+from prefs.files import write_table
+from prefs.report import write_report
+from prefs.tasks import ALL
+from prefs.terminal import MISSING, new_table, number, show, show_files
+from prefs.track import tracker
+
+log = logging.getLogger("prefs")
+
+FOLDER = "comparison"
+# Metrics of each cell and origin in the W&B summary.
+SUMMARY = ("cross_seed_r", "informative_r", "d", "icc1", "predicted_r", "valid_mass")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared and found: blocks of cells on the same tasks, tables and figures by name, and cautions."""
+
+    blocks: tuple[Block, ...]
+    tables: dict[str, pd.DataFrame]
+    figures: dict[str, Path]
+    remarks: tuple[str, ...]
+
+
+def compare(folders: Sequence[Path], out: Path | None = None, wandb_mode: str | None = None) -> Path:
+    """Compare the cells in some run folders, and write, print and log what comes out.
+
+    Parameters
+    ----------
+    folders
+        Of multiruns, or of single runs.
+    out
+        Where to; by default ``comparison`` in the folder, or with several folders ``comparisons/DATE/TIME`` here.
+    wandb_mode
+        In place of the first job's ``wandb.mode``.
+
+    Returns
+    -------
+    Path
+        The folder that was written.
+
+    Raises
+    ------
+    UserError
+        If there is nothing to compare, or the disk refuses.
+    """
+    now = datetime.datetime.now()
+    found = read_sweep(folders)
+    if not found.cells:
+        raise UserError(f"nothing to compare: {unfinished(folders, found) or 'no job has finished'}")
+    if out is None:
+        out = folders[0] / FOLDER if len(folders) == 1 else Path("comparisons") / now.strftime("%Y-%m-%d/%H-%M-%S")
+    first = found.jobs[0]
+    compared = _compare(folders, found, out, StatsConfig(**first.config["stats"]))
+    page = write_report(
+        out / "report.html",
+        comparison_page(folders, found, compared.blocks, compared.tables, compared.figures, compared.remarks, now),
+    )
+    settings = WandbConfig(**first.config["wandb"])
+    if wandb_mode is not None:
+        settings = replace(settings, mode=wandb_mode)
+    config = {"folders": [str(folder) for folder in folders], "cells": [cell.name for cell in found.cells]}
+    with tracker(settings, name=FOLDER, group=first.group, folder=out, run_config=config, job_type="compare") as track:
+        for row in compared.tables["cells"].to_dict("records"):
+            cell = f"{row['cell']}/{row['origin']}"
+            track.metrics({f"compare/{name}/{cell}": row[name] for name in SUMMARY if pd.notna(row[name])})
+        for name, table in compared.tables.items():
+            track.table(name, table)
+        for name, path in compared.figures.items():
+            track.figure(name, path)
+        track.page("report", page)
+    synced = {FOLDER: track.folder} if track.offline and track.folder is not None else {}
+    _print(found, compared, out, page, synced)
+    return out
+
+
+def _compare(folders: Sequence[Path], found: Sweep, out: Path, stats: StatsConfig) -> Comparison:
+    aligned, alignment = align(found.cells)
+    blocks = tuple(
+        Block.of(cells, resamples=stats.bootstrap, seed=stats.seed, target_r=stats.target_r) for cells in aligned
+    )
+    variances = variance(blocks)
+    tables = {
+        "cells": cell_table(blocks),
+        "stability_by": stability_by(blocks),
+        "distribution": distributions(blocks),
+        "agreement": agreement(blocks),
+        "variance": variances.table,
+        "refusals": refusals_of_cells(blocks),
+    }
+    for name, table in tables.items():
+        write_table(table, out / name)
+    figures = draw(out / "figures", blocks, tables)
+    left_out = unfinished(folders, found)
+    remarks = [
+        *([left_out] if left_out else []),
+        *([f"Measured again by a later job, and left out: {', '.join(found.doubles)}."] if found.doubles else []),
+        *([alignment] if alignment else []),
+        *cautions(found.cells, blocks, tables),
+        *variances.remarks,
+    ]
+    return Comparison(blocks, tables, figures, tuple(remarks))
+
+
+def _print(found: Sweep, compared: Comparison, out: Path, page: Path, synced: dict[str, Path]) -> None:
+    console = Console(markup=False, highlight=False, emoji=False)
+    lines = [cell_lines(compared.tables["cells"])]
+    if compared.tables["variance"]["share"].notna().to_numpy().any():
+        lines.append(variance_lines(compared.tables["variance"]))
+    jobs = f"{len(found.jobs)} job{'s' * (len(found.jobs) > 1)}"
+    title = f"Comparison · {len(found.cells)} cells of {jobs}"
+    show(console, title=title, tables=lines, said=compared.remarks)
+    show_files(console, found.work(), out, None, synced)
+    console.print(f"report              {page}", soft_wrap=True)
+
+
+def cell_lines(frame: pd.DataFrame) -> Table:
+    """All cells, over all their tasks. What is the same for all of them is said once, above."""
+    whole = frame.loc[frame["origin"] == ALL, :]
+    counts = sorted(set(whole["n"]))
+    tasks = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    one_rater = whole["rater"].nunique() == 1
+    said = f"{whole['rater'].iloc[0]} on {tasks} tasks" if one_rater else f"{tasks} tasks"
+    table = new_table(f"{said}: cross-seed r is mean ± SD over pairs of rating seeds", first="cell")
+    for name in ("r ± SD", "inform. r", "d", "mode (share)", "pred. r", "mass"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in whole.to_dict("records"):
+        name, r = str(row["cell"]), number(row["cross_seed_r"])
+        table.add_row(
+            name.removeprefix(f"{row['rater']}-") if one_rater else name,
+            r if r == MISSING else f"{r} ± {number(row['cross_seed_r_sd'])}",
+            number(row["informative_r"]),
+            number(row["d"]),
+            MISSING if pd.isna(row["modal_rating"]) else f"{row['modal_rating']:g} ({number(row['modal_share'])})",
+            number(row["predicted_r"]),
+            number(row["valid_mass"]),
+        )
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    return table
+
+
+def variance_lines(frame: pd.DataFrame) -> Table:
+    """Where the noise of one sampled rating comes from: the sources that can be told apart, by condition."""
+    table = new_table("Where the noise comes from: share of the variance of one sampled rating", first="source")
+    table.add_column("share [95 % over tasks]", justify="right", no_wrap=True)
+    table.add_column("not told apart from it", style="dim")
+    for condition in dict.fromkeys(frame["condition"]):
+        if condition:
+            table.add_row(str(condition), style="bold")
+        for row in frame.loc[(frame["condition"] == condition) & frame["share"].notna(), :].to_dict("records"):
+            share = number(row["share"])
+            if not pd.isna(row["share_low"]):
+                share += f" [{number(row['share_low'])}, {number(row['share_high'])}]"
+            table.add_row(str(row["source"]), share, str(row["holds"]))
+    return table
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """The command line; what the user can mend ends in one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m prefs.compare", description="What a sweep found, side by side.")
+    parser.add_argument("folders", nargs="+", type=Path, help="multirun/DATE/TIME, or outputs/DATE/TIME; several")
+    parser.add_argument("--out", type=Path, help="where to write (default: comparison in the folder)")
+    parser.add_argument(
+        "--wandb", choices=("auto", "online", "offline", "disabled"), help="in place of the jobs' wandb.mode"
+    )
+    given = parser.parse_args(None if arguments is None else list(arguments))
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s][%(levelname)s] %(message)s")
+    try:
+        compare([folder.absolute() for folder in given.folders], given.out, given.wandb)
+    except UserError as error:
+        sys.stderr.write(f"prefs: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What would mislead a reader of a comparison's tables, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from prefs import sweep
+from prefs.comparison.cells import Cell, Sweep, also_different
+from prefs.comparison.tables import Block
+from prefs.jobs import FAILED, FINISHED
+from prefs.tasks import ALL
+from prefs.terminal import number
+
+
+def unfinished(folders: Sequence[Path], found: Sweep) -> str | None:
+    """One line on the jobs that the comparison is without, named."""
+    failed = [f"{job} ({job.error})" for job in found.jobs if job.status == FAILED]
+    running = [str(job) for job in found.jobs if job.status not in (FAILED, FINISHED)]
+    missing = 0
+    for folder in folders:
+        expected = sweep.job_count(folder)
+        begun = sum(job.folder.is_relative_to(folder) for job in found.jobs)
+        missing += max(0, (expected or 0) - begun)
+    parts = [f"failed: {'; '.join(failed)}"] if failed else []
+    parts += [f"begun but not finished: {'; '.join(running)}"] if running else []
+    parts += [f"not begun: {missing}"] if missing else []
+    if not parts:
+        return None
+    done = sum(job.status == FINISHED for job in found.jobs)
+    return f"Of {len(found.jobs) + missing} jobs {done} finished. {'. '.join(parts).capitalize()}."
+
+
+def cautions(cells: Sequence[Cell], blocks: Sequence[Block], tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """What would mislead a reader of the tables, in plain words."""
+    said = []
+    differ = also_different(cells)
+    if differ:
+        said.append(f"Cells differ in more than their names say: {', '.join(differ)}.")
+    cells_table = tables["cells"]
+    for row in cells_table.loc[cells_table["origin"] == ALL, :].to_dict("records"):
+        name = row["cell"]
+        if pd.isna(row["cross_seed_r"]):
+            said.append(f"{name}: no cross-seed r ({row['cross_seed_r_reason']}).")
+        if row["modal_share"] > 0.8:
+            informative = number(row["informative_r"])
+            said.append(
+                f"{name}: {row['modal_share']:.0%} of the ratings are {row['modal_rating']:g}, which flatters r;"
+                f" informative r is {informative} on the {number(row['d'])} of tasks that are told apart."
+            )
+        if row["valid_mass"] < 0.5:
+            said.append(
+                f"{name}: only {row['valid_mass']:.0%} of the model's probability is on the options; what is measured"
+                " is the rest."
+            )
+    said += _own_completions(blocks)
+    said += _odd_templates(tables)
+    return said
+
+
+def _own_completions(blocks: Sequence[Block]) -> list[str]:
+    """Whether raters are compared that rated different completions."""
+    for block in blocks:
+        texts: dict[tuple[int, str], dict[str, tuple[str, ...]]] = {}
+        for cell in block.cells:
+            of_rater = texts.setdefault((cell.completion_seed, cell.condition), {})
+            of_rater[cell.rater] = tuple(cell.texts["completion"].fillna(""))
+        if any(len(set(of_rater.values())) > 1 for of_rater in texts.values()):
+            return ["Raters rated different completions; set one completer for all to compare raters (completer=...)."]
+    return []
+
+
+def _odd_templates(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Templates that are stable but order the tasks unlike the others: stable, and a measure of something else."""
+    agreements: dict[str, list[float]] = {}
+    for row in tables["agreement"].to_dict("records"):
+        if row["between"] == "templates" and not pd.isna(row["r"]):
+            for name in (row["a"], row["b"]):
+                agreements.setdefault(name, []).append(row["r"])
+    said = []
+    for row in tables["stability_by"].to_dict("records"):
+        name, r = row["group"], max(row["cross_seed_r"], row["predicted_r"])
+        if row["by"] == "template" and r >= 0.5 and name in agreements:
+            mean = sum(agreements[name]) / len(agreements[name])
+            if mean < 0.5:
+                said.append(
+                    f"{name} is stable (r {number(r)}) but orders tasks unlike the other templates (mean agreement"
+                    f" {number(mean)}): it measures something else."
+                )
+    return said

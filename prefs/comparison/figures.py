@@ -1,0 +1,63 @@
+"""The figures of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from prefs import plots
+from prefs.comparison.tables import Block, agreement_matrices, refused_distribution
+from prefs.summary import by_origin
+from prefs.tasks import ALL
+
+# Figures of single cells, beyond which they crowd out the rest.
+MOST_CELLS = 12
+
+
+def draw(folder: Path, blocks: Sequence[Block], tables: Mapping[str, pd.DataFrame]) -> dict[str, Path]:
+    """The report's figures, each where there is something to show."""
+    figures: dict[str, Path] = {}
+    by = tables["stability_by"]
+    for way, what in (("template", "template"), ("rater", "rater"), ("origin", "origin"), ("cell", "cell")):
+        rows = by.loc[by["by"] == way, :]
+        # One bar a cell repeats what is by template or by rater, unless both vary.
+        if len(rows) and (way != "cell" or 1 < len(rows) <= 2 * MOST_CELLS):
+            name = f"stability_by_{way}"
+            figures[name] = plots.stability_bars(folder / f"{name}.png", title=f"Stability by {what}", table=rows)
+    shares = tables["distribution"]
+    extra = {cell.name: "".join(f" {k}={v}" for k, v in cell.extra.items()) for block in blocks for cell in block.cells}
+    names = zip(shares["rater"], shares["cell"], strict=True)
+    shares = shares.assign(named=[f"{rater}{extra[cell]}" for rater, cell in names])
+    for template, rows in shares.loc[shares["origin"] == ALL, :].groupby("template", sort=False):
+        name = f"ratings_{template}"
+        figures[name] = plots.rating_distribution(
+            folder / f"{_plain(name)}.png", title=f"Ratings by rater: {template}", table=rows, by="named"
+        )
+    for between, of in (("templates", "rater"), ("raters", "template")):
+        panels = agreement_matrices(tables["agreement"], between)
+        if panels:
+            name = f"agreement_{between}"
+            figures[name] = plots.matrices(
+                folder / f"{name}.png", title=f"Agreement between {between}, by {of}", panels=panels
+            )
+    for at, (condition, rows) in enumerate(tables["variance"].groupby("condition", sort=False)):
+        if rows["share"].notna().to_numpy().any():
+            name = f"variance_{at}" if at else "variance"
+            title = "Where the noise comes from" + (f": {condition}" if condition else "")
+            figures[name] = plots.variance_shares(folder / f"{name}.png", title=title, table=rows)
+    for cell in [cell for block in blocks for cell in block.cells][:MOST_CELLS]:
+        if (cell.measured.refused == 1).any():
+            name = f"refused_{cell.name}"
+            figures[name] = plots.refused_by_origin(
+                folder / f"{_plain(name)}.png",
+                title=f"Ratings of refused tasks and of the others: {cell.name}",
+                table=by_origin(refused_distribution(cell)),
+            )
+    return figures
+
+
+def _plain(name: str) -> str:
+    """A name as a file can have it anywhere."""
+    return "".join(each if each.isalnum() or each in "-_.=" else "_" for each in name)

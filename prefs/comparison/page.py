@@ -1,0 +1,161 @@
+"""What stands in the page of a comparison: its sections, examples and configs."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from prefs import sweep
+from prefs.comparison.cells import Cell, Sweep
+from prefs.comparison.tables import Block
+from prefs.report import Config, Example, Figure, Rated, Report, Section, Table
+from prefs.summary import by_origin
+from prefs.tasks import ALL
+from prefs.terminal import number
+
+EXAMPLES = 40
+# Columns that name a cell, beside `cell`.
+NAMES = ("rater", "template", "completer", "dataset", "condition", "completion_seed")
+
+
+def comparison_page(
+    folders: Sequence[Path],
+    found: Sweep,
+    blocks: Sequence[Block],
+    tables: Mapping[str, pd.DataFrame],
+    figures: Mapping[str, Path],
+    remarks: Sequence[str],
+    now: datetime.datetime,
+) -> Report:
+    """Everything that was found, to be read without a server."""
+
+    def drawn(*starts: str) -> tuple[Figure, ...]:
+        return tuple(Figure(name.replace("_", " "), path) for name, path in figures.items() if name.startswith(starts))
+
+    cells = tables["cells"]
+    whole = cells.loc[cells["origin"] == ALL, :].drop(columns="origin")
+    jobs = pd.DataFrame(
+        {
+            "job": [str(job) for job in found.jobs],
+            "status": [job.status for job in found.jobs],
+            "error": [job.error or "" for job in found.jobs],
+            "folder": [str(job.folder) for job in found.jobs],
+        }
+    )
+    work = pd.DataFrame([vars(each) for each in found.work()], columns=["stage", "reused", "computed"])
+    sections = (
+        Section(
+            "Stability",
+            "Cross-seed r: Pearson over tasks between two rating seeds, mean over pairs. Informative r: the same where"
+            " at least one of the two ratings is off the cell's mode; d is the share of such tasks. Predicted r and"
+            " valid mass are from exact ratings. Brackets are 95 % intervals over tasks.",
+            drawn("stability_by"),
+            (
+                Table("All cells", _present(whole)),
+                Table("By template, rater and origin", tables["stability_by"], "Pooled over pairs of seeds and cells."),
+                Table("Cells by origin", _present(by_origin(tables["cells"]))),
+            ),
+        ),
+        Section(
+            "Ratings",
+            "How often each rating is given: bars sampled, diamonds exact.",
+            drawn("ratings_"),
+            (Table("Shares of each rating", _present(tables["distribution"])),),
+        ),
+        Section(
+            "Agreement",
+            "Correlation over tasks of exact means: a template that is stable but measures something else shows here.",
+            drawn("agreement_"),
+            (Table("Pairs", _present(tables["agreement"])),),
+        ),
+        Section(
+            "Where the noise comes from",
+            "Random-effects variance components of one sampled rating, on scales from 0 to 1. Intervals are over"
+            " tasks: of a handful of templates or raters they do not say how others would differ. A negative variance"
+            " counts as 0 in the shares.",
+            drawn("variance"),
+            (Table("Variance components", _present(tables["variance"])),),
+        ),
+        Section(
+            "Refusals",
+            "Point-biserial r between being refused and the rating (the exact mean where there is one).",
+            drawn("refused_"),
+            (Table("Refusal × rating", _present(tables["refusals"])),),
+        ),
+        Section(
+            "Jobs",
+            "",
+            (),
+            (Table("Jobs", jobs), Table("Work", work, "Records found in the store, and records computed.")),
+        ),
+    )
+    commands = [sweep.command(folder) or str(folder) for folder in folders]
+    return Report(
+        title=found.jobs[0].group or "Comparison",
+        when=now.strftime("%Y-%m-%d %H:%M"),
+        command="\n".join(commands),
+        remarks=tuple(remarks),
+        sections=sections,
+        examples=_examples(blocks),
+        examples_note=f"Up to {EXAMPLES} tasks, the same number of each origin as far as there are such.",
+        configs=tuple(
+            Config(str(job), yaml.safe_dump(dict(job.config), sort_keys=False, allow_unicode=True))
+            for job in found.jobs
+        ),
+    )
+
+
+def _present(table: pd.DataFrame) -> pd.DataFrame:
+    """A table without the columns that are the same in all rows or empty, and so say nothing."""
+    alike = [name for name in NAMES if name in table and len(set(table[name])) <= 1]
+    return table.drop(columns=alike)
+
+
+def _examples(blocks: Sequence[Block]) -> tuple[Example, ...]:
+    """Tasks with their completions and every cell's ratings; evenly over origins."""
+    examples = []
+    for block in blocks:
+        first = block.cells[0]
+        per_origin = -(-EXAMPLES // max(1, len(block.groups) - 1))
+        chosen = sorted(int(row) for group in block.groups[1:] for row in group.tasks[:per_origin])[:EXAMPLES]
+        answers = [_by_task(cell) for cell in block.cells]
+        for row in chosen:
+            rated = tuple(_rated(cell, row, by_task) for cell, by_task in zip(block.cells, answers, strict=True))
+            task, origin = first.measured.tasks[row], first.measured.origins[row]
+            examples.append(Example(task, origin, first.prompts[row], rated))
+    return tuple(examples)
+
+
+def _by_task(cell: Cell) -> dict[str, list[dict]]:
+    """The sampled answers of each task."""
+    answers: dict[str, list[dict]] = {}
+    for row in cell.answers.to_dict("records"):
+        answers.setdefault(str(row["task"]), []).append(row)
+    return answers
+
+
+def _rated(cell: Cell, row: int, answers: Mapping[str, list[dict]]) -> Rated:
+    text, refused = cell.texts["completion"].iloc[row], cell.measured.refused[row]
+    exact = cell.measured.exact
+    mean = ""
+    if exact is not None and np.isfinite(exact.mean[row]):
+        mean = f"{number(float(exact.mean[row]))} (mass {number(float(exact.valid_mass[row]))})"
+    sampled = []
+    for answer in answers.get(cell.measured.tasks[row], []):
+        reason, said = answer["invalid"], answer["answer"]
+        if isinstance(reason, str):
+            sampled.append(f"{reason}: {said}" if isinstance(said, str) else reason)
+        else:
+            sampled.append(f"{answer['value']:g}")
+    return Rated(
+        cell=cell.name,
+        completion=None if pd.isna(text) else str(text),
+        refused=None if np.isnan(refused) else bool(refused),
+        exact=mean,
+        sampled=tuple(sampled),
+    )

@@ -1,0 +1,65 @@
+"""How results are printed: numbers, tables, and where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prefs.jobs import Work
+
+MISSING = "–"
+
+
+def number(value: object, digits: int = 2) -> str:
+    """A number as papers print it: .87, −.05, 1.00; a dash where there is none."""
+    if not isinstance(value, int | float) or pd.isna(value):
+        return MISSING
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.removeprefix("-")
+    if abs(float(text)) < 1:
+        text = text.replace("0.", ".", 1)
+    return text.replace("-", "−")
+
+
+def new_table(title: str, first: str = "origin") -> Table:
+    """An empty table whose first column names the rows."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    return table
+
+
+def show(
+    console: Console,
+    *,
+    title: str,
+    tables: Sequence[Table],
+    said: Sequence[str],
+) -> None:
+    """Print tables under a title, and what there is to say about them."""
+    console.print()
+    console.rule(Text(title, style="bold"), align="left")
+    for table in tables:
+        console.print(table)
+    for remark in said:
+        console.print(f"• {remark}")
+
+
+def show_files(
+    console: Console, work: Sequence[Work], folder: Path, store: Path | None, wandb: Mapping[str, Path]
+) -> None:
+    """Print what was reused and computed, and where everything is."""
+    console.print()
+    for each in work:
+        console.print(f"{each}")
+    console.print(f"tables and figures  {folder}", soft_wrap=True)
+    if store is not None:
+        console.print(f"store               {store}", soft_wrap=True)
+    for name, path in wandb.items():
+        console.print(f"W&B, offline        wandb sync {path}    ({name})", soft_wrap=True)
