@@ -155,8 +155,8 @@ def cell_lines(frame: pd.DataFrame) -> Table:
     tasks = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     one_rater = whole["rater"].nunique() == 1
     said = f"{whole['rater'].iloc[0]} on {tasks} tasks" if one_rater else f"{tasks} tasks"
-    table = new_table(f"{said}: cross-seed r is mean ± SD over pairs of rating seeds", first="cell")
-    for name in ("r ± SD", "inform. r", "d", "mode (share)", "pred. r", "mass"):
+    table = new_table(f"{said}: r is cross-seed r, mean ± SD over pairs of seeds; mode with its share", first="cell")
+    for name in ("r ± SD", "inf. r", "d", "mode", "pred. r", "mass"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in whole.to_dict("records"):
         name, r = str(row["cell"]), number(row["cross_seed_r"])
@@ -169,7 +169,7 @@ def cell_lines(frame: pd.DataFrame) -> Table:
             number(row["predicted_r"]),
             number(row["valid_mass"]),
         )
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 24
     return table
 
 

@@ -103,9 +103,11 @@ def run_job(config: Config, place: Place, models: Models, *, plain_config: Mappi
     # Task ids and origins are the user's text: nothing in them is markup.
     console = Console(markup=False, highlight=False, emoji=False)
     synced: dict[str, Path] = {}
-    for key, ratings in rated.ratings.items():
+    for at, (key, ratings) in enumerate(rated.ratings.items()):
         name = f"{rater.name}-{key}{place.suffix}"
-        with tracker(config.wandb, name=name, group=place.group, folder=place.folder, run_config=plain_config) as track:
+        with tracker(
+            config.wandb, name=name, group=place.group, folder=place.folder, run_config=plain_config, another=at > 0
+        ) as track:
             cell = _Cell(key, ratings, ratings.measured(refused), groups, place.folder / key)
             _report(config, cell, rated, rater, track, console)
         if track.offline and track.folder is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -87,15 +88,20 @@ def tracker(
     folder: Path,
     run_config: Mapping[str, Any],
     job_type: str = "cell",
+    another: bool = False,
 ) -> Iterator[Tracker]:
     """Open a W&B run for the time of the block; marked as failed if the block raises.
+
+    `another` says that it is not the job's first.
 
     With a key that W&B refuses, or no network, the run goes on offline and a warning says so.
     """
     if config.mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
         yield Tracker(None, offline=False)
         return
-    run, offline = _start(config, name=name, group=group, folder=folder, run_config=run_config, job_type=job_type)
+    run, offline = _start(
+        config, name=name, group=group, folder=folder, run_config=run_config, job_type=job_type, another=another
+    )
     try:
         yield Tracker(run, offline)
     except BaseException:
@@ -105,7 +111,14 @@ def tracker(
 
 
 def _start(
-    config: WandbConfig, *, name: str, group: str | None, folder: Path, run_config: Mapping[str, Any], job_type: str
+    config: WandbConfig,
+    *,
+    name: str,
+    group: str | None,
+    folder: Path,
+    run_config: Mapping[str, Any],
+    job_type: str,
+    another: bool,
 ) -> tuple[Any, bool]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the library, at import
@@ -116,8 +129,12 @@ def _start(
     if mode == "auto":
         mode = "online" if _has_key() else "offline"
 
+    # An agent of a W&B sweep names one run for the job; its second template needs a run of its own.
+    run_id = secrets.token_hex(4) if another and os.environ.get("WANDB_RUN_ID") else None
+
     def start(mode: str) -> Any:
         return wandb.init(
+            id=run_id,
             project=config.project,
             entity=config.entity,
             group=config.group or group,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
+import numpy as np
 import pytest
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prefs.config import Config, register, typed
 from prefs.errors import UserError
+from prefs.measured import Measured
 from prefs.run import explain, register_resolvers
+from prefs.summary import groups_by_origin, stability, stability_table
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +70,45 @@ def test_roles_and_experiment():
     assert composed("dataset=file", f"dataset.path={__file__}").dataset.name == "test_config.py"
 
 
+@pytest.mark.parametrize(
+    ("name", "templates", "jobs"),
+    [
+        ("template_comparison", ["binary", "likert", "agreement", "stated", "anchored", "anchored_precise"], {}),
+        ("model_comparison", ["anchored", "anchored_precise"], {"model": "smollm2,smollm2_plain"}),
+        ("refusals", ["anchored_precise"], {}),
+        ("noise_sources", ["likert", "stated", "anchored_precise"], {"model": "smollm2,smollm2_plain", "completer.seed": "0,1"}),
+    ],
+)  # fmt: skip
+def test_the_reports_experiments_are_multiruns(name, templates, jobs):
+    cfg = compose("config", overrides=[f"+experiment={name}"], return_hydra_config=True)
+    assert list(cfg.template) == templates
+    assert cfg.hydra.mode is RunMode.MULTIRUN
+    assert dict(cfg.hydra.sweeper.params or {}) == jobs
+    assert composed(f"+experiment={name}", "model=smollm2_plain", "template=likert").model.prefill == ""
+
+
+def test_a_fixed_completer_of_any_kind():
+    config = composed("completer=hf", "completer.model.path=meta/Llama-3.1-8B", "model=hf", "model.path=a/b")
+    assert (config.completer.name, config.completer.model.path, config.model.path) == (
+        "Llama-3.1-8B",
+        "meta/Llama-3.1-8B",
+        "a/b",
+    )
+
+
+def test_the_wandb_sweep_gives_configs_that_exist():
+    sweep = yaml.safe_load((Path(__file__).parents[1] / "docs" / "wandb_sweep.yaml").read_text())
+    fixed = [part for part in sweep["command"] if "=" in part]
+    keys = list(sweep["parameters"])
+    for values in itertools.product(*(each["values"] for each in sweep["parameters"].values())):
+        composed(*fixed, *(f"{key}={value}" for key, value in zip(keys, values, strict=True)))
+    kind, metric, origin = sweep["metric"]["name"].split("/")
+    assert (kind, origin) == ("stability", "ALL")
+    groups = groups_by_origin([], resamples=0, seed=0)
+    nothing = Measured((), (), ("1", "2"), (1.0, 2.0), np.empty((0, 2)), None, np.empty(0))
+    assert metric in stability_table(stability(nothing, groups, 0.9)).columns
+
+
 def test_the_config_survives_yaml():
     register()
     text = OmegaConf.to_yaml(compose("config"), resolve=True)
@@ -71,7 +118,7 @@ def test_the_config_survives_yaml():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model=gemma"], "model: got 'gemma'; allowed: one of hf, smollm2"),
+        (["model=gemma"], "model: got 'gemma'; allowed: one of hf, smollm2, smollm2_plain"),
         (["template=likrt"], "template: got 'likrt'; allowed: one of agreement, anchored"),
         (["modle=3"], "modle: there is no such key; did you mean 'model'? Known here: capture, completer"),
         (["model.prefil=x"], "model.prefil: there is no such key; did you mean 'prefill'? Known here: backend"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -27,7 +28,7 @@ SMALL = [
     "probe.folds=3",
     "model.batch_tokens=700",
 ]
-TABLES = ("ratings", "exact", "stability", "refusals", "probe", "probe_predictions")
+TABLES = ("ratings", "exact", "stability", "distribution", "refusals", "probe", "probe_predictions")
 
 
 def environment(store: Path) -> dict[str, str]:
@@ -186,6 +187,43 @@ def test_a_sweep_runs_on_one_loaded_model_and_the_same_completions(uninterrupted
     runs = [offline_wandb.read(next(job.glob("wandb/offline-run-*"))) for job in jobs]
     assert sorted(each.name for each in runs) == ["smollm2-anchored", "smollm2-likert", "smollm2-stated"]
     assert {each.group for each in runs} == {"/".join(jobs[0].parts[-3:-1])}
+    compared = jobs[0].parent / "comparison"
+    assert "Comparison · 3 cells of 3 jobs" in printed
+    cells = pd.read_csv(compared / "cells.csv").query("origin == 'ALL'").set_index("template")
+    for job, key in zip(jobs, ("anchored", "likert", "stated"), strict=True):
+        own = pd.read_csv(job / key / "stability.csv").query("origin == 'ALL'").iloc[0]
+        for name in ("n", "cross_seed_r", "cross_seed_r_low", "d", "predicted_r", "seeds_needed_high"):
+            assert cells.loc[key, name] == pytest.approx(own[name], nan_ok=True), (key, name)
+    page = (compared / "report.html").read_text()
+    first = pd.read_parquet(jobs[0] / "completions.parquet").iloc[0]
+    assert html.escape(first["prompt"].splitlines()[0], quote=False)[:60] in page.replace("&#39;", "'").replace(
+        "&#34;", '"'
+    )
+    (summary,) = (offline_wandb.read(folder) for folder in compared.glob("wandb/offline-run-*"))
+    assert (summary.name, summary.group) == ("comparison", runs[0].group)
+    assert summary.summary["compare/d/smollm2-likert/ALL"] == pytest.approx(cells.loc["likert", "d"])
+    logged = {key for row in summary.history for key in row}
+    assert {"tables/cells", "tables/agreement", "figures/stability_by_template", "report"} <= logged
+    again = subprocess.run(
+        [sys.executable, "-m", "prefs.compare", str(jobs[0].parent), "--wandb", "disabled", "--out", "again"],
+        cwd=tmp_path, env=environment(store), capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert "smollm2 on 12 tasks" in again.stdout
+    assert (tmp_path / "again" / "cells.csv").read_bytes() == (compared / "cells.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_an_experiment_is_a_multirun_and_templates_share_a_job(uninterrupted, tmp_path):
+    _, store, _ = uninterrupted
+    printed = run(tmp_path, store, "+experiment=template_comparison", *SMALL[:4], "model.batch_tokens=700")
+    (job,) = tmp_path.glob("multirun/*/*/0")
+    assert "Comparison · 6 cells of 1 job" in printed
+    logs = [offline_wandb.read(folder) for folder in sorted(job.glob("wandb/offline-run-*"))]
+    assert {each.group for each in logs} == {f"template_comparison {'/'.join(job.parts[-3:-1])}"}
+    assert len({each.name for each in logs}) == 6
+    agreement = pd.read_csv(job.parent / "comparison" / "agreement.csv")
+    assert len(agreement) == 15
+    assert agreement["n"].eq(12).all()
 
 
 @pytest.mark.slow
@@ -195,6 +233,8 @@ def test_a_sweep_goes_on_after_a_job_that_fails(uninterrupted, tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "capture.layers: got 99; allowed: all, or from -30 to 29 (smollm2)" in out
+    assert "Of 2 jobs 1 finished. Failed:" in " ".join(out.split())
+    assert "Comparison · 1 cells of 2 jobs" in out
     assert "Probe at rating" in out
     assert "Traceback" not in err
 

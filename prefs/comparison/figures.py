@@ -20,10 +20,13 @@ def draw(folder: Path, blocks: Sequence[Block], tables: Mapping[str, pd.DataFram
     """The report's figures, each where there is something to show."""
     figures: dict[str, Path] = {}
     by = tables["stability_by"]
+    counts = by["by"].value_counts().to_dict()
     for way, what in (("template", "template"), ("rater", "rater"), ("origin", "origin"), ("cell", "cell")):
         rows = by.loc[by["by"] == way, :]
-        # One bar a cell repeats what is by template or by rater, unless both vary.
-        if len(rows) and (way != "cell" or 1 < len(rows) <= 2 * MOST_CELLS):
+        # By cell says more only where neither template nor rater tells all cells apart.
+        redundant = way == "cell" and (len(rows) in (counts["template"], counts["rater"]) or len(rows) > 2 * MOST_CELLS)
+        alone = way == "rater" and len(rows) == 1 < counts["template"]
+        if len(rows) and not redundant and not alone:
             name = f"stability_by_{way}"
             figures[name] = plots.stability_bars(folder / f"{name}.png", title=f"Stability by {what}", table=rows)
     shares = tables["distribution"]
