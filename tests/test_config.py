@@ -76,9 +76,13 @@ def test_roles_and_experiment():
         ("template_comparison", ["binary", "likert", "agreement", "stated", "anchored", "anchored_precise"], {}),
         ("model_comparison", ["anchored", "anchored_precise"], {"model": "smollm2,smollm2_plain"}),
         ("refusals", ["anchored_precise"], {}),
-        ("noise_sources", ["likert", "stated", "anchored_precise"], {"model": "smollm2,smollm2_plain", "completer.seed": "0,1"}),
+        (
+            "noise_sources",
+            ["likert", "stated", "anchored_precise"],
+            {"model": "smollm2,smollm2_plain", "completer.seed": "0,1"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_reports_experiments_are_multiruns(name, templates, jobs):
     cfg = compose("config", overrides=[f"+experiment={name}"], return_hydra_config=True)
     assert list(cfg.template) == templates
