@@ -127,7 +127,7 @@ def remarks(
     if valid_mass is not None and valid_mass < 0.5:
         said.append(
             f"Only {valid_mass:.0%} of the model's probability is on the options: it mostly answers with"
-            " something else, and what is measured is the rest. Try a prefill (template.NAME.prefill or model.prefill)."
+            " something else, and only that part is measured. Try a prefill (template.NAME.prefill or model.prefill)."
         )
     r = whole.cross_seed.pearson.mean
     if r.value is None and ratings.seeds:

@@ -141,8 +141,8 @@ def _print(found: Sweep, compared: Comparison, out: Path, page: Path, synced: di
     lines = [cell_lines(compared.tables["cells"])]
     if compared.tables["variance"]["share"].notna().to_numpy().any():
         lines.append(variance_lines(compared.tables["variance"]))
-    jobs = f"{len(found.jobs)} job{'s' * (len(found.jobs) > 1)}"
-    title = f"Comparison · {len(found.cells)} cells of {jobs}"
+    counts = (len(found.cells), "cell"), (len(found.jobs), "job")
+    title = "Comparison · " + " of ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
     show(console, title=title, tables=lines, said=compared.remarks)
     show_files(console, found.work(), out, None, synced)
     console.print(f"report              {page}", soft_wrap=True)

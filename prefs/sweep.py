@@ -5,6 +5,7 @@ Imported while Hydra composes a config, so nothing heavy is imported here.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +13,18 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 FILE = "multirun.yaml"
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 # What a job's name says anyway.
 NAMED = ("model", "template", "experiment")
 
@@ -50,42 +57,63 @@ def noting_sweeps() -> Iterator[list[Path]]:
 def swept(folder: Path) -> dict[str, tuple[str, ...]]:
     """What a multirun sweeps over: the values of each key that has several, as on the command line.
 
-    Empty where the folder is not Hydra's own sweeper's, and so there is no telling.
+    Empty where the folder is not Hydra's own sweeper's, or its file is damaged, and so there is no telling.
     """
-    try:
-        config = OmegaConf.load(folder / FILE)
-        params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-        task = OmegaConf.select(config, "hydra.overrides.task") or []
-    except (OSError, OmegaConfBaseException):
-        return {}
-    # As Hydra's BasicSweeper reads them: the command line after, and so before, the config.
-    given = [f"{key}={value}" for key, value in params.items()] + list(task)
-    values: dict[str, tuple[str, ...]] = {}
-    for override in OverridesParser.create().parse_overrides(given):
-        key = override.get_key_element()
-        values[key] = (
-            tuple(override.sweep_string_iterator()) if override.is_sweep_override() else (str(override.value()),)
-        )
-    return {key: each for key, each in values.items() if len(each) > 1}
+    return {key: values for key, values in (_overrides(folder) or {}).items() if len(values) > 1}
 
 
 def job_count(folder: Path) -> int | None:
     """How many jobs a multirun comes to; None where there is no telling."""
-    if not (folder / FILE).is_file():
-        return None
-    count = 1
-    for values in swept(folder).values():
-        count *= len(values)
-    return count
+    overrides = _overrides(folder)
+    return None if overrides is None else math.prod(len(values) for values in overrides.values())
 
 
 def command(folder: Path) -> str | None:
     """The command line of a multirun; None where there is no telling."""
-    try:
-        task = OmegaConf.select(OmegaConf.load(folder / FILE), "hydra.overrides.task") or []
-    except (OSError, OmegaConfBaseException):
+    config = _load(folder)
+    if config is None:
         return None
-    return shlex.join(["python", "-m", "prefs.run", "-m", *task])
+    given = [*(OmegaConf.select(config, "hydra.overrides.hydra") or []), *_task(config)]
+    return shlex.join(["python", "-m", "prefs.run", "-m", *(each for each in given if each != "hydra.mode=MULTIRUN")])
+
+
+def _load(folder: Path) -> DictConfig | None:
+    try:
+        config = OmegaConf.load(folder / FILE)
+        return config if isinstance(config, DictConfig) and _task(config) is not None else None
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):
+        return None
+
+
+def _task(config: DictConfig) -> list[str]:
+    return list(OmegaConf.select(config, "hydra.overrides.task") or [])
+
+
+def _overrides(folder: Path) -> dict[str, tuple[str, ...]] | None:
+    """The values of each key that is overridden, as Hydra's own sweeper enumerates them; None of any other's."""
+    config = _load(folder)
+    if config is None or OmegaConf.select(config, "hydra.sweeper._target_") != BASIC_SWEEPER:
+        return None
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    # The command line comes after the config, and so counts.
+    given = [f"{key}={value}" for key, value in params.items()] + _task(config)
+    values: dict[str, tuple[str, ...]] = {}
+    try:
+        for override in OverridesParser.create(_config_loader(config)).parse_overrides(given):
+            several = tuple(override.sweep_string_iterator()) if override.is_sweep_override() else ("",)
+            values[override.get_key_element()] = several
+    except (HydraException, ValueError):
+        return None
+    return values
+
+
+def _config_loader(config: DictConfig) -> ConfigLoader:
+    """What a glob over a group's options is looked up in: the config folders that the multirun had."""
+    path = ConfigSearchPathImpl()
+    for source in OmegaConf.select(config, "hydra.runtime.config_sources") or []:
+        if source.path:
+            path.append(source.provider, f"{source.schema}://{source.path}")
+    return ConfigLoaderImpl(path)
 
 
 def name_suffix(overrides: list[str], sweep: Mapping[str, tuple[str, ...]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from prefs import sweep
@@ -20,7 +21,7 @@ def unfinished(folders: Sequence[Path], found: Sweep) -> str | None:
     failed = [f"{job} ({job.error})" for job in found.jobs if job.status == FAILED]
     running = [str(job) for job in found.jobs if job.status not in (FAILED, FINISHED)]
     missing = 0
-    for folder in folders:
+    for folder in dict.fromkeys(folders):
         expected = sweep.job_count(folder)
         begun = sum(job.folder.is_relative_to(folder) for job in found.jobs)
         missing += max(0, (expected or 0) - begun)
@@ -30,7 +31,8 @@ def unfinished(folders: Sequence[Path], found: Sweep) -> str | None:
     if not parts:
         return None
     done = sum(job.status == FINISHED for job in found.jobs)
-    return f"Of {len(found.jobs) + missing} jobs {done} finished. {'. '.join(parts).capitalize()}."
+    said = " ".join(f"{part[0].upper()}{part[1:]}." for part in parts)
+    return f"Of {len(found.jobs) + missing} jobs {done} finished. {said}"
 
 
 def cautions(cells: Sequence[Cell], blocks: Sequence[Block], tables: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -52,8 +54,8 @@ def cautions(cells: Sequence[Cell], blocks: Sequence[Block], tables: Mapping[str
             )
         if row["valid_mass"] < 0.5:
             said.append(
-                f"{name}: only {row['valid_mass']:.0%} of the model's probability is on the options; what is measured"
-                " is the rest."
+                f"{name}: only {row['valid_mass']:.0%} of the model's probability is on the options; that part"
+                " is what is measured."
             )
     said += _own_completions(blocks)
     said += _odd_templates(tables)
@@ -81,12 +83,11 @@ def _odd_templates(tables: Mapping[str, pd.DataFrame]) -> list[str]:
                 agreements.setdefault(name, []).append(row["r"])
     said = []
     for row in tables["stability_by"].to_dict("records"):
-        name, r = row["group"], max(row["cross_seed_r"], row["predicted_r"])
-        if row["by"] == "template" and r >= 0.5 and name in agreements:
-            mean = sum(agreements[name]) / len(agreements[name])
-            if mean < 0.5:
-                said.append(
-                    f"{name} is stable (r {number(r)}) but orders tasks unlike the other templates (mean agreement"
-                    f" {number(mean)}): it measures something else."
-                )
+        name, r = row["group"], np.nanmax([-1.0, row["cross_seed_r"], row["predicted_r"]])
+        # Not the mean: with two templates that agree and one that does not, all means are low.
+        if row["by"] == "template" and r >= 0.5 and max(agreements.get(name, [1.0])) < 0.5:
+            said.append(
+                f"{name} is stable (r {number(float(r))}) but orders tasks unlike every other template (agreement at"
+                f" most {number(max(agreements[name]))}): it measures something else."
+            )
     return said

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -197,14 +199,15 @@ def align(cells: Sequence[Cell]) -> tuple[list[list[Cell]], str | None]:
 def _read_cell(job: Job, key: str) -> Cell:
     folder = job.folder / key
     options = job.config["template"][key]["options"]
-    texts = _read(job.folder / "completions.parquet")
-    answers = _read(folder / "ratings.parquet")
+    texts = _read(job.folder / "completions.parquet", "task", "origin", "prompt", "completion", "refused")
+    answers = _read(folder / "ratings.parquet", "task", "seed", "answer", "value", "invalid")
     seeds = list(job.config["rating"]["seeds"])
     wide = answers.pivot(index="task", columns="seed", values="value").reindex(index=texts["task"], columns=seeds)
     mass = None
     if job.config["rating"]["exact"]:
-        exact = _read(folder / "exact.parquet").set_index("task").reindex(texts["task"])
-        mass = exact[[f"p({option['say']})" for option in options]].to_numpy(dtype=float)
+        masses = [f"p({option['say']})" for option in options]
+        exact = _read(folder / "exact.parquet", "task", *masses).set_index("task").reindex(texts["task"])
+        mass = exact[masses].to_numpy(dtype=float)
     return Cell(
         job=job,
         key=key,
@@ -224,11 +227,22 @@ def _read_cell(job: Job, key: str) -> Cell:
     )
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read(path: Path, *columns: str) -> pd.DataFrame:
+    """A job's table, with the columns that are needed of it.
+
+    Raises
+    ------
+    UserError
+        If it is not there, damaged, or without one of them.
+    """
     try:
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}); run its job again") from None
+    for name in columns:
+        if name not in table:
+            raise UserError(f"cannot read {path} (no column {name}); run its job again")
+    return table
 
 
 def _told_apart(cells: list[Cell]) -> tuple[Cell, ...]:
@@ -242,7 +256,8 @@ def _told_apart(cells: list[Cell]) -> tuple[Cell, ...]:
             groups.setdefault(known, set()).add(cell.facts.get(key))
         if any(len(values) > 1 for values in groups.values()):
             extra.append(key)
-    return tuple(replace(cell, extra={key: _short(cell.facts.get(key, "none")) for key in extra}) for cell in cells)
+    shown = {key: _shown({cell.facts.get(key, "none") for cell in cells}) for key in extra}
+    return tuple(replace(cell, extra={key: shown[key][cell.facts.get(key, "none")] for key in extra}) for cell in cells)
 
 
 def also_different(cells: Sequence[Cell]) -> list[str]:
@@ -263,9 +278,12 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: "none" if value is None else value if isinstance(value, str) else json.dumps(value)}
 
 
-def _short(text: str, limit: int = 32) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _shown(values: set[str]) -> dict[str, str]:
+    """Config values as names show them: short, and still different where they are."""
+    short = {value: textwrap.shorten(value, 32, placeholder="…") or f"{value[:31]}…" for value in values}
+    taken = list(short.values())
+    marks = {value: hashlib.sha256(value.encode()).hexdigest()[:6] for value in values}
+    return {value: name if taken.count(name) == 1 else f"{name[:24]}…{marks[value]}" for value, name in short.items()}
 
 
 def _in_order(path: Path) -> tuple[tuple[int, str], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from prefs.tasks import ALL
 
 # Figures of single cells, beyond which they crowd out the rest.
 MOST_CELLS = 12
+# Characters of a file's name, its ending apart.
+LONGEST = 100
 
 
 def draw(folder: Path, blocks: Sequence[Block], tables: Mapping[str, pd.DataFrame]) -> dict[str, Path]:
@@ -62,5 +65,8 @@ def draw(folder: Path, blocks: Sequence[Block], tables: Mapping[str, pd.DataFram
 
 
 def _plain(name: str) -> str:
-    """A name as a file can have it anywhere."""
-    return "".join(each if each.isalnum() or each in "-_.=" else "_" for each in name)
+    """A name as a file can have it anywhere: no odd characters, and not too long."""
+    plain = "".join(each if each.isascii() and (each.isalnum() or each in "-_.=") else "_" for each in name)
+    if plain == name and len(plain) <= LONGEST:
+        return plain
+    return f"{plain[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -206,11 +206,15 @@ def variance(blocks: Sequence[Block]) -> Variances:
     """
     rows: list[dict[str, object]] = []
     remarks: list[str] = []
+    seen: list[str] = []
     for block in blocks:
         by_condition: dict[str, list[Cell]] = {}
         for cell in block.cells:
             by_condition.setdefault(cell.condition, []).append(cell)
         for condition, cells in by_condition.items():
+            seen.append(condition)
+            if seen.count(condition) > 1:  # the same settings on other tasks
+                condition = f"{condition} (other tasks {seen.count(condition) - 1})".strip()
             grid, left_out = _full_grid(cells)
             where = f" ({condition})" if condition else ""
             if left_out:

@@ -1,0 +1,190 @@
+"""Sweeps of simulated raters: what `prefs.run` would have written, with option probabilities that are known.
+
+No model is loaded. Answers are drawn from the probabilities and read by the real templates; records, tables, configs
+and ``multirun.yaml`` are written by the functions that write them in a run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_module
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins import basic_sweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf, open_dict
+
+from prefs.config import JudgeConfig, TemplateConfig, register
+from prefs.files import write_table
+from prefs.job import answers_table, completions_table, exact_table
+from prefs.jobs import Work, recorded
+from prefs.judge import judge
+from prefs.models.backend import Question, Sampling
+from prefs.records import Answer, Completion, Ratings
+from prefs.run import register_resolvers
+from prefs.tasks import Task
+from prefs.templates import Invalid, Template
+
+# Beside what a test gives: no figure or probe of a job is simulated, and few resamples are quick.
+ALWAYS = ("completer=smollm2", "capture=none", "probe=none", "stats.bootstrap=20", "wandb.mode=disabled")
+NO_ANSWER = "Hmm."
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What one job was made of: the sampled ratings [T, S] and the options' probabilities [T, V], by template key."""
+
+    folder: Path
+    sampled: Mapping[str, np.ndarray]
+    mass: Mapping[str, np.ndarray]
+
+    def means(self, key: str) -> np.ndarray:
+        """[T] exact means, by the formula."""
+        mass = self.mass[key]
+        return mass @ np.arange(1, mass.shape[1] + 1) / mass.sum(axis=1)
+
+
+@functools.cache
+def config(*overrides: str) -> Mapping[str, Any]:
+    """The shipped config with overrides, as a job records it."""
+    register()
+    register_resolvers()
+    with initialize_config_module("prefs.conf", version_base="1.3"):
+        composed = compose("config", overrides=[*ALWAYS, *overrides])
+    plain = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def some_tasks(count: int, first: int = 0) -> list[Task]:
+    """Tasks of two origins, the same ones for the same numbers."""
+    return [Task(f"t{n}", f"Do number {n}.", ("ALPACA", "MATH")[n % 2]) for n in range(first, first + count)]
+
+
+def completed(tasks: Sequence[Task], by: str = "Done") -> list[Completion]:
+    """A completion of each task."""
+    return [Completion(task, f"{by}: {task.prompt}") for task in tasks]
+
+
+def around(means: np.ndarray, low: int = 1, high: int = 5, mass: float = 1.0) -> np.ndarray:
+    """[T, V] probabilities of the whole numbers from `low` to `high` on the two next to each mean, with that mean."""
+    options = np.arange(low, high + 1)
+    return mass * np.clip(1 - np.abs(np.asarray(means)[:, None] - options), 0, None)
+
+
+def simulate(
+    folder: Path,
+    overrides: Sequence[str],
+    completions: Sequence[Completion],
+    mass: Mapping[str, np.ndarray],
+    *,
+    group: str | None = None,
+    draw: int = 0,
+    config_only: Sequence[str] = (),
+    error: BaseException | None = None,
+) -> Simulated:
+    """Write the folder of a job whose templates `mass` gives the probabilities of.
+
+    ``draw`` is the seed of the sampled answers; `config_only` are overrides that the job's record does not name; with
+    an `error` the job ends by it instead of writing anything.
+    """
+    keys = f"template=[{','.join(mass)}]"
+    plain = config(keys, *config_only, *overrides)
+    exact, seeds = plain["rating"]["exact"], tuple(plain["rating"]["seeds"])
+    random = np.random.default_rng(draw)
+    sampled = {}
+    with recorded(folder, plain, overrides, group) as work:
+        if error is not None:
+            raise error
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JudgeConfig), plain["judge"]))
+        assert isinstance(settings, JudgeConfig)
+        refused = judge(settings, completions)
+        write_table(completions_table(list(completions), refused), folder / "completions")
+        work.append(Work("completions", 0, len(completions)))
+        for key, probabilities in mass.items():
+            ratings = _ratings(plain["template"][key], completions, probabilities, seeds, exact, random)
+            measured = ratings.measured(refused)
+            write_table(answers_table(ratings), folder / key / "ratings")
+            if measured.exact is not None:
+                write_table(exact_table(measured), folder / key / "exact")
+            sampled[key] = measured.sampled
+            work.append(Work(f"ratings, {ratings.template.name}", 1, len(completions) * (len(seeds) + exact) - 1))
+    return Simulated(folder, sampled, mass)
+
+
+def _ratings(
+    config: Mapping[str, Any],
+    completions: Sequence[Completion],
+    mass: np.ndarray,
+    seeds: tuple[int, ...],
+    exact: bool,
+    random: np.random.Generator,
+) -> Ratings:
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TemplateConfig), config))
+    assert isinstance(settings, TemplateConfig)
+    template = Template.from_config(settings)
+    texts = (*template.says, NO_ANSWER)
+    answers = []
+    for completion, row in zip(completions, mass, strict=True):
+        if completion.text is None:
+            answers.append([Answer(seed, None, None, Invalid.too_long) for seed in seeds])
+            continue
+        p = np.append(row, max(0.0, 1 - row.sum()))
+        said = [texts[at] for at in random.choice(len(texts), len(seeds), p=p / p.sum())]
+        answers.append([_answer(template, seed, text) for seed, text in zip(seeds, said, strict=True)])
+    asked = np.array([[completion.text is not None] for completion in completions])
+    return Ratings(
+        template=template,
+        question=Question(template.question, template.says),
+        sampling=Sampling(1.0, 1.0, 8),
+        completions=completions,
+        seeds=seeds,
+        answers=answers,
+        mass=np.where(asked, mass, np.nan) if exact else None,
+    )
+
+
+def _answer(template: Template, seed: int, text: str) -> Answer:
+    read = template.read(text)
+    return Answer(seed, text, None, read) if isinstance(read, Invalid) else Answer(seed, text, read, None)
+
+
+class _Launcher:
+    """Keeps what it is to launch."""
+
+    def __init__(self) -> None:
+        self.jobs: list[list[str]] = []
+
+    def launch(self, job_overrides, initial_job_idx):
+        self.jobs += [list(job) for job in job_overrides]
+        return []
+
+
+def hydra_sweep(folder: Path, *overrides: str) -> list[list[str]]:
+    """What ``python -m prefs.run -m ...`` does before its first job: the file in its folder, and each job's overrides.
+
+    The overrides are Hydra's own, so that what `prefs.sweep` reads from the file can be held against them.
+    """
+    register()
+    register_resolvers()
+    with initialize_config_module("prefs.conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        composed = loader.load_configuration("config", list(overrides), RunMode.MULTIRUN)
+        with open_dict(composed):
+            composed.hydra.mode = RunMode.MULTIRUN
+            composed.hydra.sweep.dir = str(folder)
+        settings = composed.hydra.sweeper
+        # Hydra loads its plugins' modules anew, so the class is looked up only here.
+        sweeper = basic_sweeper.BasicSweeper(settings.max_batch_size, settings.params)
+        sweeper.validate_batch_is_legal = lambda batch: None  # composes every job's config, which takes long
+        launcher = _Launcher()
+        sweeper.config, sweeper.launcher = composed, launcher  # type: ignore[assignment]
+        sweeper.hydra_context = HydraContext(loader, Callbacks())
+        sweeper.sweep(list(composed.hydra.overrides.task))
+    return launcher.jobs
