@@ -237,7 +237,7 @@ def _option(say: str, value: float) -> str:
 
 def _name_ticks(axes: Axes, names: Iterable[str]) -> None:
     """Names below the bars, slanted where they would run into each other."""
-    names = [str(name) for name in names]
+    names = [name if len(name) <= 48 else f"{name[:47]}…" for name in map(str, names)]
     slanted = max((len(name) for name in names), default=0) > 14
     axes.set_xticks(np.arange(len(names)), names, rotation=25 if slanted else 0, ha="right" if slanted else "center")
 

@@ -334,8 +334,8 @@ def test_a_stable_template_that_measures_something_else_is_named_alone(alike, se
     most = max(np.corrcoef(length, each)[0, 1] for each in means.values())
     assert abs(most) < 0.3
     assert said == [
-        f"stated is stable (r {shown(r)}) but orders tasks unlike every other template (agreement at most {shown(most)}):"
-        " it measures something else."
+        f"stated is stable (r {shown(r)}) but orders tasks unlike every other template (agreement at most"
+        f" {shown(most)}): it measures something else."
     ]
 
 
