@@ -6,6 +6,7 @@ values are kept, and each question goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -125,6 +126,7 @@ class TransformerLensBackend:
                 )
             except (ValueError, NotImplementedError) as error:
                 raise UserError(f"TransformerLens cannot wrap {spec.name}: {_first_line(error)}") from None
+            _use_own_attention(bridge)
         return cls(bridge, tokenizer, spec)
 
     def prompt_tokens(self, conversation: Conversation) -> int:
@@ -383,6 +385,24 @@ def _fork(cache: Cache) -> Cache:
     growing = (DynamicLayer, DynamicSlidingWindowLayer)
     forked.layers = [copy.copy(x) if type(x) in growing else copy.deepcopy(x) for x in cache.layers]
     return forked
+
+
+def _use_own_attention(bridge: Any) -> None:
+    """Let every block run the model's own attention in place of TransformerLens' reconstruction of it.
+
+    Hooks inside attention need the reconstruction, which holds all attention patterns; only the residual stream between
+    blocks is read here. Attention by torch's `scaled_dot_product_attention` is faster and its memory linear in the
+    length. It has no soft cap, so models with one (Gemma 2) keep transformers' eager attention.
+    """
+    model = bridge.original_model
+    for block in bridge.blocks:
+        layer = block.original_component
+        for name, child in list(layer.named_children()):
+            if child is getattr(block, "attn", None):
+                setattr(layer, name, child.original_component)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None:
+        with contextlib.suppress(ValueError):  # a family without it
+            model.set_attn_implementation("sdpa")
 
 
 def _stop_tokens(tokenizer: Any, generation_config: Any) -> frozenset[int]:
