@@ -3,7 +3,8 @@
 The same conversations (task + completion of at least ``--tokens`` tokens) are rated with the same templates
 
 - exactly, by `prefs`: one pass over each conversation, from whose keys and values all templates go on;
-- (a) one conversation at a time, one ``generate`` a seed: what a researcher writes first;
+- (a) one conversation at a time, one ``generate`` a seed, with TransformerLens as the report's author did, and with
+  transformers;
 - (b) by transformers' batched ``generate`` with as many return sequences as there are seeds.
 
 All use the same weights, precision, tokens and threads, in one process. `prefs` rates all conversations, (b) a few of
@@ -25,6 +26,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 from prefs.chat import Message
@@ -111,18 +113,16 @@ def main() -> None:
         return backend.observe(turns, [Ask(question) for question in questions], sampling, None)
 
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=getattr(torch, spec.dtype)).eval()
+    bridge = TransformerBridge.boot_transformers(str(smollm2_folder()), device="cpu", dtype=getattr(torch, spec.dtype))
     tokenizer = backend.encoder.tokenizer  # type: ignore[attr-defined]
     pad = tokenizer.pad_token_id or 0
     prompts = [[ask(backend.encoder, row, question).ids for row in turns] for question in questions]  # type: ignore[attr-defined]
     sampled: dict[int, dict[int, list[str]]] = {row: {} for row in range(given.repeats)}
 
-    def one_by_one(row: int) -> float:
+    def one_by_one(run: Callable[[Sequence[int]], object]) -> float:
         """Seconds a conversation: of each template, the median of a few of its seeds, times the seeds."""
-        seconds = 0.0
-        for of_question in prompts:
-            one = partial(generate, model, of_question[row], pad, 1, given.max_new_tokens)
-            seconds += given.seeds * median_time(one, given.repeats)
-        return seconds
+        each = (median_time(partial(run, of_question[0]), given.repeats) for of_question in prompts)
+        return given.seeds * sum(each)
 
     def batched(row: int) -> float:
         begun = time.perf_counter()
@@ -136,8 +136,15 @@ def main() -> None:
     rows = range(given.repeats)
     seconds = {
         "prefs, exact": median_time(exact, given.repeats) / len(turns),
-        "(a) one conversation at a time, one generate a seed": one_by_one(0),
-        "(b) batched generate, all seeds at once": statistics.median(batched(row) for row in rows),
+        "(a) TransformerLens, one conversation and one generate a seed": one_by_one(
+            lambda ids: bridge.generate(
+                torch.tensor([ids]), max_new_tokens=given.max_new_tokens, verbose=False, return_type="tokens"
+            )
+        ),
+        "(a) transformers, one conversation and one generate a seed": one_by_one(
+            lambda ids: generate(model, ids, pad, 1, given.max_new_tokens)
+        ),
+        "(b) transformers, batched generate, all seeds at once": statistics.median(batched(row) for row in rows),
     }
     base = seconds["prefs, exact"]
     print(
@@ -147,6 +154,9 @@ def main() -> None:
     print("| method | s a conversation | ratio |\n|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {value:.2f} | {value / base:.0f} |")
+    begun = lengths[0] + sum(len(of_question[0]) - lengths[0] for of_question in prompts)
+    each = given.seeds * sum(len(of_question[0]) for of_question in prompts)
+    print(f"\nTokens run before any is drawn: {begun:,} exactly; (a), (b) {each:,}, {each / begun:.0f} times as many")
     compare_means(asked, exact()[: given.repeats], sampled)
 
 
