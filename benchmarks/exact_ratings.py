@@ -34,7 +34,7 @@ from prefs.config import DatasetConfig, ModelConfig, register
 from prefs.models.backend import Ask, Conversation, Observation, Question, Sampling
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models, ModelSpec
-from prefs.options import ask
+from prefs.options import Asked, ask
 from prefs.statistics.exact import exact_summary
 from prefs.tasks import load_tasks
 from prefs.templates import Template
@@ -116,23 +116,23 @@ def main() -> None:
     bridge = TransformerBridge.boot_transformers(str(smollm2_folder()), device="cpu", dtype=getattr(torch, spec.dtype))
     tokenizer = backend.encoder.tokenizer  # type: ignore[attr-defined]
     pad = tokenizer.pad_token_id or 0
-    prompts = [[ask(backend.encoder, row, question).ids for row in turns] for question in questions]  # type: ignore[attr-defined]
-    sampled: dict[int, dict[int, list[str]]] = {row: {} for row in range(given.repeats)}
+    prompts = [[ask(backend.encoder, row, question) for row in turns] for question in questions]  # type: ignore[attr-defined]
+    sampled: dict[int, dict[int, list[list[int]]]] = {row: {} for row in range(given.repeats)}
 
     def one_by_one(run: Callable[[Sequence[int]], object]) -> float:
         """Seconds a conversation: of each template, the median of a few of its seeds, times the seeds."""
-        each = (median_time(partial(run, of_question[0]), given.repeats) for of_question in prompts)
+        each = (median_time(partial(run, of_question[0].ids), given.repeats) for of_question in prompts)
         return given.seeds * sum(each)
 
     def batched(row: int) -> float:
         begun = time.perf_counter()
         for at, of_question in enumerate(prompts):
-            out = generate(model, of_question[row], pad, given.seeds, given.max_new_tokens)
-            sampled[row][at] = tokenizer.batch_decode(out, skip_special_tokens=True)
+            out = generate(model, of_question[row].ids, pad, given.seeds, given.max_new_tokens)
+            sampled[row][at] = out.tolist()
         return time.perf_counter() - begun
 
     exact()  # warm up
-    generate(model, prompts[0][0], pad, 1, 2)
+    generate(model, prompts[0][0].ids, pad, 1, 2)
     rows = range(given.repeats)
     seconds = {
         "prefs, exact": median_time(exact, given.repeats) / len(turns),
@@ -154,28 +154,48 @@ def main() -> None:
     print("| method | s a conversation | ratio |\n|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {value:.2f} | {value / base:.0f} |")
-    begun = lengths[0] + sum(len(of_question[0]) - lengths[0] for of_question in prompts)
-    each = given.seeds * sum(len(of_question[0]) for of_question in prompts)
+    begun = lengths[0] + sum(len(of_question[0].ids) - lengths[0] for of_question in prompts)
+    each = given.seeds * sum(len(of_question[0].ids) for of_question in prompts)
     print(f"\nTokens run before any is drawn: {begun:,} exactly; (a), (b) {each:,}, {each / begun:.0f} times as many")
-    compare_means(asked, exact()[: given.repeats], sampled)
+    compare_means(asked, prompts, exact()[: given.repeats], sampled)
 
 
-def compare_means(asked: Sequence[Template], observed: Sequence[Observation], sampled: dict) -> None:
-    """Sampled means of (b) against exact ones, in standard errors: their mean square should be about 1."""
+def compare_means(
+    asked: Sequence[Template], prompts: Sequence[Sequence[Asked]], observed: Sequence[Observation], sampled: dict
+) -> None:
+    """Sampled means of (b) against exact ones, in standard errors: their mean square should be about 1.
+
+    A sample counts for the option whose tokens it begins with, which is what an exact rating is the probability of.
+    (`Template.read` reads whole answers and drops ambiguous ones, so the ratings it keeps are a selection.)
+    """
     print("\n| template | exact mean | sampled mean | valid | difference / standard error |\n|---|---|---|---|---|")
     for at, template in enumerate(asked):
         exact = exact_summary([each.answers[at].option_mass for each in observed], template.values)
-        read = [[template.read(text) for text in sampled[row][at]] for row in range(len(observed))]
-        values = [[value for value in row if isinstance(value, float)] for row in read]
+        values = [
+            [value for ids in sampled[row][at] if (value := begins(ids, prompts[at][row], template)) is not None]
+            for row in range(len(observed))
+        ]
         there = [row for row, valid in enumerate(values) if valid]
+        if not there:
+            print(f"| {template.name} | – | – | 0 | – |")
+            continue
         means = np.array([np.mean(values[row]) for row in there])
         counts = np.array([len(values[row]) for row in there])
         error = np.sqrt((exact.variance[there] / counts).sum()) / len(there)
         difference = (means - exact.mean[there]).mean() / error
-        valid = f"{counts.sum()}/{sum(map(len, read))}"
+        drawn = sum(len(sampled[row][at]) for row in range(len(observed)))
         print(
-            f"| {template.name} | {exact.mean[there].mean():.3f} | {means.mean():.3f} | {valid} | {difference:+.1f} |"
+            f"| {template.name} | {exact.mean[there].mean():.3f} | {means.mean():.3f} | {counts.sum()}/{drawn}"
+            f" | {difference:+.1f} |"
         )
+
+
+def begins(ids: Sequence[int], asked: Asked, template: Template) -> float | None:
+    """The value of the longest option whose tokens an answer begins with."""
+    for tail, value in sorted(zip(asked.tails, template.values, strict=True), key=lambda pair: -len(pair[0])):
+        if tuple(ids[: len(tail)]) == tail:
+            return value
+    return None
 
 
 if __name__ == "__main__":
