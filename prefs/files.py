@@ -6,10 +6,12 @@ import contextlib
 import os
 import uuid
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from prefs.errors import UserError
+
+if TYPE_CHECKING:  # help and completion come through here, and should not wait for it
+    import pandas as pd
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -24,14 +24,14 @@ def draw(folder: Path, blocks: Sequence[Block], tables: Mapping[str, pd.DataFram
     figures: dict[str, Path] = {}
     by = tables["stability_by"]
     counts = by["by"].value_counts().to_dict()
-    for way, what in (("template", "template"), ("rater", "rater"), ("origin", "origin"), ("cell", "cell")):
+    for way in ("template", "rater", "origin", "cell"):
         rows = by.loc[by["by"] == way, :]
         # By cell says more only where neither template nor rater tells all cells apart.
         redundant = way == "cell" and (len(rows) in (counts["template"], counts["rater"]) or len(rows) > 2 * MOST_CELLS)
         alone = way == "rater" and len(rows) == 1 < counts["template"]
         if len(rows) and not redundant and not alone:
             name = f"stability_by_{way}"
-            figures[name] = plots.stability_bars(folder / f"{name}.png", title=f"Stability by {what}", table=rows)
+            figures[name] = plots.stability_bars(folder / f"{name}.png", title=f"Stability by {way}", table=rows)
     shares = tables["distribution"]
     extra = {cell.name: "".join(f" {k}={v}" for k, v in cell.extra.items()) for block in blocks for cell in block.cells}
     names = zip(shares["rater"], shares["cell"], strict=True)

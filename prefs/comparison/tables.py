@@ -11,7 +11,7 @@ import pandas as pd
 
 from prefs.comparison.cells import SEED, Cell
 from prefs.statistics.agreement import correlation
-from prefs.statistics.sampled import distribution
+from prefs.statistics.estimates import Resamples
 from prefs.statistics.variance import pomp, variance_decomposition
 from prefs.summary import (
     Group,
@@ -81,22 +81,17 @@ def refused_distribution(cell: Cell) -> pd.DataFrame:
 
     Shares are of the exact distribution where there is one, else of the valid sampled ratings.
     """
-    measured, rows = cell.measured, []
-    for origin in [ALL, *dict.fromkeys(measured.origins)]:
-        here = np.array([origin in (ALL, each) for each in measured.origins])
-        for verdict in (1, 0):
-            part = measured.only(np.flatnonzero(here & (measured.refused == verdict)))
-            if part.exact is not None and part.mass is not None:
-                mass = part.mass[part.exact.valid_mass > 0]
-                shares = (
-                    (mass / mass.sum(axis=1, keepdims=True)).mean(axis=0) if len(mass) else [np.nan] * len(part.says)
-                )
-            else:
-                shares = [share.value for share in distribution(part.sampled, part.values)]
-            for say, value, share in zip(part.says, part.values, shares, strict=True):
-                row = {"origin": origin, "option": say, "value": value, "refused": verdict, "n": len(part.tasks)}
-                rows.append(row | {"share": share})
-    return numeric(pd.DataFrame(rows), words=("origin", "option"))
+    measured = cell.measured
+    origins = np.array(measured.origins, dtype=object)
+    share = "sampled_share" if measured.exact is None else "exact_share"
+    tables = []
+    for verdict in (1, 0):
+        chosen = {ALL: np.flatnonzero(measured.refused == verdict)}
+        chosen |= {origin: chosen[ALL][origins[chosen[ALL]] == origin] for origin in dict.fromkeys(measured.origins)}
+        groups = [Group(origin, tasks, Resamples.none(len(tasks))) for origin, tasks in chosen.items()]
+        table = distribution_table(measured, groups).assign(refused=verdict)
+        tables.append(table.rename(columns={share: "share"}))
+    return pd.concat(tables, ignore_index=True).loc[:, ["origin", "option", "value", "refused", "n", "share"]]
 
 
 def stability_by(blocks: Sequence[Block]) -> pd.DataFrame:
