@@ -170,7 +170,7 @@ def compare_means(
     """
     print("\n| template | exact mean | sampled mean | valid | difference / standard error |\n|---|---|---|---|---|")
     for at, template in enumerate(asked):
-        exact = exact_summary([each.answers[at].option_mass for each in observed], template.values)
+        exact = exact_summary([each.answers[at].scores[0].mass for each in observed], template.values)
         values = [
             [value for ids in sampled[row][at] if (value := begins(ids, prompts[at][row], template)) is not None]
             for row in range(len(observed))

@@ -41,6 +41,17 @@ def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """How a model marks its thought, and how long it may think; see `prefs.config.ThinkingConfig`."""
+
+    open: str = "<think>"
+    close: str = "</think>"
+    gap: str = "\n\n"
+    max_tokens: int = 4096
+    force_close: bool = False
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Token ids, and for each message the range [start, end) of the tokens that hold its content."""
 
@@ -54,10 +65,16 @@ class ChatEncoder:
     Raises
     ------
     UserError
-        If the tokenizer has no chat template, or no fast implementation to take control tokens out of.
+        If the tokenizer has no chat template, or no fast implementation to take control tokens out of; or if the text
+        that ends a thought is not one token of it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, template_kwargs: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template_kwargs: Mapping[str, Any] | None = None,
+        thinking: Thinking | None = None,
+    ):
         if not tokenizer.is_fast:
             raise UserError(f"{tokenizer.name_or_path}: needs a fast tokenizer (a tokenizer.json)")
         if not tokenizer.chat_template:
@@ -71,8 +88,29 @@ class ChatEncoder:
         self._plain = _without(tokenizer.backend_tokenizer, set(self._control))
         # Question texts and role headers recur in every row: encode each of them once.
         self._short_text = lru_cache(maxsize=8192)(lambda text: self._encode_text(text))
+        self.thinking = thinking
+        self.thought_end = self._one_token(thinking.close) if thinking is not None else None
 
-    def encode(self, messages: Sequence[Message], *, answer: str | None = None) -> Encoded:
+    def _one_token(self, text: str) -> int:
+        ids = (self._control[text],) if text in self._control else self._encode_text(text)[0]
+        if len(ids) != 1:
+            raise UserError(
+                f"model.thinking.close: {text!r} is {len(ids)} tokens to {self.tokenizer.name_or_path}, not one; give"
+                " the token that ends this model's thoughts, or thinking=null"
+            )
+        return ids[0]
+
+    def open_thought(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation with the assistant's turn and its thought opened."""
+        rendered, texts = self._render(messages, open_turn=True)
+        return self._encode(self._with_thought_open(rendered), texts).ids
+
+    def _with_thought_open(self, rendered: str) -> str:
+        assert self.thinking is not None
+        # Some templates open the thought themselves (DeepSeek-R1's).
+        return rendered if rendered.rstrip().endswith(self.thinking.open) else rendered + self.thinking.open
+
+    def encode(self, messages: Sequence[Message], *, answer: str | None = None, thought: str | None = None) -> Encoded:
         """Token ids of a conversation.
 
         Parameters
@@ -82,6 +120,8 @@ class ChatEncoder:
         answer
             None: the conversation as it stands. Text (also ""): followed by the header of the assistant's turn and
             this opening of the answer, left open.
+        thought
+            What the model thought before the answer, without its marks.
 
         Raises
         ------
@@ -89,9 +129,19 @@ class ChatEncoder:
             If the chat template refuses these roles.
         """
         rendered, texts = self._render(messages, open_turn=answer is not None)
+        if thought is not None:
+            assert self.thinking is not None
+            opened = self._with_thought_open(rendered)
+            rendered = opened + _placeholder(len(texts)) + self.thinking.close + self.thinking.gap
+            texts.append(thought)
         if answer:
             rendered += _placeholder(len(texts))
             texts.append(answer)
+        encoded = self._encode(rendered, texts)
+        return Encoded(encoded.ids, encoded.spans[: len(messages)])
+
+    def _encode(self, rendered: str, texts: list[str]) -> Encoded:
+        """Ids of a rendered template, and the spans of the texts put in for its placeholders."""
         ids: list[int] = []
         spans: dict[int, tuple[int, int]] = {}
         for piece in self._control_pattern.split(rendered):
@@ -100,7 +150,7 @@ class ChatEncoder:
             elif piece:
                 self._append_text(piece, texts, ids, spans)
         empty = (len(ids), len(ids))
-        return Encoded(tuple(ids), tuple(spans.get(index, empty) for index in range(len(messages))))
+        return Encoded(tuple(ids), tuple(spans.get(index, empty) for index in range(len(texts))))
 
     def _append_text(self, piece: str, texts: list[str], ids: list[int], spans: dict[int, tuple[int, int]]) -> None:
         """Encode one stretch between control tokens, and note which of its tokens hold which text."""

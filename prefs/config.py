@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from prefs.errors import ConfigError
 
 POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
+BACKENDS = ("transformer_lens", "vllm", "openai")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -48,8 +49,61 @@ class Reading(Enum):
 
 
 @dataclass
+class ThinkingConfig:
+    """How a model that thinks before it answers marks its thought, and how long it may think.
+
+    The thought ends at ``close``, and the answer begins after ``gap``. A thought of ``max_tokens`` that has not ended
+    gives no answer (``thought_cut_off``), or, with ``force_close``, is closed for the model and answered: the thinking
+    budget of s1 (Muennighoff et al. 2025) and of Qwen3's authors.
+    """
+
+    open: str = "<think>"
+    close: str = "</think>"
+    gap: str = "\n\n"
+    max_tokens: int = 4096
+    force_close: bool = False
+
+
+@dataclass
+class VllmConfig:
+    """What only vLLM needs. ``engine`` takes any further argument of its ``LLM``, as vLLM spells it."""
+
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    quantization: str | None = None
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ApiConfig:
+    """An OpenAI-compatible server. The key is read from the environment variable ``key_env`` (null: it needs none).
+
+    ``prefill`` says that the server can go on with an answer begun for it (vLLM's ``continue_final_message``), which
+    also lets options of several tokens be scored. ``extra_body`` goes into every request as it is. Prices are US
+    dollars a million tokens.
+    """
+
+    base_url: str = "https://api.openai.com/v1"
+    key_env: str | None = "OPENAI_API_KEY"
+    concurrency: int = 16
+    timeout_s: float = 120.0
+    max_retries: int = 8
+    top_logprobs: int = 20
+    prefill: bool = False
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    price_prompt: float | None = None
+    price_completion: float | None = None
+
+
+@dataclass
 class ModelConfig:
-    """A language model. ``path`` is ``embedded:NAME``, a local folder or a model-hub name."""
+    """A language model. ``path`` is ``embedded:NAME``, a local folder, a model-hub name, or a server's model name.
+
+    ``thinking: null`` is a model that answers at once. ``batch_tokens: null`` is the engine's own: what is run, and
+    written to the store, at a time.
+    """
 
     name: str = MISSING
     path: str = MISSING
@@ -57,10 +111,15 @@ class ModelConfig:
     backend: str = "transformer_lens"
     dtype: ModelDType = ModelDType.auto
     device: str = "auto"
+    device_map: str | None = None
+    attn_implementation: str = "auto"
     max_context: int | None = None
     prefill: str = ""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    batch_tokens: int = 8192
+    thinking: ThinkingConfig | None = None
+    batch_tokens: int | None = None
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    api: ApiConfig = field(default_factory=ApiConfig)
 
 
 @dataclass
@@ -110,10 +169,14 @@ class DatasetConfig:
 
 @dataclass
 class RatingConfig:
-    """How the rater is asked: sampled once per seed, and/or exactly from its log-probabilities."""
+    """How the rater is asked: sampled once per seed, and/or exactly from its log-probabilities.
+
+    A model that thinks has one exact distribution after each thought; ``thoughts`` of them are drawn and mixed.
+    """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
     exact: bool = True
+    thoughts: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 8
@@ -122,10 +185,14 @@ class RatingConfig:
 
 @dataclass
 class JudgeConfig:
-    """What decides that a completion is a refusal."""
+    """What decides that a completion is a refusal: phrases in its opening, or a model that is asked."""
 
     name: str = MISSING
     kind: str = "phrases"
+    model: ModelConfig | None = None
+    question: str = ""
+    refusal: str = ""
+    compliance: str = ""
     phrases: list[str] = field(default_factory=list)
     window: int = 0
 
@@ -284,12 +351,42 @@ def _check_sampling(key: str, temperature: float, top_p: float, max_new_tokens: 
 
 
 def _check_model(key: str, model: ModelConfig) -> None:
-    _check_choice(f"{key}.backend", model.backend, ("transformer_lens",))
+    _check_choice(f"{key}.backend", model.backend, BACKENDS)
     if not DEVICE.fullmatch(model.device):
         raise ConfigError(f"{key}.device", model.device, "auto, cpu, mps, cuda or cuda:N")
     if model.max_context is not None:
         _check_range(f"{key}.max_context", model.max_context, 1)
-    _check_range(f"{key}.batch_tokens", model.batch_tokens, 1)
+    if model.batch_tokens is not None:
+        _check_range(f"{key}.batch_tokens", model.batch_tokens, 1)
+    if model.thinking is not None:
+        _check_range(f"{key}.thinking.max_tokens", model.thinking.max_tokens, 1)
+        if not model.thinking.close.strip():
+            raise ConfigError(f"{key}.thinking.close", model.thinking.close, "the text that ends a thought")
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        _check_range(f"{key}.vllm.{name}", getattr(model.vllm, name), 1)
+    if not 0 < model.vllm.gpu_memory_utilization <= 1:
+        raise ConfigError(
+            f"{key}.vllm.gpu_memory_utilization", model.vllm.gpu_memory_utilization, "more than 0, at most 1"
+        )
+    if model.backend == "openai":
+        _check_api(key, model)
+
+
+def _check_api(key: str, model: ModelConfig) -> None:
+    api = model.api
+    if not re.match(r"https?://[^/\s]+", api.base_url):
+        raise ConfigError(
+            f"{key}.api.base_url", api.base_url, "the address of a server, such as http://127.0.0.1:8000/v1"
+        )
+    _check_range(f"{key}.api.concurrency", api.concurrency, 1)
+    _check_range(f"{key}.api.max_retries", api.max_retries, 0)
+    _check_range(f"{key}.api.top_logprobs", api.top_logprobs, 0, 20)
+    if not (math.isfinite(api.timeout_s) and api.timeout_s > 0):
+        raise ConfigError(f"{key}.api.timeout_s", api.timeout_s, "seconds, more than 0")
+    if model.prefill and not api.prefill:
+        raise ConfigError(
+            f"{key}.prefill", model.prefill, "'' unless the server can go on with an answer (model.api.prefill=true)"
+        )
 
 
 def _check_template(key: str, template: TemplateConfig) -> None:

@@ -26,8 +26,10 @@ class Asked:
     spans: tuple[tuple[int, int], ...]
 
 
-def ask(encoder: ChatEncoder, conversation: Conversation, question: Question) -> Asked:
+def ask(encoder: ChatEncoder, conversation: Conversation, question: Question, thought: str | None = None) -> Asked:
     """Encode a question after a conversation, with every option joined on as the tokenizer would join it.
+
+    A thinking model's `thought` stands between the question and the answer.
 
     An option is encoded together with the prefill before it, so that "Answer: " + "Agree" gives the token " Agree"
     and not a blank and "Agree"; ``ids`` are the tokens that all of these share with the bare prefill.
@@ -38,8 +40,8 @@ def ask(encoder: ChatEncoder, conversation: Conversation, question: Question) ->
         If the tokenizer gives two options the same tokens.
     """
     messages = (*conversation, Message("user", question.text))
-    opened = encoder.encode(messages, answer=question.prefill)
-    whole = [encoder.encode(messages, answer=question.prefill + say).ids for say in question.says]
+    opened = encoder.encode(messages, answer=question.prefill, thought=thought)
+    whole = [encoder.encode(messages, answer=question.prefill + say, thought=thought).ids for say in question.says]
     shared = min([_common_prefix(opened.ids, ids) for ids in whole] + [len(ids) - 1 for ids in whole])
     tails = tuple(ids[shared:] for ids in whole)
     for at, tail in enumerate(tails):

@@ -161,8 +161,8 @@ class _Cell:
         scores, answers = {}, {}
         for row, observation in zip(rows, observations, strict=True):
             answer = observation.answers[at]
-            if self.wants_score(row) and answer.option_mass is not None:
-                scores[self.score_keys[row]] = {"mass": list(answer.option_mass), "invalid": None}
+            if self.wants_score(row) and 0 in answer.scores:
+                scores[self.score_keys[row]] = {"mass": list(answer.scores[0].mass or ()), "invalid": None}
             for seed in self.missing_seeds(row):
                 if seed in answer.samples:
                     answers[self.answer_keys[row, seed]] = {**asdict(answer.samples[seed]), "invalid": None}
@@ -390,7 +390,7 @@ def _compute_batch(
         lacking = {seed for row in batch for seed in cell.missing_seeds(row)} if name in fit.answers else set()
         score = any(cell.wants_score(row) for row in batch)
         if lacking or score or any(positions.lacks_rating(row, name) for row in batch):
-            wanted[name] = Ask(cell.question, tuple(seed for seed in cell.seeds if seed in lacking), score)
+            wanted[name] = Ask(cell.question, tuple(seed for seed in cell.seeds if seed in lacking), (0,) * score)
     request = positions.request(batch, list(wanted))
     if not wanted and request is None:
         return

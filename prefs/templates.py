@@ -21,6 +21,8 @@ class Invalid(Enum):
     ambiguous = "ambiguous"
     refused_to_rate = "refused_to_rate"
     too_long = "too_long"
+    thought_cut_off = "thought_cut_off"
+    blocked = "blocked"
 
 
 @dataclass(frozen=True)

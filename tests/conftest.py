@@ -38,11 +38,8 @@ def smollm2_fp32() -> ModelSpec:
     return ModelSpec(
         name="smollm2",
         path="embedded:smollm2",
-        revision=None,
-        backend="transformer_lens",
         dtype="float32",
         device="cpu",
-        max_context=None,
         batch_tokens=2048,
         prefill="Answer: ",
     )

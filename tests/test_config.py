@@ -125,7 +125,7 @@ def test_the_config_survives_yaml():
         (["model=gemma"], "model: got 'gemma'; allowed: one of hf, smollm2, smollm2_plain"),
         (["template=likrt"], "template: got 'likrt'; allowed: one of agreement, anchored"),
         (["modle=3"], "modle: there is no such key; did you mean 'model'? Known here: capture, completer"),
-        (["model.prefil=x"], "model.prefil: there is no such key; did you mean 'prefill'? Known here: backend"),
+        (["model.prefil=x"], "model.prefil: there is no such key; did you mean 'prefill'? Known here: api"),
         (["rating.seed=1"], "rating.seed: there is no such key; did you mean 'seeds'?"),
         (["model.batch_tokens=many"], "model.batch_tokens: Value 'many' of type 'str' could not be"),
         (["model.dtype=int8"], "model.dtype: Invalid value 'int8', expected one of [auto, bfloat16, float16, float32]"),

@@ -62,7 +62,7 @@ def test_a_batch_equals_its_rows_one_at_a_time(backend, observed):
         (alone,) = backend.observe([conversation], questions("anchored", "likert"), SAMPLING, capture)
         together = observed[row]
         for one, many in zip(alone.answers, together.answers, strict=True):
-            np.testing.assert_allclose(one.option_mass, many.option_mass, rtol=1e-3, atol=1e-7)
+            np.testing.assert_allclose(one.scores[0].mass, many.scores[0].mass, rtol=1e-3, atol=1e-7)
             assert one.samples == many.samples
             torch.testing.assert_close(one.residual, many.residual, atol=5e-2, rtol=1e-3)
         assert alone.residuals.keys() == together.residuals.keys()
@@ -108,7 +108,7 @@ def test_option_masses_equal_whole_strings_scored_one_by_one(backend, plain, nam
     observations = backend.observe(CONVERSATIONS[:2], [asking], SAMPLING)
     for conversation, observation in zip(CONVERSATIONS, observations, strict=False):
         asked = ask(backend.encoder, conversation, asking.question)
-        for tail, mass in zip(asked.tails, observation.answers[0].option_mass, strict=True):
+        for tail, mass in zip(asked.tails, observation.answers[0].scores[0].mass, strict=True):
             log_probs = plain(torch.tensor([asked.ids + tail])).logits[0].log_softmax(dim=-1)
             at = range(len(asked.ids) - 1, len(asked.ids) + len(tail) - 1)
             expected = sum(float(log_probs[position, token]) for position, token in zip(at, tail, strict=True))
@@ -123,7 +123,7 @@ def test_an_option_that_opens_another(backend, plain):
     after_one = plain(torch.tensor([asked.ids + asked.tails[0]])).logits[0].softmax(dim=-1)
     p_one = float(after_one[len(asked.ids) - 1, asked.tails[0][0]])
     p_ten = p_one * float(after_one[-1, asked.tails[9][1]])
-    mass = observation.answers[0].option_mass
+    mass = observation.answers[0].scores[0].mass
     assert mass[0] == pytest.approx(p_one - p_ten, rel=1e-3)
     assert mass[9] == pytest.approx(p_ten, rel=1e-3)
 
@@ -137,7 +137,7 @@ def test_samples_follow_the_distribution_of_the_options(backend):
     answer = observation.answers[0]
     texts = [sample.text.strip() for sample in answer.samples.values()]
     counts = [texts.count(say) for say in question.says]
-    mass = np.array(answer.option_mass)
+    mass = np.array(answer.scores[0].mass)
     observed = np.array([*counts, 600 - sum(counts)])
     expected = 600 * np.array([*mass, 1 - mass.sum()])
     assert chisquare(observed, expected).pvalue > 1e-3
@@ -202,7 +202,7 @@ def test_seeds_with_the_same_answer_so_far_are_run_once(backend):
     costs = []
     for seeds in ((0,), (0, 1, 2, 3)):
         with Counter(backend) as counter:
-            asking = dataclasses.replace(questions("anchored")[0], seeds=seeds, score=False)
+            asking = dataclasses.replace(questions("anchored")[0], seeds=seeds, scores=())
             backend.observe(CONVERSATIONS[:1], [asking], Sampling(0.0, 1.0, 8))
         costs.append(counter.tokens)
     assert costs[0] == costs[1]

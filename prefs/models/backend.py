@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from prefs.chat import Message
+from prefs.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +26,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated text; ``finished`` is False where ``max_new_tokens`` cut it off."""
+    """One generated text; ``finished`` is False where ``max_new_tokens`` cut it off.
 
-    text: str
+    ``thought`` is what a thinking model wrote before it. There is no text where ``invalid`` gives the reason (a value
+    of `prefs.templates.Invalid`).
+    """
+
+    text: str | None
     tokens: int
     finished: bool
+    thought: str | None = None
+    invalid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Ask:
-    """One question with what is wanted of it: option probabilities, one sampled answer a seed, or both."""
+    """One question with what is wanted of it: one sampled answer a seed, option probabilities, or both.
+
+    A thinking model draws one thought a seed and answers after it; ``scores`` are the seeds of the thoughts after which
+    options are scored. A model that answers at once has one distribution, and ``scores`` is (0,) or empty.
+    """
 
     question: Question
     seeds: tuple[int, ...] = ()
-    score: bool = True
+    scores: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -62,14 +73,26 @@ class CaptureRequest:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one question brought: probability of each whole option string, sampled answers by seed, residuals.
+class Score:
+    """The options' probabilities, or the reason why there are none (a value of `prefs.templates.Invalid`).
 
-    ``option_mass[v]`` is the probability that the answer begins with option v and with no longer option that v opens;
-    the masses are disjoint, and their sum is the valid mass. ``residual`` is [layers, d_model] at position ``rating``.
+    ``mass[v]`` is the probability that the answer begins with option v and with no longer option that v opens; the
+    masses are disjoint, and their sum is the valid mass. ``thought`` is what a thinking model wrote before.
     """
 
-    option_mass: tuple[float, ...] | None = None
+    mass: tuple[float, ...] | None
+    thought: str | None = None
+    invalid: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one question brought: scores by thought seed, sampled answers by seed, residuals.
+
+    ``residual`` is [layers, d_model] at position ``rating``; of a thinking model, after the thought of the first seed.
+    """
+
+    scores: Mapping[int, Score] = field(default_factory=dict)
     samples: Mapping[int, Sample] = field(default_factory=dict)
     residual: torch.Tensor | None = None
 
@@ -85,15 +108,40 @@ class Observation:
     residuals: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Backend(Protocol):
-    """An engine with a model in it. Lists in and out run over the rows of one batch, in the same order."""
+@dataclass(frozen=True)
+class Usage:
+    """What an engine has spent: requests, tokens, and US dollars where prices are known (None: not known)."""
 
-    n_layers: int
-    d_model: int
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    dollars: float | None = None
+
+
+class Interrupted(UserError):
+    """A batch that could not be finished. ``done`` has the rows that were, None for the others."""
+
+    def __init__(self, message: str, done: Sequence[Sample | Observation | None]):
+        super().__init__(message)
+        self.done = done
+
+
+class Backend(Protocol):
+    """An engine with a model in it. Lists in and out run over the rows of one batch, in the same order.
+
+    Sampled texts come without the thought that a thinking model wrote before them. A row that cannot be answered
+    comes back with the reason (``invalid``); what stops the whole batch is an error. Where rows were answered (and
+    paid for) before it, the error is `Interrupted` and brings them along.
+    """
+
     max_context: int
 
     def prompt_tokens(self, conversation: Conversation) -> int:
-        """Number of tokens of a conversation with the assistant's turn opened, as `complete` would run it."""
+        """Number of tokens of a conversation with the assistant's turn opened, as `complete` would run it.
+
+        With those of a whole thought, for a model that thinks. Where only a server tokenizes, a low estimate: it is
+        the server that finds a prompt too long.
+        """
         ...
 
     def conversation_tokens(self, conversation: Conversation) -> int:
@@ -101,7 +149,10 @@ class Backend(Protocol):
         ...
 
     def question_tokens(self, conversation: Conversation, question: Question) -> int:
-        """Number of tokens of a conversation with a question and the opened answer, as `observe` would run it."""
+        """Number of tokens of a conversation with a question and the opened answer, as `observe` would run it.
+
+        With those of a whole thought, for a model that thinks.
+        """
         ...
 
     def complete(self, batch: Sequence[Conversation], seed: int, sampling: Sampling) -> list[Sample]:
@@ -109,7 +160,26 @@ class Backend(Protocol):
         ...
 
     def observe(
-        self, batch: Sequence[Conversation], asks: Sequence[Ask], sampling: Sampling, capture: CaptureRequest | None
+        self,
+        batch: Sequence[Conversation],
+        asks: Sequence[Ask],
+        sampling: Sampling,
+        capture: CaptureRequest | None = None,
     ) -> list[Observation]:
         """Ask questions after conversations and/or capture residuals, all from one pass over each conversation."""
+        ...
+
+    def choose(self, batch: Sequence[Conversation], question: Question) -> list[str | None]:
+        """The likeliest of a question's options after each conversation, and no other answer (structured output).
+
+        None where the model could not be brought to choose.
+        """
+        ...
+
+    def usage(self) -> Usage:
+        """What has been spent so far."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the model, its processes and connections."""
         ...

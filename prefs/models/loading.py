@@ -6,39 +6,50 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from platformdirs import user_cache_path
 
-from prefs.config import ModelConfig
+from prefs.chat import Thinking
+from prefs.config import ApiConfig, ModelConfig, VllmConfig
 from prefs.errors import ConfigError, UserError
 from prefs.files import write_durably
 from prefs.models.backend import Backend
 from prefs.models.device import resolve_device, resolve_dtype
-from prefs.store import digest, file_checksum
+from prefs.store import canonical, digest, file_checksum
 
 log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded:"
+# The precision of a model that somebody else serves.
+SERVED = "served"
+# Tokens a batch where the config leaves it to the engine. An engine that cuts its own batches gets long lists.
+BATCH_TOKENS = {"transformer_lens": 8192, "vllm": 262_144, "openai": 65_536}
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything needed to load a model, and nothing else; equal specs share one loaded model."""
+    """Everything needed to load a model, and nothing else; specs with the same `engine` share one loaded model."""
 
     name: str
     path: str
-    revision: str | None
-    backend: str
-    dtype: str
-    device: str
-    max_context: int | None
-    batch_tokens: int
-    prefill: str
+    backend: str = "transformer_lens"
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    device_map: str | None = None
+    attn_implementation: str = "auto"
+    max_context: int | None = None
+    batch_tokens: int = 8192
+    prefill: str = ""
     chat_template_kwargs: str = "{}"
+    thinking: Thinking | None = None
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    api: ApiConfig = field(default_factory=ApiConfig)
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> ModelSpec:
@@ -49,38 +60,43 @@ class ModelSpec:
         UserError
             If its device is not there.
         """
+        served = config.backend == "openai"
         return cls(
             name=config.name,
             path=config.path,
-            revision=config.revision,
             backend=config.backend,
-            dtype=resolve_dtype(config.dtype.value, resolve_device(config.device)),
+            revision=config.revision,
+            dtype=SERVED if served else resolve_dtype(config.dtype.value, resolve_device(config.device)),
             device=config.device,
+            device_map=config.device_map,
+            attn_implementation=config.attn_implementation,
             max_context=config.max_context,
-            batch_tokens=config.batch_tokens,
+            batch_tokens=config.batch_tokens or BATCH_TOKENS[config.backend],
             prefill=config.prefill,
             chat_template_kwargs=json.dumps(config.chat_template_kwargs, sort_keys=True),
+            thinking=None if config.thinking is None else Thinking(**asdict(config.thinking)),
+            vllm=config.vllm,
+            api=config.api,
         )
 
     @property
-    def engine(self) -> tuple[Any, ...]:
+    def engine(self) -> str:
         """What two specs must share to be served by one loaded model."""
-        return (
-            self.backend,
-            self.path,
-            self.revision,
-            self.dtype,
-            self.device,
-            self.max_context,
-            self.chat_template_kwargs,
-        )
+        own = {
+            "transformer_lens": [self.device_map, self.attn_implementation],
+            "vllm": asdict(self.vllm),
+            "openai": asdict(self.api),
+        }
+        shared = [self.path, self.revision, self.dtype, self.device, self.max_context, self.chat_template_kwargs]
+        thinking = None if self.thinking is None else asdict(self.thinking)
+        return canonical([self.backend, *shared, thinking, own[self.backend]])
 
 
 @dataclass
 class Models:
     """The models a process has loaded. One job after another asks it; only what the present job uses stays loaded."""
 
-    _loaded: dict[tuple[Any, ...], Backend] = field(default_factory=dict)
+    _loaded: dict[str, Backend] = field(default_factory=dict)
 
     def get(self, spec: ModelSpec) -> Backend:
         """The engine of a spec, loaded now if it is not yet."""
@@ -92,13 +108,21 @@ class Models:
         """Let go of every model that none of these specs uses."""
         wanted = {spec.engine for spec in specs}
         for engine in set(self._loaded) - wanted:
-            del self._loaded[engine]
+            self._loaded.pop(engine).close()
 
 
 def _load(spec: ModelSpec) -> Backend:
+    log.info("Loading %s (%s) with %s", spec.name, spec.dtype, spec.backend)
+    if spec.backend == "openai":
+        from prefs.models.openai import OpenAIBackend
+
+        return OpenAIBackend.load(spec)
+    if spec.backend == "vllm":
+        from prefs.models.vllm import VllmBackend
+
+        return VllmBackend.load(spec, model_folder(spec))
     from prefs.models.transformer_lens import TransformerLensBackend
 
-    log.info("Loading %s (%s) with %s", spec.name, spec.dtype, spec.backend)
     return TransformerLensBackend.load(spec, model_folder(spec))
 
 
@@ -130,10 +154,11 @@ def model_folder(spec: ModelSpec) -> str:
 
 
 def identity(spec: ModelSpec) -> dict[str, Any]:
-    """What of a model goes into store keys: id, revision and precision. Loads no weights.
+    """What of a model goes into store keys: id, revision, precision, and how it thinks. Loads no weights.
 
     An embedded model is its package and hash, a hub model its name and commit, and a local folder a fingerprint of
-    its files, so that a folder that is moved is the same model and one that is trained on is another.
+    its files, so that a folder that is moved is the same model and one that is trained on is another. A served model
+    is its name and the server's host. The engine is no part of it: what one computed serves the others.
 
     Raises
     ------
@@ -143,10 +168,17 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
     from prefs.models import embedded
 
     known: dict[str, Any] = {"dtype": spec.dtype}
+    if spec.backend == "vllm" and spec.vllm.quantization is not None:
+        known["quantization"] = spec.vllm.quantization
+    if spec.thinking is not None:
+        known["thinking"] = asdict(spec.thinking)
     if json.loads(spec.chat_template_kwargs):
         known["chat_template_kwargs"] = json.loads(spec.chat_template_kwargs)
     if spec.max_context is not None:
         known["max_context"] = spec.max_context
+    if spec.backend == "openai":
+        body = {"extra_body": spec.api.extra_body} if spec.api.extra_body else {}
+        return {"id": spec.path, "revision": urlsplit(spec.api.base_url).hostname, **body, **known}
     if spec.path.startswith(EMBEDDED):
         return {"id": spec.path, "revision": f"{embedded.GGUF_SHA256}-{embedded.LAYOUT}", **known}
     folder = model_folder(spec)

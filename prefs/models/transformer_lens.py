@@ -26,7 +26,18 @@ from transformers.utils import logging as transformers_logging
 
 from prefs.chat import ChatEncoder, Message
 from prefs.errors import UserError
-from prefs.models.backend import Answer, Ask, CaptureRequest, Conversation, Observation, Question, Sample, Sampling
+from prefs.models.backend import (
+    Answer,
+    Ask,
+    CaptureRequest,
+    Conversation,
+    Observation,
+    Question,
+    Sample,
+    Sampling,
+    Score,
+    Usage,
+)
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec
 from prefs.options import Asked, ask, option_masses
@@ -81,7 +92,7 @@ class TransformerLensBackend:
     def __init__(self, bridge: Any, tokenizer: Any, spec: ModelSpec):
         self.bridge = bridge
         self.spec = spec
-        self.encoder = ChatEncoder(tokenizer, json.loads(spec.chat_template_kwargs))
+        self.encoder = ChatEncoder(tokenizer, json.loads(spec.chat_template_kwargs), spec.thinking)
         model = bridge.original_model
         self.device = next(model.parameters()).device
         self.n_layers = int(bridge.cfg.n_layers)
@@ -175,6 +186,17 @@ class TransformerLensBackend:
             Observation(tuple(answers[row] for answers in by_question), residuals[row]) for row in range(len(batch))
         ]
 
+    def choose(self, batch: Sequence[Conversation], question: Question) -> list[str | None]:
+        observed = self.observe(batch, [Ask(question)], Sampling(0.0, 1.0, 1))
+        masses = [each.answers[0].scores[0].mass for each in observed]
+        return [None if mass is None else question.says[int(np.argmax(mass))] for mass in masses]
+
+    def usage(self) -> Usage:
+        return Usage()
+
+    def close(self) -> None:
+        del self.bridge
+
     def _answer(
         self,
         state: _State,
@@ -193,7 +215,7 @@ class TransformerLensBackend:
         with self.bridge.hooks(fwd_hooks=hooks):
             rest = [row.ids[len(prefix) :] for row, prefix in zip(asked, prefixes, strict=True)]
             state, logits = self._extend(state, rest)
-        masses = self._score(state, logits, asked) if each.score else None
+        masses = self._score(state, logits, asked) if each.scores else None
         samples: list[dict[int, Sample]] = [{} for _ in batch]
         conversations = [(*row, Message("user", each.question.text)) for row in batch]
         for start in range(0, len(each.seeds), SEEDS_AT_ONCE):
@@ -203,7 +225,7 @@ class TransformerLensBackend:
                 samples[row] |= of_row
         return [
             Answer(
-                option_mass=None if masses is None else tuple(float(mass) for mass in masses[row]),
+                scores={} if masses is None else {0: Score(tuple(float(mass) for mass in masses[row]))},
                 samples=samples[row],
                 residual=rating[row].get("rating"),
             )
