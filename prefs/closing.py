@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pandas as pd
 from rich.table import Table
 
+from prefs.measured import DIRECT
 from prefs.probing import NoProbe, ProbeReport
 from prefs.records import Ratings
 from prefs.statistics.refusal import MIN_GROUP
@@ -40,10 +41,16 @@ def sampled_lines(rows: Sequence[Stability]) -> Table:
 
 
 def exact_lines(rows: Sequence[Stability]) -> Table:
-    """Exact ratings by origin: how much of the model's answer is a rating, and what sampling would do to it."""
+    """Exact ratings by origin: how much of the model's answer is a rating, and what sampling would do to it.
+
+    Of a rater that thinks also the share of a sampled rating's variance that is between its thoughts.
+    """
     target = next(row.exact.target_r for row in rows if row.exact)
-    table = new_table("Exact ratings: predicted r is of two seeds sampled at temperature 1")
-    for name in ("n", "valid mass", "mean ± SD", "predicted r", f"seeds for r = {number(target)}"):
+    thinks = rows[0].kind != DIRECT
+    kind = f", {rows[0].kind}" if thinks else ""
+    table = new_table(f"Exact ratings{kind}: predicted r is of two seeds sampled at temperature 1")
+    between = ("by thought",) if thinks else ()
+    for name in ("n", "valid mass", "mean ± SD", *between, "predicted r", f"seeds for r = {number(target)}"):
         table.add_column(name, justify="right")
     for row in _all_last(rows):
         if row.exact is None:
@@ -54,11 +61,16 @@ def exact_lines(rows: Sequence[Stability]) -> Table:
             str(row.n),
             number(moments.valid_mass.value),
             f"{number(moments.mean.value)} ± {number(moments.sd.value)}",
+            *((_share(moments.between.value, moments.noise.value),) if thinks else ()),
             number(row.exact.predicted_r.value),
             MISSING if seeds is None else f"{seeds:,.0f}",
             style=_weight(row.origin),
         )
     return table
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return MISSING if part is None or not whole else f"{part / whole:.0%}"
 
 
 def refusal_lines(frame: pd.DataFrame, rated_by: str) -> Table:
@@ -141,8 +153,10 @@ def remarks(
     if whole.exact is not None and seeds is not None and seeds > 20:
         said.append(
             f"A mean over {seeds:,.0f} seeds would be needed for r = {number(whole.exact.target_r)} between two"
-            " such means (at temperature 1); the exact ratings have no sampling noise."
+            " such means (at temperature 1)"
+            + ("." if ratings.thinks else "; the exact ratings have no sampling noise.")
         )
+    said += _thought_remarks(ratings)
     share = whole.modal.share.value
     if share is not None and share > 0.8 and whole.modal.ratings >= 20:
         said.append(
@@ -164,6 +178,28 @@ def remarks(
         said.append(f"No probe: {report.reason}.")
     elif report is not None:
         said += _probe_remarks(report)
+    return said
+
+
+def _thought_remarks(ratings: Ratings) -> list[str]:
+    thoughts = ratings.thoughts
+    if thoughts is None:
+        return []
+    said = []
+    reasons = [reason for row in thoughts.invalid for reason in row if reason is not None]
+    if reasons:
+        counts = ", ".join(f"{reasons.count(reason)} {reason.value}" for reason in dict.fromkeys(reasons))
+        said.append(f"{len(reasons)} of {thoughts.mass[..., 0].size} thoughts gave no exact rating: {counts}.")
+    if len(thoughts.seeds) == 1:
+        said.append(
+            "Exact ratings are after one thought each: what the same model would say after another is not known, and"
+            " no r can be predicted. Draw more with rating.thoughts=4."
+        )
+    else:
+        said.append(
+            f"Exact ratings are mixtures over {len(thoughts.seeds)} thoughts a task and carry their noise; more"
+            " thoughts (rating.thoughts) make it smaller."
+        )
     return said
 
 

@@ -57,6 +57,7 @@ class ThinkingConfig:
     budget of s1 (Muennighoff et al. 2025) and of Qwen3's authors.
     """
 
+    enabled: bool = False
     open: str = "<think>"
     close: str = "</think>"
     gap: str = "\n\n"
@@ -101,7 +102,7 @@ class ApiConfig:
 class ModelConfig:
     """A language model. ``path`` is ``embedded:NAME``, a local folder, a model-hub name, or a server's model name.
 
-    ``thinking: null`` is a model that answers at once. ``batch_tokens: null`` is the engine's own: what is run, and
+    ``batch_tokens: null`` is the engine's own: what is run, and
     written to the store, at a time.
     """
 
@@ -116,7 +117,7 @@ class ModelConfig:
     max_context: int | None = None
     prefill: str = ""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    thinking: ThinkingConfig | None = None
+    thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     batch_tokens: int | None = None
     vllm: VllmConfig = field(default_factory=VllmConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
@@ -358,7 +359,7 @@ def _check_model(key: str, model: ModelConfig) -> None:
         _check_range(f"{key}.max_context", model.max_context, 1)
     if model.batch_tokens is not None:
         _check_range(f"{key}.batch_tokens", model.batch_tokens, 1)
-    if model.thinking is not None:
+    if model.thinking.enabled:
         _check_range(f"{key}.thinking.max_tokens", model.thinking.max_tokens, 1)
         if not model.thinking.close.strip():
             raise ConfigError(f"{key}.thinking.close", model.thinking.close, "the text that ends a thought")
@@ -421,6 +422,7 @@ def _number(text: str) -> float | None:
 def _check_rating(rating: RatingConfig) -> None:
     _check_seeds("rating.seeds", rating.seeds)
     _check_sampling("rating", rating.temperature, rating.top_p, rating.max_new_tokens)
+    _check_range("rating.thoughts", rating.thoughts, 1)
     if not rating.seeds and not rating.exact:
         raise ConfigError("rating.seeds", [], "at least one seed, or rating.exact=true")
 

@@ -90,6 +90,7 @@ def run_job(config: Config, place: Place, models: Models, *, plain_config: Mappi
         Sampling(config.rating.temperature, config.rating.top_p, config.rating.max_new_tokens),
         seeds=config.rating.seeds,
         exact=config.rating.exact,
+        thoughts=config.rating.thoughts,
         capture=capture,
         system_prompt=config.rating.system_prompt,
         store=store,
@@ -157,6 +158,8 @@ def _report(config: Config, cell: _Cell, rated: Rated, rater: ModelSpec, track: 
     }
     if measured.exact is not None:
         tables["exact"] = exact_table(measured)
+    if ratings.thoughts is not None:
+        tables["exact_by_thought"] = thoughts_table(ratings)
     residuals = _residuals(config, rated, cell.key)
     probed = None
     if config.probe.kind != "none" and residuals is not None:
@@ -221,21 +224,48 @@ def answers_table(ratings: Ratings) -> pd.DataFrame:
             "answer": answer.text,
             "value": answer.value,
             "invalid": answer.invalid.value if answer.invalid else None,
+            **({"thought": answer.thought} if ratings.thinks else {}),
         }
         for completion, answers in zip(ratings.completions, ratings.answers, strict=True)
         for answer in answers
     ]
-    return pd.DataFrame(rows, columns=["task", "origin", "seed", "answer", "value", "invalid"])
+    names = ["task", "origin", "seed", "answer", "value", "invalid", *(["thought"] if ratings.thinks else [])]
+    return pd.DataFrame(rows, columns=names)
+
+
+def thoughts_table(ratings: Ratings) -> pd.DataFrame:
+    """One row a task and thought: each option's probability after it, the thought, or why there is no rating."""
+    assert ratings.thoughts is not None
+    thoughts = ratings.thoughts
+    rows = [
+        {
+            "task": completion.task.id,
+            "origin": completion.task.origin,
+            "thought_seed": seed,
+            **{f"p({say})": thoughts.mass[at, k, v] for v, say in enumerate(ratings.template.says)},
+            "thought": thoughts.texts[at][k],
+            "invalid": reason.value if (reason := thoughts.invalid[at][k]) is not None else None,
+        }
+        for at, completion in enumerate(ratings.completions)
+        for k, seed in enumerate(thoughts.seeds)
+    ]
+    return pd.DataFrame(rows)
 
 
 def exact_table(measured: Measured) -> pd.DataFrame:
-    """One row a task: each option's probability before renormalising, mean, variance and valid mass."""
+    """One row a task: each option's probability before renormalising, mean, variance and valid mass.
+
+    Of a rater that thinks they are of the mixture over its thoughts, with the part of the variance that is between
+    them.
+    """
     assert measured.mass is not None
     assert measured.exact is not None
     table = pd.DataFrame({"task": measured.tasks, "origin": measured.origins})
     for at, say in enumerate(measured.says):
         table[f"p({say})"] = measured.mass[:, at]
     table["mean"], table["variance"] = measured.exact.mean, measured.exact.variance
+    if measured.thinks:
+        table["between_thoughts"] = measured.exact.between
     table["valid_mass"] = measured.exact.valid_mass
     return table
 

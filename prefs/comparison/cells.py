@@ -203,11 +203,16 @@ def _read_cell(job: Job, key: str) -> Cell:
     answers = _read(folder / "ratings.parquet", "task", "seed", "answer", "value", "invalid")
     seeds = list(job.config["rating"]["seeds"])
     wide = answers.pivot(index="task", columns="seed", values="value").reindex(index=texts["task"], columns=seeds)
-    mass = None
+    mass = by_thought = None
+    thinks = bool(job.config["model"]["thinking"]["enabled"])
+    masses = [f"p({option['say']})" for option in options]
     if job.config["rating"]["exact"]:
-        masses = [f"p({option['say']})" for option in options]
         exact = _read(folder / "exact.parquet", "task", *masses).set_index("task").reindex(texts["task"])
         mass = exact[masses].to_numpy(dtype=float)
+    if mass is not None and thinks:
+        each = _read(folder / "exact_by_thought.parquet", "task", "thought_seed", *masses).set_index("task")
+        by_task = each.loc[list(texts["task"]), masses].to_numpy(dtype=float)
+        by_thought = by_task.reshape(len(texts), -1, len(options))
     return Cell(
         job=job,
         key=key,
@@ -219,6 +224,8 @@ def _read_cell(job: Job, key: str) -> Cell:
             sampled=wide.to_numpy(dtype=float),
             mass=mass,
             refused=texts["refused"].to_numpy(dtype=float, na_value=np.nan),
+            thinks=thinks,
+            by_thought=by_thought,
         ),
         prompts=tuple(texts["prompt"]),
         texts=texts,

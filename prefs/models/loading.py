@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from platformdirs import user_cache_path
 
 from prefs.chat import Thinking
-from prefs.config import ApiConfig, ModelConfig, VllmConfig
+from prefs.config import ApiConfig, ModelConfig, ThinkingConfig, VllmConfig
 from prefs.errors import ConfigError, UserError
 from prefs.files import write_durably
 from prefs.models.backend import Backend
@@ -74,7 +74,7 @@ class ModelSpec:
             batch_tokens=config.batch_tokens or BATCH_TOKENS[config.backend],
             prefill=config.prefill,
             chat_template_kwargs=json.dumps(config.chat_template_kwargs, sort_keys=True),
-            thinking=None if config.thinking is None else Thinking(**asdict(config.thinking)),
+            thinking=_thinking(config.thinking),
             vllm=config.vllm,
             api=config.api,
         )
@@ -90,6 +90,12 @@ class ModelSpec:
         shared = [self.path, self.revision, self.dtype, self.device, self.max_context, self.chat_template_kwargs]
         thinking = None if self.thinking is None else asdict(self.thinking)
         return canonical([self.backend, *shared, thinking, own[self.backend]])
+
+
+def _thinking(config: ThinkingConfig) -> Thinking | None:
+    if not config.enabled:
+        return None
+    return Thinking(config.open, config.close, config.gap, config.max_tokens, config.force_close)
 
 
 @dataclass

@@ -10,9 +10,9 @@ import contextlib
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ from prefs.models.backend import (
 )
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec
+from prefs.models.thoughts import THOUGHT, Thought, joined
 from prefs.options import Asked, ask, option_masses
 from prefs.sampling import draw, row_uniforms
 
@@ -141,21 +142,31 @@ class TransformerLensBackend:
         return cls(bridge, tokenizer, spec)
 
     def prompt_tokens(self, conversation: Conversation) -> int:
-        return len(self.encoder.encode(conversation, answer="").ids)
+        return len(self.encoder.encode(conversation, answer="").ids) + self.encoder.thought_room
 
     def conversation_tokens(self, conversation: Conversation) -> int:
         return ask(self.encoder, conversation, NO_QUESTION).question_start
 
     def question_tokens(self, conversation: Conversation, question: Question) -> int:
         asked = ask(self.encoder, conversation, question)
-        return len(asked.ids) + max(len(tail) for tail in asked.tails)
+        return len(asked.ids) + max(len(tail) for tail in asked.tails) + self.encoder.thought_room
 
     @torch.inference_mode()
     def complete(self, batch: Sequence[Conversation], seed: int, sampling: Sampling) -> list[Sample]:
-        ids = [self.encoder.encode(conversation, answer="").ids for conversation in batch]
-        state, logits = self._start(ids)
-        samples = self._decode(state, logits, [(seed,)] * len(batch), batch, sampling)
-        return [of_row[seed] for of_row in samples]
+        seeds = [(seed,)] * len(batch)
+        if self.encoder.thinking is None:
+            state, logits = self._start([self.encoder.encode(row, answer="").ids for row in batch])
+            return [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
+        state, logits = self._start([self.encoder.open_thought(row) for row in batch])
+        thoughts = [of_row[seed] for of_row in self._think(state, logits, seeds, batch, sampling)]
+        state, logits = self._start(
+            [
+                self.encoder.encode(row, answer="", thought=thought.text).ids
+                for row, thought in zip(batch, thoughts, strict=True)
+            ]
+        )
+        samples = [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
+        return [thought.before(sample) for thought, sample in zip(thoughts, samples, strict=True)]
 
     @torch.inference_mode()
     def observe(
@@ -178,8 +189,9 @@ class TransformerLensBackend:
         with self.bridge.hooks(fwd_hooks=hooks):
             state, _ = self._start(prefixes)
         wants_rating = capture is not None and "rating" in capture.positions
+        answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
         by_question = [
-            self._answer(state.fork(), each, of_question, prefixes, batch, sampling, capture if wants_rating else None)
+            answer(state.fork(), each, of_question, prefixes, batch, sampling, capture if wants_rating else None)
             for each, of_question in zip(asks, asked, strict=False)
         ]
         return [
@@ -232,6 +244,61 @@ class TransformerLensBackend:
             for row in range(len(batch))
         ]
 
+    def _answer_after_thoughts(
+        self,
+        state: _State,
+        each: Ask,
+        asked: Sequence[Asked],
+        prefixes: Sequence[tuple[int, ...]],
+        batch: Sequence[Conversation],
+        sampling: Sampling,
+        capture: CaptureRequest | None,
+    ) -> list[Answer]:
+        """Put one question to a batch whose conversations have been run, and let the model think before it answers."""
+        seeds = tuple(dict.fromkeys((*each.scores, *each.seeds)))
+        conversations = [(*row, Message("user", each.question.text)) for row in batch]
+        opened = [
+            self.encoder.open_thought(row)[len(prefix) :] for row, prefix in zip(conversations, prefixes, strict=True)
+        ]
+        thoughts = self._think(*self._extend(state.fork(), opened), [seeds] * len(batch), conversations, sampling)
+        answers = [Answer() for _ in batch]
+        for seed in seeds:
+            after = [
+                ask(self.encoder, row, each.question, of_row[seed].text)
+                for row, of_row in zip(batch, thoughts, strict=True)
+            ]
+            once = Ask(each.question, (seed,) * (seed in each.seeds), (0,) * (seed in each.scores))
+            captured = capture if seed == seeds[0] else None
+            brought = self._answer(state.fork(), once, after, prefixes, batch, sampling, captured)
+            answers = [
+                joined(before, of_row[seed].of(answer), seed)
+                for before, of_row, answer in zip(answers, thoughts, brought, strict=True)
+            ]
+        return answers
+
+    def _think(
+        self,
+        state: _State,
+        logits: torch.Tensor,
+        seeds: Sequence[tuple[int, ...]],
+        conversations: Sequence[Conversation],
+        sampling: Sampling,
+    ) -> list[dict[int, Thought]]:
+        """Draw a thought for every (row, seed)."""
+        thinking, end = self.encoder.thinking, self.encoder.thought_end
+        assert thinking is not None
+        assert end is not None
+        budget = replace(sampling, max_new_tokens=thinking.max_tokens)
+        # Other random numbers than the answer's.
+        drawn = self._draw(
+            state, logits, seeds, [(*row, THOUGHT) for row in conversations], budget, {end, *self._stops}
+        )
+        texts = self.encoder.tokenizer.batch_decode([ids for ids, _ in drawn.values()], skip_special_tokens=True)
+        thoughts: list[dict[int, Thought]] = [{} for _ in seeds]
+        for ((row, seed), (ids, stop)), text in zip(drawn.items(), texts, strict=True):
+            thoughts[row][seed] = Thought(text, len(ids), stop == end or thinking.force_close)
+        return thoughts
+
     def _score(self, state: _State, logits: torch.Tensor, asked: Sequence[Asked]) -> np.ndarray:
         """Probability of each whole option string, [rows, options]."""
         first = logits[:, -1].float().log_softmax(dim=-1)
@@ -259,7 +326,24 @@ class TransformerLensBackend:
         conversations: Sequence[Conversation],
         sampling: Sampling,
     ) -> list[dict[int, Sample]]:
-        """Sample a continuation for every (row, seed).
+        """Sample a continuation for every (row, seed)."""
+        drawn = self._draw(state, logits, seeds, conversations, sampling, self._stops)
+        texts = self.encoder.tokenizer.batch_decode([ids for ids, _ in drawn.values()], skip_special_tokens=True)
+        samples: list[dict[int, Sample]] = [{} for _ in seeds]
+        for ((row, seed), (ids, stop)), text in zip(drawn.items(), texts, strict=True):
+            samples[row][seed] = Sample(text, len(ids), stop is not None)
+        return samples
+
+    def _draw(
+        self,
+        state: _State,
+        logits: torch.Tensor,
+        seeds: Sequence[tuple[int, ...]],
+        conversations: Sequence[Conversation],
+        sampling: Sampling,
+        stops: Set[int],
+    ) -> dict[tuple[int, int], tuple[list[int], int | None]]:
+        """Sample tokens for every (row, seed), up to a stop token; and that token, None where there was none.
 
         Seeds of a row that have drawn the same tokens so far are one branch and are run once; a finished branch leaves
         the batch.
@@ -270,7 +354,7 @@ class TransformerLensBackend:
             for seed in seeds[row]
         }
         drawn: dict[tuple[int, int], list[int]] = {stream: [] for stream in uniforms}
-        finished: set[tuple[int, int]] = set()
+        stopped: dict[tuple[int, int], int] = {}
         branches = [[(row, seed) for seed in seeds[row]] for row in range(len(seeds))]
         for step in range(sampling.max_new_tokens):
             most = max(len(streams) for streams in branches)
@@ -281,8 +365,8 @@ class TransformerLensBackend:
             grown: dict[tuple[int, int], list[tuple[int, int]]] = {}
             for at, streams in enumerate(branches):
                 for stream, token in zip(streams, tokens[at], strict=False):
-                    if token in self._stops:
-                        finished.add(stream)
+                    if token in stops:
+                        stopped[stream] = token
                     else:
                         drawn[stream].append(token)
                         grown.setdefault((at, token), []).append(stream)
@@ -291,11 +375,7 @@ class TransformerLensBackend:
             parents = self._tensor([at for at, _ in grown])
             state, logits = self._extend(state.select(parents), [(token,) for _, token in grown])
             branches = list(grown.values())
-        texts = self.encoder.tokenizer.batch_decode(list(drawn.values()), skip_special_tokens=True)
-        samples: list[dict[int, Sample]] = [{} for _ in seeds]
-        for (stream, ids), text in zip(drawn.items(), texts, strict=True):
-            samples[stream[0]][stream[1]] = Sample(text, len(ids), stream in finished)
-        return samples
+        return {stream: (ids, stopped.get(stream)) for stream, ids in drawn.items()}
 
     def _start(self, rows: Sequence[tuple[int, ...]]) -> tuple[_State, torch.Tensor]:
         """Run whole sequences from nothing."""
