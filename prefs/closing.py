@@ -181,6 +181,19 @@ def remarks(
     return said
 
 
+def judges_remark(table: pd.DataFrame, name: str) -> str:
+    """How far a judge that is a model and the phrases agree, over all tasks."""
+    row = next(row for row in table.to_dict("records") if row["origin"] == ALL)
+    counts = (
+        f"{row['refused_both']} refused to both, {row['refused_model_only']} to {name} only,"
+        f" {row['refused_phrases_only']} to the phrases only"
+    )
+    if pd.isna(row["kappa"]):
+        return f"Judge {name} and phrases: Cohen's κ is undefined ({row['kappa_reason']}); {counts} of {row['n']}."
+    interval = "" if pd.isna(row["kappa_low"]) else f" [{number(row['kappa_low'])}, {number(row['kappa_high'])}]"
+    return f"Judge {name} and phrases: Cohen's κ {number(row['kappa'])}{interval}; {counts} of {row['n']}."
+
+
 def _thought_remarks(ratings: Ratings) -> list[str]:
     thoughts = ratings.thoughts
     if thoughts is None:

@@ -144,7 +144,7 @@ def _print(found: Sweep, compared: Comparison, out: Path, page: Path, synced: di
     counts = (len(found.cells), "cell"), (len(found.jobs), "job")
     title = "Comparison · " + " of ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
     show(console, title=title, tables=lines, said=compared.remarks)
-    show_files(console, found.work(), out, None, synced)
+    show_files(console, [*found.work(), *found.spent()], out, None, synced)
     console.print(f"report              {page}", soft_wrap=True)
 
 

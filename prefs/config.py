@@ -186,7 +186,11 @@ class RatingConfig:
 
 @dataclass
 class JudgeConfig:
-    """What decides that a completion is a refusal: phrases in its opening, or a model that is asked."""
+    """What decides that a completion is a refusal: phrases in its opening, or a model that is asked.
+
+    The ``question`` to the model holds ``{request}`` and ``{reply}``; it answers with the word for ``refusal`` or the
+    one for ``compliance``. Where phrases are given as well, their agreement with the model is reported.
+    """
 
     name: str = MISSING
     kind: str = "phrases"
@@ -315,9 +319,7 @@ def check(config: Config) -> None:
         raise ConfigError("template", names, "templates with different names")
     _check_rating(config.rating)
     _check_dataset(config.dataset)
-    _check_choice("judge.kind", config.judge.kind, ("phrases", "none"))
-    if config.judge.kind == "phrases" and not [phrase for phrase in config.judge.phrases if phrase.strip()]:
-        raise ConfigError("judge.phrases", config.judge.phrases, "at least one phrase")
+    _check_judge(config.judge)
     _check_capture(config.capture)
     _check_probe(config)
     _check_choice("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
@@ -436,6 +438,23 @@ def _check_dataset(dataset: DatasetConfig) -> None:
             raise ConfigError("dataset.path", dataset.path, "a file that exists")
     if dataset.limit is not None:
         _check_range("dataset.limit", dataset.limit, 1)
+
+
+def _check_judge(judge: JudgeConfig) -> None:
+    _check_choice("judge.kind", judge.kind, ("phrases", "llm", "none"))
+    if judge.kind == "phrases" and not [phrase for phrase in judge.phrases if phrase.strip()]:
+        raise ConfigError("judge.phrases", judge.phrases, "at least one phrase")
+    if judge.kind != "llm":
+        return
+    if judge.model is None:
+        raise ConfigError("judge.model", None, "a model, as in model@judge.model=smollm2")
+    _check_model("judge.model", judge.model)
+    for part in ("{request}", "{reply}"):
+        if part not in judge.question:
+            raise ConfigError("judge.question", judge.question, f"a question that holds {part}")
+    words = (judge.refusal.strip(), judge.compliance.strip())
+    if not all(words) or words[0].casefold() == words[1].casefold():
+        raise ConfigError("judge.refusal", words, "a word for refusal and another for compliance")
 
 
 def _check_capture(capture: CaptureConfig) -> None:

@@ -135,7 +135,7 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 sweep_folder = Path(hydra_config.sweep.dir)
                 group = sweep_name(sweep_folder, hydra_config.runtime.choices.get("experiment"))
                 suffix = name_suffix(overrides, swept(sweep_folder))
-            with recorded(folder, plain, overrides, group) as work:
+            with recorded(folder, plain, overrides, group) as doings:
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.
                 from prefs.job import Place, run_job
@@ -143,7 +143,7 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
 
                 if not loaded:
                     loaded.append(Models())
-                work += run_job(config, Place(folder, group, suffix), loaded[0], plain_config=plain)
+                run_job(config, Place(folder, group, suffix), loaded[0], doings, plain_config=plain)
 
     return job
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from prefs.measured import Measured
+from prefs.statistics.agreement import cohen_kappa
 from prefs.statistics.estimates import Estimate, Resamples
 from prefs.statistics.exact import (
     ONE_THOUGHT,
@@ -162,6 +163,19 @@ def refusal_table(rows: Mapping[str, RefusalRating]) -> pd.DataFrame:
         ]
     )
     return numeric(table)
+
+
+def judges_table(refused: np.ndarray, by_phrases: np.ndarray, groups: Sequence[Group]) -> pd.DataFrame:
+    """One row an origin: how a model's verdicts [T] and those of the phrases agree (1 refused, 0 not, NaN unknown)."""
+    rows = []
+    for group in groups:
+        a, b = refused[group.tasks], by_phrases[group.tasks]
+        counts = {"both": (a == 1) & (b == 1), "model_only": (a == 1) & (b == 0), "phrases_only": (a == 0) & (b == 1)}
+        kappa = cohen_kappa(a, b, group.draws)
+        row: dict[str, object] = {"origin": group.origin, "n": kappa.n}
+        row |= {f"refused_{name}": int(which.sum()) for name, which in counts.items()}
+        rows.append(row | columns("kappa", kappa))
+    return numeric(pd.DataFrame(rows))
 
 
 def distribution_table(measured: Measured, groups: Sequence[Group]) -> pd.DataFrame:

@@ -26,8 +26,10 @@ from prefs.job import answers_table, completions_table, exact_table
 from prefs.jobs import Work, recorded
 from prefs.judge import judge
 from prefs.models.backend import Question, Sampling
+from prefs.models.loading import Models
 from prefs.records import Answer, Completion, Ratings
 from prefs.run import register_resolvers
+from prefs.store import Store
 from prefs.tasks import Task
 from prefs.templates import Invalid, Template
 
@@ -99,14 +101,14 @@ def simulate(
     exact, seeds = plain["rating"]["exact"], tuple(plain["rating"]["seeds"])
     random = np.random.default_rng(draw)
     sampled = {}
-    with recorded(folder, plain, overrides, group) as work:
+    with recorded(folder, plain, overrides, group) as doings:
         if error is not None:
             raise error
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JudgeConfig), plain["judge"]))
         assert isinstance(settings, JudgeConfig)
-        refused = judge(settings, completions)
+        refused = judge(settings, completions, store=Store(folder), models=Models()).refused
         write_table(completions_table(list(completions), refused), folder / "completions")
-        work.append(Work("completions", 0, len(completions)))
+        doings.work.append(Work("completions", 0, len(completions)))
         for key, probabilities in mass.items():
             ratings = _ratings(plain["template"][key], completions, probabilities, seeds, exact, random)
             measured = ratings.measured(refused)
@@ -114,7 +116,9 @@ def simulate(
             if measured.exact is not None:
                 write_table(exact_table(measured), folder / key / "exact")
             sampled[key] = measured.sampled
-            work.append(Work(f"ratings, {ratings.template.name}", 1, len(completions) * (len(seeds) + exact) - 1))
+            doings.work.append(
+                Work(f"ratings, {ratings.template.name}", 1, len(completions) * (len(seeds) + exact) - 1)
+            )
     return Simulated(folder, sampled, mass)
 
 

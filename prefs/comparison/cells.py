@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from prefs.errors import UserError
-from prefs.jobs import FILE, FINISHED, Job, Work, read_job
+from prefs.jobs import FILE, FINISHED, Job, Spent, Work, read_job
 from prefs.measured import Measured
 
 # What decides neither a completion nor a rating nor a verdict, and so does not make a cell another one.
@@ -130,6 +130,21 @@ class Sweep:
         for work in (each for job in self.jobs for each in job.work):
             before = totals.get(work.stage, Work(work.stage, 0, 0))
             totals[work.stage] = Work(work.stage, before.reused + work.reused, before.computed + work.computed)
+        return list(totals.values())
+
+    def spent(self) -> list[Spent]:
+        """What all jobs spent, by model; dollars where any job knew them."""
+        totals: dict[str, Spent] = {}
+        for spent in (each for job in self.jobs for each in job.spent):
+            before = totals.get(spent.model, Spent(spent.model, 0, 0, 0, None))
+            known = [each for each in (before.dollars, spent.dollars) if each is not None]
+            totals[spent.model] = Spent(
+                spent.model,
+                before.requests + spent.requests,
+                before.prompt_tokens + spent.prompt_tokens,
+                before.completion_tokens + spent.completion_tokens,
+                sum(known) if known else None,
+            )
         return list(totals.values())
 
 

@@ -17,7 +17,7 @@ from prefs.chat import Thinking
 from prefs.config import ApiConfig, ModelConfig, ThinkingConfig, VllmConfig
 from prefs.errors import ConfigError, UserError
 from prefs.files import write_durably
-from prefs.models.backend import Backend
+from prefs.models.backend import Backend, Usage
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.store import canonical, digest, file_checksum
 
@@ -109,6 +109,10 @@ class Models:
         if spec.engine not in self._loaded:
             self._loaded[spec.engine] = _load(spec)
         return self._loaded[spec.engine]
+
+    def usage(self) -> dict[str, Usage]:
+        """What each loaded engine has spent so far, by `ModelSpec.engine`."""
+        return {engine: backend.usage() for engine, backend in self._loaded.items()}
 
     def keep_only(self, specs: Iterable[ModelSpec]) -> None:
         """Let go of every model that none of these specs uses."""

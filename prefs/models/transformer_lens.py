@@ -198,10 +198,19 @@ class TransformerLensBackend:
             Observation(tuple(answers[row] for answers in by_question), residuals[row]) for row in range(len(batch))
         ]
 
-    def choose(self, batch: Sequence[Conversation], question: Question) -> list[str | None]:
-        observed = self.observe(batch, [Ask(question)], Sampling(0.0, 1.0, 1))
-        masses = [each.answers[0].scores[0].mass for each in observed]
-        return [None if mass is None else question.says[int(np.argmax(mass))] for mass in masses]
+    @torch.inference_mode()
+    def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
+        thoughts: list[str | None] = [None] * len(batch)
+        if self.encoder.thinking is not None:
+            state, logits = self._start([self.encoder.open_thought(row) for row in batch])
+            drawn = self._think(state, logits, [(0,)] * len(batch), batch, Sampling(0.0, 1.0, 1))
+            thoughts = [of_row[0].text for of_row in drawn]
+        asked = [
+            ask(self.encoder, row[:-1], Question(row[-1].content, tuple(options)), thought)
+            for row, thought in zip(batch, thoughts, strict=True)
+        ]
+        masses = self._score(*self._start([row.ids for row in asked]), asked)
+        return [options[int(at)] for at in masses.argmax(axis=1)]
 
     def usage(self) -> Usage:
         return Usage()
