@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
 from prefs.config import RowReader, SourceConfig
 from prefs.errors import UserError
@@ -48,7 +49,7 @@ def open_source(name: str, source: SourceConfig, columns: Sequence[str]) -> Data
 
 def _open(name: str, source: SourceConfig, config: str | None) -> Dataset:
     if URL.match(source.path):
-        return _open_file(source.path, _downloaded(name, source.path))
+        return _open_file(urlparse(source.path).path, _downloaded(name, source.path))
     place = Path(source.path).expanduser()
     if place.exists() and set("*?[]") & set(str(place.resolve())):
         raise UserError(f"{name}: `datasets` takes * ? [ ] in {place.resolve()} for a pattern; give it another name")
@@ -122,7 +123,7 @@ def _open_hub(name: str, source: SourceConfig, config: str | None) -> Dataset:
     if builder is None:
         builder = load_dataset_builder(source.path, config, revision=source.revision)
         builder.download_and_prepare()
-    if not pinned:
+    if not pinned and config in (None, *source.configs[:1]):  # said once a source
         line = "%s: %s, at revision %s; to keep to it, give dataset.sources.%s.revision=%s"
         log.info(line, name, source.path, builder.hash, name, builder.hash)
     rows = builder.as_dataset(split=source.split)
@@ -138,7 +139,7 @@ def _cached(path: str, config: str | None, revision: str | None) -> DatasetBuild
 
     *owner, repository = path.split("/")
     root = Path(settings.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(repository)])
-    found = [folder for folder in root.glob(f"{config or '*'}/*/{revision or '*'}") if folder.is_dir()]
+    found = [folder for folder in root.glob(f"{config or '*'}/*/{revision or '*'}") if COMMIT.fullmatch(folder.name)]
     if config is None and len({folder.parts[-3] for folder in found}) > 1:
         found = [folder for folder in found if folder.parts[-3] == "default"]
     if not found:
