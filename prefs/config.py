@@ -21,6 +21,7 @@ from prefs.errors import ConfigError
 
 POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
 BACKENDS = ("transformer_lens", "vllm", "openai")
+PLACE = re.compile(r"https?://.+|\w[\w.-]*(/\w[\w.-]*)?")  # of a data set: a URL, or a name on the hub
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -156,6 +157,34 @@ class TemplateConfig:
     prefill: str | None = None
 
 
+class RowReader(Enum):
+    """Where a row's prompt is: in columns of text, joined by blank lines, or in a conversation's first user turn."""
+
+    columns = "columns"
+    conversation = "conversation"
+
+
+@dataclass
+class SourceConfig:
+    """A data set that `datasets` reads: ``path`` is a hub name, a local folder or file, or the URL of one file.
+
+    ``configs`` are the hub's configurations to read (empty: its only one). ``prompt``, ``id`` and ``topic`` are names
+    of columns, and ``only`` the values that other columns must have. A prompt longer than ``max_chars`` is left out.
+    """
+
+    path: str = MISSING
+    revision: str | None = None
+    configs: list[str] = field(default_factory=list)
+    split: str = "train"
+    origin: str = MISSING
+    reader: RowReader = RowReader.columns
+    prompt: list[str] = field(default_factory=lambda: ["prompt"])
+    id: str | None = None
+    topic: str | None = None
+    only: dict[str, Any] = field(default_factory=dict)
+    max_chars: int | None = None
+
+
 @dataclass
 class DatasetConfig:
     """Where the tasks come from. ``limit`` keeps that many, drawn evenly over origins by ``seed``."""
@@ -163,6 +192,7 @@ class DatasetConfig:
     name: str = MISSING
     kind: str = "mini"
     path: str | None = None
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     origins: list[str] | None = None
     limit: int | None = None
     seed: int = 0
@@ -430,14 +460,32 @@ def _check_rating(rating: RatingConfig) -> None:
 
 
 def _check_dataset(dataset: DatasetConfig) -> None:
-    _check_choice("dataset.kind", dataset.kind, ("mini", "file"))
+    _check_choice("dataset.kind", dataset.kind, ("mini", "file", "hub"))
     if dataset.kind == "file":
         if not dataset.path:
             raise ConfigError("dataset.path", dataset.path, "the path of a .jsonl or .csv file")
         if not Path(dataset.path).expanduser().is_file():
             raise ConfigError("dataset.path", dataset.path, "a file that exists")
+    if dataset.kind == "hub" and not dataset.sources:
+        raise ConfigError("dataset.sources", {}, "at least one source")
+    for name, source in dataset.sources.items():
+        _check_source(f"dataset.sources.{name}", source)
     if dataset.limit is not None:
         _check_range("dataset.limit", dataset.limit, 1)
+    _check_seeds("dataset.seed", [dataset.seed])
+
+
+def _check_source(key: str, source: SourceConfig) -> None:
+    if not (PLACE.fullmatch(source.path) or Path(source.path).expanduser().exists()):
+        raise ConfigError(f"{key}.path", source.path, "a folder or file that exists, a URL, or a hub name (owner/name)")
+    if not source.origin.strip():
+        raise ConfigError(f"{key}.origin", source.origin, "some name")
+    if not source.prompt:
+        raise ConfigError(f"{key}.prompt", source.prompt, "at least one column")
+    if source.reader is RowReader.conversation and len(source.prompt) > 1:
+        raise ConfigError(f"{key}.prompt", source.prompt, "the one column that holds the conversation")
+    if source.max_chars is not None:
+        _check_range(f"{key}.max_chars", source.max_chars, 1)
 
 
 def _check_judge(judge: JudgeConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ def message(*overrides: str) -> str:
 
 
 OPTIONS = "template.anchored_precise.options"
+WILDCHAT = "dataset.sources.wildchat"
 
 
 def test_defaults():
@@ -68,6 +70,31 @@ def test_roles_and_experiment():
     assert composed("+experiment=smoke").dataset.limit == 16
     assert composed("model=hf", "model.path=meta/Llama-3.1-8B").model.name == "Llama-3.1-8B"
     assert composed("dataset=file", f"dataset.path={__file__}").dataset.name == "test_config.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "origins"),
+    [
+        ("bailbench", ["BAILBENCH"]),
+        ("wildchat", ["WILDCHAT"]),
+        ("alpaca", ["ALPACA"]),
+        ("math", ["MATH"]),
+        ("mixed", ["BAILBENCH", "WILDCHAT", "ALPACA", "MATH"]),
+    ],
+)
+def test_the_reports_data_sets_are_pinned_and_capped(name, origins):
+    dataset = composed(f"dataset={name}").dataset
+    assert (dataset.name, dataset.limit) == (name, 1000)
+    assert [source.origin for source in dataset.sources.values()] == origins
+    for source in dataset.sources.values():
+        assert re.search(r"\b[0-9a-f]{40}\b", source.revision or source.path)
+
+
+def test_a_source_is_put_elsewhere_from_the_command_line(tmp_path):
+    sources = composed("dataset=mixed", f"{WILDCHAT}.path={tmp_path}", f"{WILDCHAT}.max_chars=50").dataset.sources
+    assert (sources["wildchat"].path, sources["wildchat"].max_chars) == (str(tmp_path), 50)
+    assert sources["wildchat"].only == {"language": "English"}
+    assert sources["alpaca"].path == "tatsu-lab/alpaca"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +179,18 @@ def test_the_config_survives_yaml():
         (["dataset=file"], "dataset.path: got None; allowed: the path of a .jsonl or .csv file"),
         (["dataset=file", "dataset.path=/no/file.csv"], "got '/no/file.csv'; allowed: a file that exists"),
         (["dataset.limit=0"], "dataset.limit: got 0; allowed: 1 or more"),
+        (["dataset.seed=-1"], "dataset.seed: got [-1]; allowed: seeds that are 0 or more"),
+        (["dataset.kind=hub"], "dataset.sources: got {}; allowed: at least one source"),
+        (["dataset=wildcat"], "dataset: got 'wildcat'; allowed: one of alpaca, bailbench, file, math, mini, mixed"),
+        (["dataset=mixed", f"{WILDCHAT}.path=/no/folder"], f"{WILDCHAT}.path: got '/no/folder'; allowed: a folder or"),
+        (["dataset=mixed", f"{WILDCHAT}.path=a/b/c"], f"{WILDCHAT}.path: got 'a/b/c'; allowed: a folder or file that"),
+        (["dataset=mixed", f"{WILDCHAT}.pth=x"], f"{WILDCHAT}.pth: there is no such key; did you mean 'path'?"),
+        (["dataset=wildchat", f"{WILDCHAT}.reader=chat"], "expected one of [columns, conversation]"),
+        (["dataset=wildchat", f"{WILDCHAT}.prompt=[a,b]"], "got ['a', 'b']; allowed: the one column that holds"),
+        (["dataset=wildchat", f"{WILDCHAT}.prompt=[]"], f"{WILDCHAT}.prompt: got []; allowed: at least one column"),
+        (["dataset=wildchat", f"{WILDCHAT}.origin=' '"], f"{WILDCHAT}.origin: got ' '; allowed: some name"),
+        (["dataset=wildchat", f"{WILDCHAT}.max_chars=0"], f"{WILDCHAT}.max_chars: got 0; allowed: 1 or more"),
+        (["dataset.sources.own.path=a/b"], "dataset.sources.own: there is no such key"),
         (["judge.phrases=[]"], "judge.phrases: got []; allowed: at least one phrase"),
         (["wandb.mode=on"], "wandb.mode: got"),
         (["stats.target_r=1"], "stats.target_r: got 1.0"),
