@@ -18,6 +18,9 @@ from prefs.tasks import ALL
 from prefs.templates import Invalid
 from prefs.terminal import MISSING, new_table, number
 
+# Agreement below this is "slight" or "fair" in the words of Landis and Koch (1977).
+FAIR_KAPPA = 0.4
+
 
 def sampled_lines(rows: Sequence[Stability]) -> Table:
     """Stability of sampled ratings by origin."""
@@ -191,7 +194,8 @@ def judges_remark(table: pd.DataFrame, name: str) -> str:
     if pd.isna(row["kappa"]):
         return f"Judge {name} and phrases: Cohen's κ is undefined ({row['kappa_reason']}); {counts} of {row['n']}."
     interval = "" if pd.isna(row["kappa_low"]) else f" [{number(row['kappa_low'])}, {number(row['kappa_high'])}]"
-    return f"Judge {name} and phrases: Cohen's κ {number(row['kappa'])}{interval}; {counts} of {row['n']}."
+    doubt = "" if row["kappa"] >= FAIR_KAPPA else " They hardly agree: read some completions before you trust either."
+    return f"Judge {name} and phrases: Cohen's κ {number(row['kappa'])}{interval}; {counts} of {row['n']}.{doubt}"
 
 
 def _thought_remarks(ratings: Ratings) -> list[str]:
