@@ -24,7 +24,7 @@ QUESTIONS = [
     Question("Did you like it? Answer yes or no.", ("yes", "no"), "Answer: "),
     Question("How much did you like doing that task, from 1 to 10?", ("1", "10", "7 or so"), "I say "),
 ]
-GREEDY = Sampling(0.0, 1.0, 6)
+GREEDY = Sampling(0.0, 1.0, 4)
 POSITIONS = ("last_prompt", "last_completion", "mean_completion", "rating")
 D = 64
 
@@ -107,7 +107,7 @@ def test_scores_samples_and_vectors_equal_an_uncached_pass(both, steering):
         for at, question in enumerate(QUESTIONS):
             asked = ask(backend.encoder, conversation, question)
             ranges = [(each, token_range(each, len(asked.ids), asked.spans)) for each in steering]
-            logits, streams = run_plain(plain, asked.ids, ranges)
+            streams = run_plain(plain, asked.ids, ranges)[1]
             answer = observation.answers[at]
             torch.testing.assert_close(answer.residual, streams[:, -1], atol=1e-4, rtol=1e-4)
             drawn = greedy(plain, asked.ids, ranges, backend._stops, GREEDY.max_new_tokens)

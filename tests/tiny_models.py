@@ -1,4 +1,4 @@
-"""Tiny models with random weights in folders that load as any model does: the embedded model's tokenizer, few layers."""
+"""Tiny models of random weights, in folders that load as any model does, with the embedded model's tokenizer."""
 
 from __future__ import annotations
 
