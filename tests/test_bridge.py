@@ -6,12 +6,18 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import gemma2, llama, plain_model, tiny_model
+from transformers import AutoTokenizer
 
 from prefs.chat import Message
 from prefs.errors import UserError
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
+from prefs.models.backend import Ask, CaptureRequest, Question, Sampling, Steering
+from prefs.models.bridge import wrap
 from prefs.models.loading import Models
+from prefs.models.residuals import Recorder
+from prefs.models.steering import Steered, places_of_completion
+from prefs.models.transformer_lens import TransformerLensBackend
 
 CONVERSATIONS = [
     (Message("user", "Hi"), Message("assistant", "Hello. " * 9)),
@@ -89,3 +95,28 @@ def test_a_device_map_computes_the_same(tiny_llama, device_map):
     if not torch.cuda.is_available():
         assert backend.device.type == "cpu"
     same(mapped, observe(tiny_llama)[1])
+
+
+@torch.inference_mode()
+def test_a_model_on_two_devices(tiny_llama):
+    """Any machine has a second device, on which tensors have shapes and no numbers: what mixes the two fails."""
+    model = plain_model(tiny_llama)
+    here, there = torch.device("cpu"), torch.device("meta")
+    places = {"model.embed_tokens": here, "model.rotary_emb": here, "model.norm": there, "lm_head": there}
+    places |= {f"model.layers.{layer}": here if layer < 2 else there for layer in range(5)}
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # no longer the embedding's
+    for name, device in places.items():
+        module = model.get_submodule(name).to(device)
+        add_hook_to_module(module, AlignDevicesHook(device, skip_keys="past_key_values"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama.path)
+    backend = TransformerLensBackend(wrap(model, tokenizer, tiny_llama, tiny_llama.path), tokenizer, tiny_llama)
+    assert backend.device == here
+    rows = [backend.encoder.encode(row).ids for row in CONVERSATIONS]
+    steering = [Steering(1, torch.ones(64)), Steering(3, torch.ones(64), at="last", kind="project_out")]
+    steered = Steered.of(steering, [places_of_completion(row) for row in rows], backend.device)
+    recorder = Recorder.of_last(range(5), [len(row) for row in rows], stops=False)
+    state, logits = backend._start(rows, steered, recorder)
+    assert logits.device == there
+    assert [kept.device for kept in recorder._kept] == [here, here, there, there, there]
+    _, logits = backend._extend(state.fork().select(torch.tensor([1, 0, 1])), [(5,), (6, 7), (8,)])
+    assert logits.shape == (3, 1, 49152)

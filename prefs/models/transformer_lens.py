@@ -39,13 +39,11 @@ from prefs.models.loading import ModelSpec
 from prefs.models.memory import Halving
 from prefs.models.residuals import AllRecorded, Recorder, spots
 from prefs.models.steering import Steered, check, places_of_answer, places_of_completion
-from prefs.options import Asked, ask, option_masses
+from prefs.options import Asked, ask, option_masses, unasked
 from prefs.sampling import draw, row_uniforms
 
 # Sampled answers decoded at once for each row: bounds the copies of a conversation's keys and values.
 SEEDS_AT_ONCE = 4
-# Encoded where there is no question: it shows where the conversation ends.
-NO_QUESTION = Question("?", ("1", "2"))
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class TransformerLensBackend:
         return len(self.encoder.encode(conversation, answer="").ids)
 
     def conversation_tokens(self, conversation: Conversation) -> int:
-        return ask(self.encoder, conversation, NO_QUESTION).question_start
+        return unasked(self.encoder, conversation).question_start
 
     def question_tokens(self, conversation: Conversation, question: Question) -> int:
         asked = ask(self.encoder, conversation, question)
@@ -153,8 +151,8 @@ class TransformerLensBackend:
     ) -> list[Observation]:
         if not batch or (not asks and capture is None):
             return [Observation(())] * len(batch)
-        questions = [each.question for each in asks] or [NO_QUESTION]
-        asked = [[ask(self.encoder, row, question) for row in batch] for question in questions]
+        asked = [[ask(self.encoder, row, each.question) for row in batch] for each in asks]
+        asked = asked or [[unasked(self.encoder, row) for row in batch]]
         prefixes = [_shared_prefix([of_question[row] for of_question in asked]) for row in range(len(batch))]
         recorder = None
         if capture is not None:
