@@ -23,6 +23,8 @@ POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_complet
 BACKENDS = ("transformer_lens", "vllm", "openai")
 PLACE = re.compile(r"https?://.+|\w[\w.-]*(/\w[\w.-]*)?")  # of a data set: a URL, or a name on the hub
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
 class DType(Enum):
@@ -103,8 +105,8 @@ class ApiConfig:
 class ModelConfig:
     """A language model. ``path`` is ``embedded:NAME``, a local folder, a model-hub name, or a server's model name.
 
-    ``batch_tokens: null`` is the engine's own: what is run, and
-    written to the store, at a time.
+    ``batch_tokens: null`` is the engine's own: what is run, and written to the store, at a time. ``device_map`` spreads
+    a model over several GPUs; ``attn_implementation: auto`` is ``sdpa`` where it computes what the model means.
     """
 
     name: str = MISSING
@@ -387,6 +389,11 @@ def _check_model(key: str, model: ModelConfig) -> None:
     _check_choice(f"{key}.backend", model.backend, BACKENDS)
     if not DEVICE.fullmatch(model.device):
         raise ConfigError(f"{key}.device", model.device, "auto, cpu, mps, cuda or cuda:N")
+    if model.device_map is not None:
+        _check_choice(f"{key}.device_map", model.device_map, DEVICE_MAPS)
+        if model.device != "auto":
+            raise ConfigError(f"{key}.device", model.device, "auto, since device_map says where the model goes")
+    _check_choice(f"{key}.attn_implementation", model.attn_implementation, ATTENTIONS)
     if model.max_context is not None:
         _check_range(f"{key}.max_context", model.max_context, 1)
     if model.batch_tokens is not None:

@@ -52,6 +52,12 @@ def ask(encoder: ChatEncoder, conversation: Conversation, question: Question, th
     return Asked(opened.ids[:shared], tails, _question_start(opened), opened.spans)
 
 
+def unasked(encoder: ChatEncoder, conversation: Conversation) -> Asked:
+    """A conversation as it is before any question; there are no options, and what follows it means nothing."""
+    opened = encoder.encode((*conversation, Message("user", "?")), answer="")
+    return Asked(opened.ids, (), _question_start(opened), opened.spans)
+
+
 def option_masses(log_probs: np.ndarray, tails: Sequence[tuple[int, ...]]) -> np.ndarray:
     """Disjoint probabilities of options from the log-probabilities of their token sequences.
 

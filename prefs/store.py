@@ -168,6 +168,14 @@ class Table(_Collection):
         self._write(buffer.getvalue())
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of vectors: its rows are there at all of these layers."""
+
+    path: Path
+    layers: frozenset[int]
+
+
 class Vectors(_Collection):
     """Residual-stream vectors [d_model] by key and layer; a part holds some rows at some layers.
 
@@ -178,7 +186,8 @@ class Vectors(_Collection):
 
     def __init__(self, root: Path, kind: str, spec: Mapping[str, Any]):
         super().__init__(root, kind, spec)
-        self._where: dict[tuple[str, int], tuple[Path, int]] = {}
+        # By key, the parts that hold it and its row in each. A job has keys by the million, and layers by the dozen.
+        self._where: dict[str, tuple[tuple[_Part, int], ...]] = {}
         self.absent: set[str] = set()
         self.refresh()
 
@@ -193,13 +202,16 @@ class Vectors(_Collection):
                 self._set_aside(path, str(error))
                 continue
             self.absent.update(meta["absent"])
-            for layer in meta["layers"]:
-                for row, key in enumerate(meta["keys"]):
-                    self._where.setdefault((key, layer), (path, row))
+            holding = _Part(path, frozenset(meta["layers"]))
+            for row, key in enumerate(meta["keys"]):
+                self._where[key] = (*self._where.get(key, ()), (holding, row))
 
     def has(self, key: str, layers: Iterable[int]) -> bool:
         """Whether a record needs no computing: there at all of these layers, or known to be absent."""
-        return key in self.absent or all((key, layer) in self._where for layer in layers)
+        if key in self.absent:
+            return True
+        held = [part.layers for part, _ in self._where.get(key, ())]
+        return frozenset(layers).issubset(frozenset().union(*held))
 
     def append(self, keys: Sequence[str], layers: Sequence[int], vectors: torch.Tensor, absent: Iterable[str]) -> None:
         """Write vectors [keys, layers, d_model] in their dtype as one part, and the keys that are absent."""
@@ -212,20 +224,24 @@ class Vectors(_Collection):
 
     def gather(self, keys: Sequence[str], layers: Sequence[int]) -> torch.Tensor:
         """Vectors [keys, layers, d_model] in their stored dtype; every key must be there at every layer."""
-        wanted: dict[Path, list[tuple[int, int, int, int]]] = {}
+        wanted: dict[tuple[Path, tuple[int, ...]], list[tuple[int, int]]] = {}
         for out, key in enumerate(keys):
-            for at, layer in enumerate(layers):
-                path, row = self._where[key, layer]
-                wanted.setdefault(path, []).append((at, layer, out, row))
+            lacking = tuple(layers)
+            for part, row in self._where[key]:
+                if here := tuple(layer for layer in lacking if layer in part.layers):
+                    wanted.setdefault((part.path, here), []).append((out, row))
+                    lacking = tuple(layer for layer in lacking if layer not in part.layers)
+            if lacking:
+                raise KeyError(f"{key} is not there at layers {lacking}")
         gathered: torch.Tensor | None = None
-        for path, cells in wanted.items():
+        for (path, here), rows in wanted.items():
+            outs, ins = (list(numbers) for numbers in zip(*rows, strict=True))
             with safe_open(path, framework="pt") as part:
-                for at in sorted({cell[0] for cell in cells}):
-                    of_layer = [cell for cell in cells if cell[0] == at]
-                    tensor = part.get_tensor(f"layer.{of_layer[0][1]}")
+                for layer in here:
+                    tensor = part.get_tensor(f"layer.{layer}")
                     if gathered is None:
                         gathered = torch.empty((len(keys), len(layers), tensor.shape[1]), dtype=tensor.dtype)
-                    gathered[[cell[2] for cell in of_layer], at] = tensor[[cell[3] for cell in of_layer]]
+                    gathered[outs, layers.index(layer)] = tensor[ins]
         return torch.empty((0, len(layers), 0)) if gathered is None else gathered
 
 

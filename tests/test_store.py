@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import time
+import tracemalloc
 
 import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from prefs.errors import UserError
 from prefs.store import Store, batches, canonical
@@ -154,6 +157,48 @@ def test_vectors_by_key_and_layer(store):
     assert not vectors.has("e", [0])
     assert torch.equal(vectors.gather(["c", "a"], [5, 0]), some[[2, 0]][:, [1, 0]])
     assert vectors.gather(["c", "a"], [5]).dtype is torch.bfloat16
+
+
+def test_vectors_of_several_parts_with_other_layers_and_rows(store):
+    """Parts that overlap agree only by chance here, so that it is seen which of them was read: the first by name."""
+    vectors = store.vectors("v", SPEC)
+    parts = {
+        "one": (["a", "b", "c"], [0, 5]),
+        "two": (["c", "a"], [5, 7]),
+        "three": (["b"], [7, 0, 9]),
+    }
+    for keys, layers in parts.values():
+        vectors.append(keys, layers, torch.randn(len(keys), len(layers), 4), absent=[])
+    vectors.refresh()
+    expected: dict[tuple[str, int], torch.Tensor] = {}
+    for path in sorted(vectors.folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as part:
+            keys = json.loads(part.metadata()["prefs"])["keys"]
+            for name in part.keys():  # noqa: SIM118
+                for row, key in enumerate(keys):
+                    expected.setdefault((key, int(name.removeprefix("layer."))), part.get_tensor(name)[row])
+    got = vectors.gather(["b", "a", "c", "a"], [7, 5])
+    for at, key in enumerate(["b", "a", "c", "a"]):
+        assert got[at].equal(torch.stack([expected[key, layer] for layer in (7, 5)]))
+    assert vectors.gather(["b"], [9, 0])[0].equal(torch.stack([expected["b", 9], expected["b", 0]]))
+    assert vectors.has("a", [0, 5, 7])
+    assert not vectors.has("a", [0, 9])
+    assert vectors.has("a", [])
+    with pytest.raises(KeyError, match=r"a is not there at layers \(9,\)"):
+        vectors.gather(["a"], [0, 9])
+
+
+def test_the_index_does_not_grow_with_the_layers(store):
+    vectors = store.vectors("v", SPEC)
+    keys = [vectors.key(n=n) for n in range(4000)]
+    for start in range(0, len(keys), 100):
+        vectors.append(keys[start : start + 100], range(40), torch.zeros(100, 40, 1), absent=[])
+    tracemalloc.start()
+    vectors.refresh()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert vectors.has(keys[-1], range(40))
+    assert held / len(keys) < 500  # bytes; the key itself takes 113
 
 
 def test_damaged_vectors_are_set_aside(store, prefs_log):

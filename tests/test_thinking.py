@@ -11,7 +11,7 @@ from conftest import template
 
 from prefs.chat import Message, Thinking
 from prefs.complete import complete
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
+from prefs.models.backend import Ask, CaptureRequest, Question, Sampling, Steering
 from prefs.models.loading import Models
 from prefs.rate import CapturePlan, rate, thought_seeds
 from prefs.store import Store
@@ -79,6 +79,20 @@ def test_scores_are_those_of_the_whole_text_with_the_thought_in_it(thinker, ques
     for say, mass in zip(question.says, score.mass, strict=True):
         token = thinker.encoder.encode(messages, answer=f"Answer: {say}", thought=score.thought).ids[-1]
         assert mass == pytest.approx(float(logits[token].exp()), rel=1e-3)
+
+
+def test_a_steered_model_thinks_steered(thinker, question):
+    asks = [Ask(question, (), (5,))]
+    vector = torch.randn(thinker.d_model, generator=torch.Generator().manual_seed(0))
+
+    def scored(coefficient: float):
+        steering = [Steering(10, vector, coefficient)]
+        (observed,) = thinker.observe(ROWS[:1], asks, SAMPLING, None, steering)
+        return observed.answers[0].scores[5]
+
+    (plain,) = thinker.observe(ROWS[:1], asks, SAMPLING, None)
+    assert scored(0.0) == plain.answers[0].scores[5]
+    assert scored(3.0).thought != scored(0.0).thought
 
 
 def test_a_thought_that_does_not_end_gives_no_answer(thinkers, thinker_spec, question):

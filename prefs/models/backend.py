@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from prefs.chat import Message
 from prefs.errors import UserError
@@ -70,6 +70,32 @@ class CaptureRequest:
 
     layers: tuple[int, ...]
     positions: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """A change of the residual stream after block `layer`, where it is captured; captured vectors are those after it.
+
+    ``add`` adds `coefficient` times the `vector` [d_model]. ``project_out`` takes away `coefficient` times the part
+    along the vector, x - coefficient (x·u) u with u of norm 1, so that 1 leaves none of it. Of several at one layer,
+    each changes what the one before it left. The tokens changed are, by `at`:
+
+    ``all``
+        every token that is run, those generated among them;
+    ``last``
+        in each forward pass of a generation the newest token, which the next one is predicted from: the last of the
+        prompt, with the opening of the answer, and then every generated token (or token of a scored option);
+    ``completion``
+        the text of the turn before the question; for `Backend.complete`, what is generated;
+    ``question``
+        the text of the question.
+    """
+
+    layer: int
+    vector: torch.Tensor
+    coefficient: float = 1.0
+    at: Literal["all", "last", "completion", "question"] = "all"
+    kind: Literal["add", "project_out"] = "add"
 
 
 @dataclass(frozen=True)
@@ -191,4 +217,26 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Let go of the model, its processes and connections."""
+        ...
+
+
+class SteerableBackend(Backend, Protocol):
+    """An engine that can also change the residual stream while it runs. What is steered is the same with and without
+    cached keys and values."""
+
+    def complete(
+        self, batch: Sequence[Conversation], seed: int, sampling: Sampling, steering: Sequence[Steering] = ()
+    ) -> list[Sample]:
+        """As `Backend.complete`, of the steered model."""
+        ...
+
+    def observe(
+        self,
+        batch: Sequence[Conversation],
+        asks: Sequence[Ask],
+        sampling: Sampling,
+        capture: CaptureRequest | None = None,
+        steering: Sequence[Steering] = (),
+    ) -> list[Observation]:
+        """As `Backend.observe`, of the steered model."""
         ...

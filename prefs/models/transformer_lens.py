@@ -9,20 +9,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from prefs.chat import ChatEncoder, Message
 from prefs.errors import UserError
@@ -36,55 +30,43 @@ from prefs.models.backend import (
     Sample,
     Sampling,
     Score,
+    Steering,
     Usage,
 )
-from prefs.models.device import resolve_device
+from prefs.models.bridge import first_line, load_bridge
 from prefs.models.loading import ModelSpec
+from prefs.models.memory import Halving
+from prefs.models.residuals import AllRecorded, Recorder, spots
+from prefs.models.steering import Steered, check, places_of_answer, places_of_completion
 from prefs.models.thoughts import THOUGHT, Thought, joined
-from prefs.options import Asked, ask, option_masses
+from prefs.options import Asked, ask, option_masses, unasked
 from prefs.sampling import draw, row_uniforms
-
-log = logging.getLogger(__name__)
 
 # Sampled answers decoded at once for each row: bounds the copies of a conversation's keys and values.
 SEEDS_AT_ONCE = 4
-# Encoded where there is no question: it shows where the conversation ends.
-NO_QUESTION = Question("?", ("1", "2"))
 
 
 @dataclass(frozen=True)
 class _State:
-    """A batch that has been run so far: its cache, the mask [rows, width] of real tokens, and tokens a row."""
+    """A batch that has been run so far: its cache, the mask [rows, width] of real tokens, tokens a row, and what its
+    residual stream is steered by. There is no cache before the first pass, nor where none follows it."""
 
-    cache: Cache
+    cache: Cache | None
     mask: torch.Tensor
     lengths: torch.Tensor
+    steered: Steered
 
     def fork(self) -> _State:
-        return _State(_fork(self.cache), self.mask, self.lengths)
+        return replace(self, cache=_fork(self.cache))
 
     def select(self, rows: torch.Tensor) -> _State:
         """The state of these rows, in this order; rows may repeat."""
         if torch.equal(rows, torch.arange(len(self.lengths), device=rows.device)):
             return self
         cache = _fork(self.cache)
-        cache.batch_select_indices(rows)  # type: ignore[attr-defined]
-        return _State(cache, self.mask[rows], self.lengths[rows])
-
-
-class _Float32Unembedding(nn.Linear):
-    """The output layer in float32: bfloat16 logits are up to 1/8 apart, too coarse for a probability of an option."""
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> _Float32Unembedding:
-        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        layer.weight = nn.Parameter(linear.weight.detach().float(), requires_grad=False)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach().float(), requires_grad=False)
-        return layer
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input.float())
+        for layer in cache.layers:
+            layer.batch_select_indices(rows.to(getattr(layer, "device", rows.device)))  # type: ignore[attr-defined]
+        return _State(cache, self.mask[rows], self.lengths[rows], self.steered.select(rows))
 
 
 class TransformerLensBackend:
@@ -95,7 +77,8 @@ class TransformerLensBackend:
         self.spec = spec
         self.encoder = ChatEncoder(tokenizer, json.loads(spec.chat_template_kwargs), spec.thinking)
         model = bridge.original_model
-        self.device = next(model.parameters()).device
+        # Where tokens go. With a device map, blocks and logits may be elsewhere.
+        self.device = model.get_input_embeddings().weight.device
         self.n_layers = int(bridge.cfg.n_layers)
         self.d_model = int(bridge.cfg.d_model)
         text_config = model.config.get_text_config()
@@ -106,67 +89,32 @@ class TransformerLensBackend:
         absent = [name for name in self._hooks if name not in bridge.hook_dict]
         if absent:
             raise UserError(f"{spec.name}: TransformerLens offers no residual stream at {absent[0]}")
+        self._halving = Halving(spec.name)
 
     @classmethod
     def load(cls, spec: ModelSpec, path: str) -> TransformerLensBackend:
-        """Load weights (safetensors only, no remote code) and wrap them.
-
-        Raises
-        ------
-        UserError
-            If the weights, the tokenizer or the device are not there, or TransformerLens does not know the family.
-        """
-        from transformer_lens.model_bridge import TransformerBridge
-
-        device = resolve_device(spec.device)
-        dtype = getattr(torch, spec.dtype)
-        with _quiet_loading():
-            try:
-                options: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": False}
-                tokenizer = AutoTokenizer.from_pretrained(path, **options)
-                model = AutoModelForCausalLM.from_pretrained(
-                    path, dtype=dtype, use_safetensors=True, attn_implementation="eager", **options
-                )
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
-                raise UserError(f"cannot load {spec.name} from {path}: {_first_line(error)}") from None
-            unembedding = model.get_output_embeddings()
-            if isinstance(unembedding, nn.Linear):
-                model.set_output_embeddings(_Float32Unembedding.of(unembedding))
-            try:
-                bridge = TransformerBridge.boot_transformers(
-                    path, hf_model=nn.Module.to(model, device).eval(), tokenizer=tokenizer, dtype=dtype, device=device
-                )
-            except (ValueError, NotImplementedError) as error:
-                raise UserError(f"TransformerLens cannot wrap {spec.name}: {_first_line(error)}") from None
-            _use_own_attention(bridge)
+        """Load a model, or raise `UserError`; see `prefs.models.bridge.load_bridge`."""
+        bridge, tokenizer = load_bridge(spec, path)
         return cls(bridge, tokenizer, spec)
 
     def prompt_tokens(self, conversation: Conversation) -> int:
         return len(self.encoder.encode(conversation, answer="").ids) + self.encoder.thought_room
 
     def conversation_tokens(self, conversation: Conversation) -> int:
-        return ask(self.encoder, conversation, NO_QUESTION).question_start
+        return unasked(self.encoder, conversation).question_start
 
     def question_tokens(self, conversation: Conversation, question: Question) -> int:
         asked = ask(self.encoder, conversation, question)
         return len(asked.ids) + max(len(tail) for tail in asked.tails) + self.encoder.thought_room
 
     @torch.inference_mode()
-    def complete(self, batch: Sequence[Conversation], seed: int, sampling: Sampling) -> list[Sample]:
-        seeds = [(seed,)] * len(batch)
-        if self.encoder.thinking is None:
-            state, logits = self._start([self.encoder.encode(row, answer="").ids for row in batch])
-            return [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
-        state, logits = self._start([self.encoder.open_thought(row) for row in batch])
-        thoughts = [of_row[seed] for of_row in self._think(state, logits, seeds, batch, sampling)]
-        state, logits = self._start(
-            [
-                self.encoder.encode(row, answer="", thought=thought.text).ids
-                for row, thought in zip(batch, thoughts, strict=True)
-            ]
+    def complete(
+        self, batch: Sequence[Conversation], seed: int, sampling: Sampling, steering: Sequence[Steering] = ()
+    ) -> list[Sample]:
+        check(steering, self.n_layers, self.d_model)
+        return self._halving.run(
+            lambda rows: self._complete(rows, seed, sampling, steering), batch, tokens=self.prompt_tokens
         )
-        samples = [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
-        return [thought.before(sample) for thought, sample in zip(thoughts, samples, strict=True)]
 
     @torch.inference_mode()
     def observe(
@@ -175,31 +123,81 @@ class TransformerLensBackend:
         asks: Sequence[Ask],
         sampling: Sampling,
         capture: CaptureRequest | None = None,
+        steering: Sequence[Steering] = (),
     ) -> list[Observation]:
-        questions = [each.question for each in asks] or [NO_QUESTION]
-        asked = [[ask(self.encoder, row, question) for row in batch] for question in questions]
+        check(steering, self.n_layers, self.d_model)
+        return self._halving.run(
+            lambda rows: self._observe(rows, asks, sampling, capture, steering), batch, tokens=self.conversation_tokens
+        )
+
+    def _complete(
+        self, batch: Sequence[Conversation], seed: int, sampling: Sampling, steering: Sequence[Steering]
+    ) -> list[Sample]:
+        if not batch:
+            return []
+        seeds = [(seed,)] * len(batch)
+        if self.encoder.thinking is None:
+            state, logits = self._start_completion([self.encoder.encode(row, answer="").ids for row in batch], steering)
+            return [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
+        state, logits = self._start_completion([self.encoder.open_thought(row) for row in batch], steering)
+        thoughts = [of_row[seed] for of_row in self._think(state, logits, seeds, batch, sampling)]
+        after = [
+            self.encoder.encode(row, answer="", thought=thought.text).ids
+            for row, thought in zip(batch, thoughts, strict=True)
+        ]
+        state, logits = self._start_completion(after, steering)
+        samples = [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
+        return [thought.before(sample) for thought, sample in zip(thoughts, samples, strict=True)]
+
+    def _start_completion(
+        self, ids: Sequence[tuple[int, ...]], steering: Sequence[Steering]
+    ) -> tuple[_State, torch.Tensor]:
+        return self._start(ids, Steered.of(steering, [places_of_completion(row) for row in ids], self.device))
+
+    def _observe(
+        self,
+        batch: Sequence[Conversation],
+        asks: Sequence[Ask],
+        sampling: Sampling,
+        capture: CaptureRequest | None,
+        steering: Sequence[Steering],
+    ) -> list[Observation]:
+        if not batch or (not asks and capture is None):
+            return [Observation(())] * len(batch)
+        asked = [[ask(self.encoder, row, each.question) for row in batch] for each in asks]
+        asked = asked or [[unasked(self.encoder, row) for row in batch]]
         prefixes = [_shared_prefix([of_question[row] for of_question in asked]) for row in range(len(batch))]
-        residuals: list[dict[str, torch.Tensor]] = [{} for _ in batch]
-        hooks = []
+        recorder = None
         if capture is not None:
-            spots = [_spots(asked[0][row], capture.positions) for row in range(len(batch))]
-            width = max(len(prefix) for prefix in prefixes)
-            offsets = [width - len(prefix) for prefix in prefixes]
-            hooks = self._capture_hooks(capture.layers, partial(_keep_spots, spots, offsets, residuals))
-        with self.bridge.hooks(fwd_hooks=hooks):
-            state, _ = self._start(prefixes)
-        wants_rating = capture is not None and "rating" in capture.positions
+            recorder = Recorder(
+                capture.layers,
+                [spots(row, capture.positions) for row in asked[0]],
+                [len(prefix) for prefix in prefixes],
+                stops=not _reads_logits(asks),
+            )
+        # What is steered before the questions does not depend on them.
+        state, _ = self._start(prefixes, self._steered(steering, asked[0]), recorder, cached=bool(asks))
+        at_rating = capture if capture is not None and "rating" in capture.positions else None
         answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
         by_question = [
-            answer(state.fork(), each, of_question, prefixes, batch, sampling, capture if wants_rating else None)
+            answer(
+                state.fork(), each, of_question, prefixes, batch, sampling, capture if wants_rating else None, steering
+            )
             for each, of_question in zip(asks, asked, strict=False)
         ]
+        residuals = recorder.vectors() if recorder is not None else [{}] * len(batch)
         return [
             Observation(tuple(answers[row] for answers in by_question), residuals[row]) for row in range(len(batch))
         ]
 
+    def _steered(self, steering: Sequence[Steering], asked: Sequence[Asked]) -> Steered:
+        return Steered.of(steering, [places_of_answer(row) for row in asked], self.device)
+
     @torch.inference_mode()
     def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
+        return self._halving.run(lambda rows: self._choose(rows, options), batch, tokens=self.prompt_tokens)
+
+    def _choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
         thoughts: list[str | None] = [None] * len(batch)
         if self.encoder.thinking is not None:
             state, logits = self._start([self.encoder.open_thought(row) for row in batch])
@@ -227,15 +225,17 @@ class TransformerLensBackend:
         batch: Sequence[Conversation],
         sampling: Sampling,
         capture: CaptureRequest | None,
+        steering: Sequence[Steering],
     ) -> list[Answer]:
         """Put one question to a batch whose conversations have been run."""
-        rating: list[dict[str, torch.Tensor]] = [{} for _ in batch]
-        hooks = []
+        if capture is None and not _reads_logits([each]):
+            return [Answer()] * len(batch)
+        rest = [row.ids[len(prefix) :] for row, prefix in zip(asked, prefixes, strict=True)]
+        recorder = None
         if capture is not None:
-            hooks = self._capture_hooks(capture.layers, partial(_keep_last, rating))
-        with self.bridge.hooks(fwd_hooks=hooks):
-            rest = [row.ids[len(prefix) :] for row, prefix in zip(asked, prefixes, strict=True)]
-            state, logits = self._extend(state, rest)
+            recorder = Recorder.of_last(capture.layers, [len(row) for row in rest], stops=not _reads_logits([each]))
+        state = replace(state, steered=self._steered(steering, asked))
+        state, logits = self._extend(state, rest, recorder=recorder)
         masses = self._score(state, logits, asked) if each.scores else None
         samples: list[dict[int, Sample]] = [{} for _ in batch]
         conversations = [(*row, Message("user", each.question.text)) for row in batch]
@@ -244,6 +244,7 @@ class TransformerLensBackend:
             decoded = self._decode(state.fork(), logits, [seeds] * len(batch), conversations, sampling)
             for row, of_row in enumerate(decoded):
                 samples[row] |= of_row
+        rating = recorder.vectors() if recorder is not None else [{}] * len(batch)
         return [
             Answer(
                 scores={} if masses is None else {0: Score(tuple(float(mass) for mass in masses[row]))},
@@ -262,14 +263,18 @@ class TransformerLensBackend:
         batch: Sequence[Conversation],
         sampling: Sampling,
         capture: CaptureRequest | None,
+        steering: Sequence[Steering],
     ) -> list[Answer]:
         """Put one question to a batch whose conversations have been run, and let the model think before it answers."""
         seeds = tuple(dict.fromkeys((*each.scores, *each.seeds)))
         conversations = [(*row, Message("user", each.question.text)) for row in batch]
         opened = [
-            self.encoder.open_thought(row)[len(prefix) :] for row, prefix in zip(conversations, prefixes, strict=True)
+            replace(row, ids=self.encoder.open_thought(conversation))
+            for row, conversation in zip(asked, conversations, strict=True)
         ]
-        thoughts = self._think(*self._extend(state.fork(), opened), [seeds] * len(batch), conversations, sampling)
+        rest = [row.ids[len(prefix) :] for row, prefix in zip(opened, prefixes, strict=True)]
+        thinking = replace(state.fork(), steered=self._steered(steering, opened))
+        thoughts = self._think(*self._extend(thinking, rest), [seeds] * len(batch), conversations, sampling)
         answers = [Answer() for _ in batch]
         for seed in seeds:
             after = [
@@ -278,7 +283,7 @@ class TransformerLensBackend:
             ]
             once = Ask(each.question, (seed,) * (seed in each.seeds), (0,) * (seed in each.scores))
             captured = capture if seed == seeds[0] else None
-            brought = self._answer(state.fork(), once, after, prefixes, batch, sampling, captured)
+            brought = self._answer(state.fork(), once, after, prefixes, batch, sampling, captured, steering)
             answers = [
                 joined(before, of_row[seed].of(answer), seed)
                 for before, of_row, answer in zip(answers, thoughts, brought, strict=True)
@@ -314,7 +319,7 @@ class TransformerLensBackend:
         columns = []
         for option in range(len(asked[0].tails)):
             tails = [row.tails[option] for row in asked]
-            log_prob = first.gather(1, self._tensor([[tail[0]] for tail in tails]))[:, 0]
+            log_prob = first.gather(1, self._tensor([[tail[0]] for tail in tails]).to(first.device))[:, 0]
             if any(len(tail) > 1 for tail in tails):
                 # The last token is only predicted, never run.
                 longest = max(len(tail) for tail in tails)
@@ -386,22 +391,28 @@ class TransformerLensBackend:
             branches = list(grown.values())
         return {stream: (ids, stopped.get(stream)) for stream, ids in drawn.items()}
 
-    def _start(self, rows: Sequence[tuple[int, ...]]) -> tuple[_State, torch.Tensor]:
-        """Run whole sequences from nothing."""
+    def _start(
+        self,
+        rows: Sequence[tuple[int, ...]],
+        steered: Steered | None = None,
+        recorder: Recorder | None = None,
+        cached: bool = True,
+    ) -> tuple[_State, torch.Tensor]:
+        """Run whole sequences from nothing; `cached` unless nothing goes on from them."""
         empty = torch.zeros((len(rows), 0), dtype=torch.long, device=self.device)
-        return self._run(None, empty, empty.sum(dim=1), rows, keep=1)
+        # A pass that stops cannot hand over the cache that the model makes, and so is given one.
+        cache = DynamicCache(config=self.bridge.original_model.config) if cached and _stops(recorder) else None
+        steered = steered or Steered.of((), [{}] * len(rows), self.device)
+        return self._run(_State(cache, empty, empty.sum(dim=1), steered), rows, 1, recorder, cached)
 
-    def _extend(self, state: _State, rows: Sequence[tuple[int, ...]], keep: int = 1) -> tuple[_State, torch.Tensor]:
+    def _extend(
+        self, state: _State, rows: Sequence[tuple[int, ...]], keep: int = 1, recorder: Recorder | None = None
+    ) -> tuple[_State, torch.Tensor]:
         """Run more tokens after a state; rows may differ in length. The given state must not be used again."""
-        return self._run(state.cache, state.mask, state.lengths, rows, keep)
+        return self._run(state, rows, keep, recorder, cached=True)
 
     def _run(
-        self,
-        cache: Cache | None,
-        mask: torch.Tensor,
-        lengths: torch.Tensor,
-        rows: Sequence[tuple[int, ...]],
-        keep: int,
+        self, state: _State, rows: Sequence[tuple[int, ...]], keep: int, recorder: Recorder | None, cached: bool
     ) -> tuple[_State, torch.Tensor]:
         """One forward pass over left-padded rows.
 
@@ -410,73 +421,41 @@ class TransformerLensBackend:
         state
             With these tokens in it.
         logits
-            [rows, keep, vocabulary] after each of the last `keep` tokens.
+            [rows, keep, vocabulary] after each of the last `keep` tokens; [rows, 0, 0] where the recorder stops the
+            pass before them.
         """
         width = max(len(row) for row in rows)
         ids = self._tensor([[self._pad] * (width - len(row)) + list(row) for row in rows])
         real = self._tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         # Padding stands at position 0: it is masked, and positions must lie inside the model's range.
-        positions = (lengths[:, None] + real.cumsum(dim=1) - 1).clamp(min=0) * real
-        mask = torch.cat([mask, real], dim=1)
-        logits, extended = self.bridge(
-            ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            return_type="logits_and_cache",
-        )
-        return _State(extended, mask, lengths + real.sum(dim=1)), logits
-
-    def _capture_hooks(
-        self, layers: Sequence[int], keep: Callable[[int, int, torch.Tensor], None]
-    ) -> list[tuple[str, Callable[..., None]]]:
-        def hook(at: int, tensor: torch.Tensor, hook: Any) -> None:
-            keep(at, len(layers), tensor)
-
-        return [(self._hooks[layer], partial(hook, at)) for at, layer in enumerate(layers)]
+        positions = (state.lengths[:, None] + real.cumsum(dim=1) - 1).clamp(min=0) * real
+        mask = torch.cat([state.mask, real], dim=1)
+        # In this order, vectors are recorded as they flow on: after steering.
+        by_layer = [*state.steered.hooks(positions, real), *(recorder.hooks() if recorder is not None else [])]
+        logits, cache = torch.empty((len(rows), 0, 0)), state.cache
+        with contextlib.suppress(AllRecorded), self.bridge.hooks([(self._hooks[at], hook) for at, hook in by_layer]):
+            logits, cache = self.bridge(
+                ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cached,
+                logits_to_keep=keep,
+                return_type="logits_and_cache",
+            )
+        return _State(cache, mask, state.lengths + real.sum(dim=1), state.steered), logits
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
 
-def _keep_spots(
-    spots: Sequence[Mapping[str, tuple[int, int]]],
-    offsets: Sequence[int],
-    residuals: list[dict[str, torch.Tensor]],
-    at: int,
-    layers: int,
-    tensor: torch.Tensor,
-) -> None:
-    """Keep the mean over each wanted token range of one layer's residual stream [rows, width, d_model]."""
-    for row, of_row in enumerate(spots):
-        for position, (start, end) in of_row.items():
-            vector = tensor[row, offsets[row] + start : offsets[row] + end].float().mean(dim=0).cpu()
-            kept = residuals[row].setdefault(position, torch.empty(layers, len(vector)))
-            kept[at] = vector
+def _reads_logits(asks: Sequence[Ask]) -> bool:
+    """Whether anything is asked that only the model's output answers."""
+    return any(each.seeds or each.scores for each in asks)
 
 
-def _keep_last(residuals: list[dict[str, torch.Tensor]], at: int, layers: int, tensor: torch.Tensor) -> None:
-    """Keep one layer's residual stream at the last token: rows are left-padded, so it is the same column for all."""
-    last = tensor[:, -1].float().cpu()
-    for row, of_row in enumerate(residuals):
-        of_row.setdefault("rating", torch.empty(layers, last.shape[1]))[at] = last[row]
-
-
-def _spots(asked: Asked, positions: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Token ranges [start, end) of the positions that lie in the conversation (all but ``rating``).
-
-    The completion is the last turn before the question; ``last_prompt`` is the token just before it, where the
-    assistant's turn has been opened. An empty completion has only that one.
-    """
-    start, end = asked.spans[-2]
-    ranges = {"last_prompt": (start - 1, start)}
-    if end > start:
-        ranges["first_completion"] = (start, start + 1)
-        ranges["last_completion"] = (end - 1, end)
-        ranges["mean_completion"] = (start, end)
-    return {position: ranges[position] for position in positions if position in ranges}
+def _stops(recorder: Recorder | None) -> bool:
+    return recorder is not None and recorder.stops
 
 
 def _shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
@@ -489,31 +468,14 @@ def _shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
     return prefix
 
 
-def _fork(cache: Cache) -> Cache:
+def _fork(cache: Cache | None) -> Cache:
     """A cache that can be extended without changing this one. Growing layers replace their tensors, so these are
     shared; other kinds write in place and are copied."""
+    assert cache is not None, "a state whose pass kept no cache cannot be gone on from"
     forked = copy.copy(cache)
     growing = (DynamicLayer, DynamicSlidingWindowLayer)
     forked.layers = [copy.copy(x) if type(x) in growing else copy.deepcopy(x) for x in cache.layers]
     return forked
-
-
-def _use_own_attention(bridge: Any) -> None:
-    """Let every block run the model's own attention in place of TransformerLens' reconstruction of it.
-
-    Hooks inside attention need the reconstruction, which holds all attention patterns; only the residual stream between
-    blocks is read here. Attention by torch's `scaled_dot_product_attention` is faster and its memory linear in the
-    length. It has no soft cap, so models with one (Gemma 2) keep transformers' eager attention.
-    """
-    model = bridge.original_model
-    for block in bridge.blocks:
-        layer = block.original_component
-        for name, child in list(layer.named_children()):
-            if child is getattr(block, "attn", None):
-                setattr(layer, name, child.original_component)
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None:
-        with contextlib.suppress(ValueError):  # a family without it
-            model.set_attn_implementation("sdpa")
 
 
 def _stop_tokens(tokenizer: Any, generation_config: Any) -> frozenset[int]:
@@ -533,21 +495,5 @@ def config_layers(path: str, revision: str | None) -> int:
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the config of {path}: {_first_line(error)}") from None
+        raise UserError(f"cannot read the config of {path}: {first_line(error)}") from None
     return int(config.get_text_config().num_hidden_layers)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,272 @@
+"""How fast residual-stream vectors are captured: beside the bare forward pass, and beside TransformerLens.
+
+Ragged conversations of ``--shortest`` to ``--longest`` tokens. First, tokens a second of
+
+- transformers' forward pass alone, no logits, on the batches that `prefs` cuts by its token budget; and
+- `prefs`, on the same batches: encoding, forward pass, and vectors of all layers at three positions brought to the host.
+
+Then, for one layer in the middle and for the last, `prefs` against TransformerLens' ``run_with_cache``, one conversation
+at a time, with and without ``names_filter`` and ``stop_at_layer``; ``--tl-bfloat16 N`` adds the first N conversations in
+bfloat16. Every time is the median of ``--repeats``, and what is compared takes turns. Prints Markdown.
+
+    python benchmarks/capture.py                                           # the embedded model, on any machine
+    python benchmarks/capture.py --shape gemma2_27b --device cuda          # random weights in the shape of Gemma-2-27B
+    python benchmarks/capture.py --shape gemma2_tiny                       # the same in small, to try the benchmark
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+
+from prefs.chat import Message
+from prefs.config import DatasetConfig
+from prefs.models.backend import CaptureRequest, Conversation, Observation, Sampling
+from prefs.models.bridge import wrap
+from prefs.models.device import resolve_device, resolve_dtype
+from prefs.models.embedded import smollm2_folder
+from prefs.models.loading import BATCH_TOKENS, ModelSpec
+from prefs.models.transformer_lens import TransformerLensBackend
+from prefs.store import batches
+from prefs.tasks import load_tasks
+
+SHAPES = {
+    "gemma2_27b": Gemma2Config(
+        hidden_size=4608, intermediate_size=36864, num_hidden_layers=46, num_attention_heads=32,
+        num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144,
+    ),
+    "gemma2_tiny": Gemma2Config(
+        vocab_size=49152, hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=256,
+    ),
+}  # fmt: skip
+POSITIONS = ("last_prompt", "last_completion", "mean_completion")
+NOTHING_SAMPLED = Sampling(1.0, 1.0, 1)
+# Dense bfloat16 matrix arithmetic by the makers' data sheets, 10^12 operations a second.
+PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0}
+
+
+def conversations(count: int, shortest: int, longest: int, tokenizer) -> list[Conversation]:
+    """Text of the shipped data set, cut to lengths spread evenly: a third of each is the prompt."""
+    text = "\n\n".join(task.prompt for task in load_tasks(DatasetConfig(name="mini")))
+    ids = tokenizer(text)["input_ids"]
+    template = len(tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=True)["input_ids"]) + 7
+    found = []
+    for at in range(count):
+        length = shortest + (longest - shortest) * at // max(count - 1, 1) - template
+        start = at * 997 % (len(ids) - longest)
+        cut = start + max(length // 3, 1)
+        prompt, completion = tokenizer.decode(ids[start:cut]), tokenizer.decode(ids[cut : start + max(length, 2)])
+        found.append((Message("user", prompt), Message("assistant", completion)))
+    return found
+
+
+class Stopwatch:
+    """Medians of runs that take turns, so that a noisy neighbour disturbs all of them alike."""
+
+    def __init__(self, repeats: int, clock: Callable[[], float], device: torch.device):
+        self._repeats, self._clock, self._device = repeats, clock, device
+
+    def seconds(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(self._repeats):
+            for name, run in runs.items():
+                begun = self._now()
+                run()
+                times[name].append(self._now() - begun)
+        return {name: statistics.median(of_run) for name, of_run in times.items()}
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._clock()
+
+
+def bare(model, rows: Sequence[Sequence[tuple[int, ...]]]) -> Callable[[], None]:
+    """Transformers' forward pass over batches of rows, padded as tokenizers pad, to the last hidden state."""
+    device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def run() -> None:
+        for batch in rows:
+            width = max(len(row) for row in batch)
+            ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=device)
+            model.model(ids, attention_mask=mask, use_cache=False)
+
+    return run
+
+
+def throughput(given: argparse.Namespace, spec: ModelSpec, model, path: str, turns: list[Conversation], watch) -> None:
+    """Capture of all layers against the bare forward pass of the same batches."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
+    # The largest does not fit twice, and takes no turns.
+    alone = given.shape == "gemma2_27b"
+    plain = model if alone else copy.deepcopy(model)
+    encoder = TransformerLensBackend(wrap(model, tokenizer, spec, path), tokenizer, spec) if not alone else None
+    lengths_of = [_tokens(tokenizer, turn) for turn in turns]
+    lengths = {f"{at:05}": len(ids) for at, ids in enumerate(lengths_of)}
+    cut = [[int(key) for key in batch] for batch in batches(lengths, spec.batch_tokens)]
+    run_bare = bare(plain, [[lengths_of[at] for at in batch] for batch in cut])
+    run_bare()
+    if alone:
+        seconds = watch.seconds({"transformers, bare forward pass": run_bare})
+        encoder = TransformerLensBackend(wrap(model, tokenizer, spec, path), tokenizer, spec)
+    assert encoder is not None
+    request = CaptureRequest(tuple(range(encoder.n_layers)), POSITIONS)
+
+    def run_prefs() -> None:
+        for batch in cut:
+            encoder.observe([turns[at] for at in batch], [], NOTHING_SAMPLED, request)
+
+    run_prefs()
+    runs = {"prefs, all layers at three positions": run_prefs}
+    if alone:
+        seconds |= watch.seconds(runs)
+    else:
+        seconds = watch.seconds({"transformers, bare forward pass": run_bare, **runs})
+    total = sum(lengths.values())
+    padded = sum(len(batch) * max(len(lengths_of[at]) for at in batch) for batch in cut)
+    blocks = sum(p.numel() for block in encoder.bridge.blocks for p in block.parameters())
+    peak = given.peak or next((value for name, value in PEAKS.items() if name in _card(watch)), None)
+    print(
+        f"{spec.name} in {spec.dtype} on {_card(watch)}, {torch.get_num_threads()} threads, {given.clock} time:"
+        f" {len(turns)} conversations of {min(lengths.values())} to {max(lengths.values())} tokens in {len(cut)}"
+        f" batches of at most {spec.batch_tokens:,}, {padded / total - 1:.0%} padding; median of {given.repeats}\n"
+    )
+    print("| method | tokens a second | share of bare | share of the card's peak |\n|---|---|---|---|")
+    base = seconds["transformers, bare forward pass"]
+    for name, value in seconds.items():
+        share = f"{2 * blocks * padded / value / (peak * 1e12):.0%}" if peak else "–"
+        print(f"| {name} | {total / value:,.0f} | {base / value:.2f} | {share} |")
+
+
+def against_transformer_lens(
+    given: argparse.Namespace, spec: ModelSpec, turns: list[Conversation], watch: Stopwatch
+) -> None:
+    """One layer, in the middle or the last, against run_with_cache one conversation at a time."""
+    bridge = TransformerBridge.boot_transformers(
+        str(smollm2_folder()), device=str(resolve_device(spec.device)), dtype=getattr(torch, spec.dtype)
+    )
+    backend = TransformerLensBackend.load(spec, str(smollm2_folder()))
+    asked = [backend.encoder.encode(turn) for turn in turns]
+    lengths = {f"{at:05}": len(each.ids) for at, each in enumerate(asked)}
+    cut = [[int(key) for key in batch] for batch in batches(lengths, spec.batch_tokens)]
+    print(
+        f"\nAgainst TransformerLens in {spec.dtype}, one conversation at a time: {len(turns)} conversations,"
+        f" {sum(lengths.values()):,} tokens\n"
+    )
+    print("| layer | method | s | ratio | largest difference, of the largest entry |\n|---|---|---|---|---|")
+    for layer in (backend.n_layers // 2 - 1, backend.n_layers - 1):
+        name = f"blocks.{layer}.hook_out"
+        kept: dict[str, torch.Tensor] = {}
+
+        def prefs(layer: int = layer, kept: dict[str, torch.Tensor] = kept) -> None:
+            found: dict[int, Observation] = {}
+            for batch in cut:
+                request = CaptureRequest((layer,), POSITIONS)
+                observed = backend.observe([turns[at] for at in batch], [], NOTHING_SAMPLED, request)
+                found |= zip(batch, observed, strict=True)
+            rows = [[found[at].residuals[position][0] for position in POSITIONS] for at in range(len(turns))]
+            kept["prefs"] = torch.stack([torch.stack(row) for row in rows])
+
+        def lens(method: str, options: dict, name: str = name, kept: dict[str, torch.Tensor] = kept) -> None:
+            rows = []
+            for each in asked:
+                _, cache = bridge.run_with_cache(torch.tensor([each.ids], device=backend.device), **options)
+                start, end = each.spans[-1]
+                vectors = cache[name][0]
+                picked = [vectors[start - 1], vectors[end - 1], vectors[start:end].float().mean(dim=0)]
+                rows.append(torch.stack([one.detach().float().cpu() for one in picked]))
+            kept[method] = torch.stack(rows)
+
+        filtered = {"names_filter": name}
+        methods: dict[str, dict] = {
+            "run_with_cache": {},
+            "run_with_cache, names_filter": filtered,
+            "run_with_cache, names_filter, stop_at_layer": {**filtered, "stop_at_layer": layer + 1},
+        }
+        runs = {"prefs": prefs}
+        runs |= {method: (lambda m=method, o=options: lens(m, o)) for method, options in methods.items()}
+        seconds = watch.seconds(runs)
+        for method, value in seconds.items():
+            off = (kept[method] - kept["prefs"]).abs().max() / kept["prefs"].abs().max()
+            print(f"| {layer} | {method} | {value:.1f} | {value / seconds['prefs']:.2f} | {float(off):.1e} |")
+
+
+def _tokens(tokenizer, turn: Conversation) -> tuple[int, ...]:
+    from prefs.chat import ChatEncoder
+    from prefs.options import unasked
+
+    asked = unasked(ChatEncoder(tokenizer), turn)
+    return asked.ids[: asked.question_start]
+
+
+def _card(watch: Stopwatch) -> str:
+    return torch.cuda.get_device_name() if watch._device.type == "cuda" else "the processor"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["smollm2", *SHAPES], default="smollm2")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", help="of prefs and the bare pass")
+    parser.add_argument("--conversations", type=int, default=96)
+    parser.add_argument("--shortest", type=int, default=50)
+    parser.add_argument("--longest", type=int, default=500)
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS["transformer_lens"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peak", type=float, help="10^12 operations a second of the card, where it is not known")
+    parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: for busy machines")
+    parser.add_argument("--tl-bfloat16", type=int, default=0, help="conversations to compare in bfloat16")
+    parser.add_argument("--no-tl", action="store_true", help="leave the comparison with TransformerLens out")
+    given = parser.parse_args()
+    device = resolve_device(given.device)
+    clock = time.perf_counter if given.clock == "wall" else time.process_time
+    watch = Stopwatch(given.repeats, clock, device)
+    dtype = resolve_dtype(given.dtype, device)
+    spec = ModelSpec(
+        name=given.shape,
+        path=str(smollm2_folder()),
+        dtype=dtype,
+        device=str(device),
+        batch_tokens=given.batch_tokens,
+    )
+    turns = conversations(
+        given.conversations, given.shortest, given.longest, AutoTokenizer.from_pretrained(smollm2_folder())
+    )
+    if given.shape == "smollm2":
+        model = AutoModelForCausalLM.from_pretrained(spec.path, dtype=getattr(torch, dtype)).to(device).eval()
+        throughput(given, spec, model, spec.path, turns, watch)
+        del model
+        if not given.no_tl:
+            against_transformer_lens(given, replace(spec, dtype="float32"), turns, watch)
+            if given.tl_bfloat16:
+                few = turns[:: max(len(turns) // given.tl_bfloat16, 1)][: given.tl_bfloat16]
+                against_transformer_lens(given, replace(spec, dtype="bfloat16"), few, watch)
+        return
+    with tempfile.TemporaryDirectory() as folder, torch.device(device):
+        SHAPES[given.shape].save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(
+            SHAPES[given.shape], dtype=getattr(torch, dtype), attn_implementation="eager"
+        )
+        model.eval()
+        throughput(given, replace(spec, path=str(Path(folder))), model, folder, turns, watch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Loading: where a model goes, and the attention that it runs with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from tiny_models import gemma2, llama, plain_model, tiny_model
+from transformers import AutoTokenizer
+
+from prefs.chat import Message
+from prefs.errors import UserError
+from prefs.models.backend import Ask, CaptureRequest, Question, Sampling, Steering
+from prefs.models.bridge import wrap
+from prefs.models.loading import Models
+from prefs.models.residuals import Recorder
+from prefs.models.steering import Steered, places_of_completion
+from prefs.models.transformer_lens import TransformerLensBackend
+
+CONVERSATIONS = [
+    (Message("user", "Hi"), Message("assistant", "Hello. " * 9)),
+    (Message("user", "Name a river. " * 6), Message("assistant", "Po.")),
+]
+ASKS = [Ask(Question("Did you like it?", ("yes", "not at all")), seeds=(0, 1))]
+CAPTURE = CaptureRequest((0, 4), ("mean_completion", "rating"))
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("llama"), llama())
+
+
+@pytest.fixture(scope="module")
+def tiny_gemma2(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("gemma2"), gemma2())
+
+
+def observe(spec):
+    backend = Models().get(spec)
+    return backend, backend.observe(CONVERSATIONS, ASKS, Sampling(1.0, 1.0, 3), CAPTURE)
+
+
+def same(one, other):
+    for first, second in zip(one, other, strict=True):
+        assert first.answers[0].samples == second.answers[0].samples
+        assert first.answers[0].scores[0].mass == pytest.approx(second.answers[0].scores[0].mass, rel=1e-4)
+        torch.testing.assert_close(first.answers[0].residual, second.answers[0].residual, atol=1e-4, rtol=1e-4)
+
+
+def attention(backend) -> str:
+    return backend.bridge.original_model.config._attn_implementation
+
+
+def test_blocks_are_the_models_own(tiny_llama):
+    backend = Models().get(tiny_llama)
+    plain = plain_model(tiny_llama)
+    for block, own in zip(backend.bridge.blocks, plain.model.layers, strict=True):
+        kinds = {name: type(module) for name, module in block.original_component.named_modules()}
+        assert kinds == {name: type(module) for name, module in own.named_modules()}
+
+
+def test_sdpa_where_it_computes_what_the_model_means(tiny_llama, tiny_gemma2):
+    assert attention(Models().get(tiny_llama)) == "sdpa"
+    assert attention(Models().get(tiny_gemma2)) == "eager"
+
+
+def test_eager_attention_when_asked_for(tiny_llama):
+    backend, eager = observe(dataclasses.replace(tiny_llama, attn_implementation="eager"))
+    assert attention(backend) == "eager"
+    same(eager, observe(tiny_llama)[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("tiny_gemma2", {"attn_implementation": "sdpa"}, "leaves out the soft cap"),
+        ("tiny_llama", {"attn_implementation": "flash_attention_2"}, "bfloat16 or float16 only, and model.dtype is"),
+        ("tiny_llama", {"attn_implementation": "flash_attention_3", "dtype": "bfloat16"}, "seem to be installed"),
+    ],
+)
+def test_an_attention_that_is_not_there_is_one_line(request, model, changes, message):
+    if torch.cuda.is_available() and "seem" in message:
+        pytest.skip("this machine may have it")
+    spec = dataclasses.replace(request.getfixturevalue(model), **changes)
+    with pytest.raises(UserError, match=rf"model\.attn_implementation: .*{message}.*use auto or eager") as caught:
+        Models().get(spec)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced"])
+def test_a_device_map_computes_the_same(tiny_llama, device_map):
+    backend, mapped = observe(dataclasses.replace(tiny_llama, device="auto", device_map=device_map))
+    if not torch.cuda.is_available():
+        assert backend.device.type == "cpu"
+    same(mapped, observe(tiny_llama)[1])
+
+
+@torch.inference_mode()
+def test_a_model_on_two_devices(tiny_llama):
+    """Any machine has a second device, on which tensors have shapes and no numbers: what mixes the two fails."""
+    model = plain_model(tiny_llama)
+    here, there = torch.device("cpu"), torch.device("meta")
+    places = {"model.embed_tokens": here, "model.rotary_emb": here, "model.norm": there, "lm_head": there}
+    places |= {f"model.layers.{layer}": here if layer < 2 else there for layer in range(5)}
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # no longer the embedding's
+    for name, device in places.items():
+        module = model.get_submodule(name).to(device)
+        add_hook_to_module(module, AlignDevicesHook(device, skip_keys="past_key_values"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama.path)
+    backend = TransformerLensBackend(wrap(model, tokenizer, tiny_llama, tiny_llama.path), tokenizer, tiny_llama)
+    assert backend.device == here
+    rows = [backend.encoder.encode(row).ids for row in CONVERSATIONS]
+    steering = [Steering(1, torch.ones(64)), Steering(3, torch.ones(64), at="last", kind="project_out")]
+    steered = Steered.of(steering, [places_of_completion(row) for row in rows], backend.device)
+    recorder = Recorder.of_last(range(5), [len(row) for row in rows], stops=False)
+    state, logits = backend._start(rows, steered, recorder)
+    assert logits.device == there
+    assert [kept.device for kept in recorder._kept] == [here, here, there, there, there]
+    _, logits = backend._extend(state.fork().select(torch.tensor([1, 0, 1])), [(5,), (6, 7), (8,)])
+    assert logits.shape == (3, 1, 49152)

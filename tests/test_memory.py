@@ -1,0 +1,94 @@
+"""Out of memory: halves give what the whole would have given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import llama, tiny_model
+
+from prefs.chat import Message
+from prefs.errors import UserError
+from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
+from prefs.models.loading import Models
+from prefs.models.memory import out_of_memory
+
+CONVERSATIONS = [
+    (Message("user", "Count to " + "ten " * n), Message("assistant", "One, two." * (5 - n))) for n in range(1, 6)
+]
+ASKS = [Ask(Question("Did you like it?", ("yes", "no")), seeds=(0, 1))]
+SAMPLING = Sampling(1.0, 1.0, 3)
+CAPTURE = CaptureRequest((0, 3), ("last_prompt", "mean_completion", "rating"))
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory):
+    return Models().get(tiny_model(tmp_path_factory.mktemp("model"), llama()))
+
+
+@pytest.fixture
+def small_device(monkeypatch, backend):
+    """An allocator with room for so many tokens a pass, padding included."""
+    passes = []
+
+    def limit(tokens, error):
+        forward = backend.bridge.forward
+
+        def bounded(ids, *args, **kwargs):
+            if ids.numel() > tokens:
+                raise error
+            passes.append(len(ids))
+            return forward(ids, *args, **kwargs)
+
+        monkeypatch.setattr(backend.bridge, "forward", bounded)
+        return passes
+
+    return limit
+
+
+def test_halves_give_the_same(backend, small_device, prefs_log):
+    prompts = [row[:1] for row in CONVERSATIONS]
+    observed = backend.observe(CONVERSATIONS, ASKS, SAMPLING, CAPTURE)
+    completed = backend.complete(prompts, 0, SAMPLING)
+    passes = small_device(100, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    for one, other in zip(backend.observe(CONVERSATIONS, ASKS, SAMPLING, CAPTURE), observed, strict=True):
+        assert one.answers[0].samples == other.answers[0].samples
+        assert one.answers[0].scores[0].mass == pytest.approx(other.answers[0].scores[0].mass, rel=1e-4)
+        torch.testing.assert_close(one.answers[0].residual, other.answers[0].residual, atol=1e-4, rtol=1e-4)
+        for position, vectors in other.residuals.items():
+            torch.testing.assert_close(one.residuals[position], vectors, atol=1e-4, rtol=1e-4)
+    assert backend.complete(prompts, 0, SAMPLING) == completed
+    assert max(passes) < 5
+    assert prefs_log.text.count("memory ran out with 5 conversations at a time") == 1
+    assert "model.batch_tokens" in prefs_log.text
+
+
+def test_a_row_that_does_not_fit_alone_is_named_with_its_tokens(backend, small_device):
+    longest = max(backend.conversation_tokens(row) for row in CONVERSATIONS)
+    small_device(longest - 1, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    with pytest.raises(UserError, match=rf"single conversation of {longest} tokens; set model\.max_context lower"):
+        backend.observe(CONVERSATIONS, [], SAMPLING, CAPTURE)
+
+
+def test_other_errors_are_not_taken_for_it(backend, small_device):
+    small_device(1, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        backend.observe(CONVERSATIONS, [], SAMPLING, CAPTURE)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_how_allocators_say_it(error):
+    assert out_of_memory(error)
+
+
+def test_the_cpu_says_it_so():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(caught.value)
