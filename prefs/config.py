@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -411,6 +412,10 @@ def _check_api(key: str, model: ModelConfig) -> None:
         raise ConfigError(
             f"{key}.api.base_url", api.base_url, "the address of a server, such as http://127.0.0.1:8000/v1"
         )
+    if "@" in urlsplit(api.base_url).netloc:
+        raise ConfigError(f"{key}.api.base_url", "one with a password", "an address alone; keys are named by key_env")
+    if model.thinking is not None and model.thinking.force_close:
+        raise ConfigError(f"{key}.thinking.force_close", True, "false, since a server ends its model's thoughts")
     _check_range(f"{key}.api.concurrency", api.concurrency, 1)
     _check_range(f"{key}.api.max_retries", api.max_retries, 0)
     _check_range(f"{key}.api.top_logprobs", api.top_logprobs, 0, 20)
