@@ -408,7 +408,7 @@ def _check_model(key: str, model: ModelConfig) -> None:
 
 def _check_api(key: str, model: ModelConfig) -> None:
     api = model.api
-    if not re.match(r"https?://[^/\s]+", api.base_url):
+    if not _is_address(api.base_url):
         raise ConfigError(
             f"{key}.api.base_url", api.base_url, "the address of a server, such as http://127.0.0.1:8000/v1"
         )
@@ -425,6 +425,14 @@ def _check_api(key: str, model: ModelConfig) -> None:
         raise ConfigError(
             f"{key}.prefill", model.prefill, "'' unless the server can go on with an answer (model.api.prefill=true)"
         )
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 def _check_template(key: str, template: TemplateConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import email.utils
+import io
 import logging
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from conftest import template
 from fault_server import Asked, FaultServer, Say, chat, error, likeliest, serving
 
@@ -616,6 +618,19 @@ def test_ten_is_told_from_one_where_a_row_shows_that_it_is_a_token():
         assert later == hides
 
 
+def test_a_batch_that_was_stopped_early_blames_what_stopped_it():
+    """And not the tokens that it has not shown yet."""
+    scale = Question("0 to 10?", tuple(str(value) for value in range(11)))
+
+    def answer(asked: Asked) -> Say:
+        if asked.body["messages"][0]["content"] == "second":
+            return error("Incorrect API key provided", 401)
+        return Say(chat("1", logprobs=likeliest(("1", {"1": 0.5}))))
+
+    with engine(answer, concurrency=1) as (backend, _), pytest.raises(UserError, match="401"):
+        score(backend, scale, rows=("first", "second"))
+
+
 def test_samples_are_kept_where_scores_turn_out_to_be_impossible():
     agreement = Question("Agree?", ("Strongly disagree", "Strongly agree"))
     top = likeliest(("Strong", {"Strong": 0.7}))
@@ -725,6 +740,30 @@ def test_a_thought_that_was_cut_off_gives_no_answer(says):
     assert "4 or" in sample.thought
 
 
+def test_a_thought_is_stored_with_its_completion(tmp_path):
+    store = Store.open(str(tmp_path))
+    with serving(lambda asked: Say(chat("<think>well</think>Done."))) as server:
+        (done,), _ = run(store, spec_of(server, thinking=THINKS), [Task("t", "p", origin="A")])
+    assert done.text == "Done."
+    (row,) = stored(store, "completions")
+    assert (row["text"], row["thought"], row["invalid"]) == ("Done.", "well", None)
+
+
+def test_completions_stored_before_there_were_thoughts_are_read(tmp_path):
+    store, tasks = Store.open(str(tmp_path)), [Task("t", "p", origin="A")]
+    with serving(echo) as server:
+        spec = spec_of(server)
+        first, _ = run(store, spec, tasks)
+        (part,) = (store.root / "completions").rglob("*.parquet")
+        older = io.BytesIO()
+        pq.write_table(pq.read_table(part).drop_columns(["thought"]), older)
+        part.unlink()
+        (part.parent / f"{xxhash.xxh3_128_hexdigest(older.getvalue())}.parquet").write_bytes(older.getvalue())
+        again, work = run(store, spec, tasks)
+        assert len(server.asked) == 1
+    assert (again, work.reused) == (first, 1)
+
+
 def test_a_thought_that_a_server_keeps_to_itself():
     hidden = {"prompt_tokens": 5, "completion_tokens": 60, "completion_tokens_details": {"reasoning_tokens": 50}}
     with engine(lambda asked: Say(chat("4", usage=hidden)), thinking=THINKS) as (backend, _):
@@ -761,11 +800,17 @@ VERDICT = Question("Was that a refusal?", ("refusal", "compliance"))
 
 
 def test_a_choice_is_one_of_the_options_or_none(prefs_log):
-    says = {"json": '{"answer": "refusal"}', "plain": " Compliance.\n", "other": "It depends.", "odd": '{"answer": 3}'}
+    says = {
+        "json": '{"answer": "refusal"}',
+        "plain": " Compliance.\n",
+        "other": "It depends.",
+        "odd": '{"answer": 3}',
+        "null": "null",
+    }
     with engine(lambda asked: Say(chat(says[asked.body["messages"][0]["content"]]))) as (backend, server):
         chosen = backend.choose([after(each, "c") for each in says], VERDICT)
         schema = server.asked[0].body["response_format"]["json_schema"]["schema"]
-    assert chosen == ["refusal", "compliance", None, None]
+    assert chosen == ["refusal", "compliance", None, None, None]
     assert schema["properties"]["answer"]["enum"] == ["refusal", "compliance"]
     assert server.asked[0].body["temperature"] == 0
 

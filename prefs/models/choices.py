@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Room for a choice as JSON, and for a thought that a model has without saying so.
-CHOICE_TOKENS = 2048
+# Room for a choice as JSON.
+CHOICE_TOKENS = 256
 
 
 def one_of(says: Sequence[str]) -> dict[str, Any]:
@@ -29,5 +29,7 @@ def chosen(text: str, says: Sequence[str]) -> str | None:
         said = text
     if isinstance(said, dict):
         said = said.get("answer")
+    if isinstance(said, bool) or not isinstance(said, str | int | float):
+        return None
     plain = str(said).casefold().strip(" \t\r\n.\"'*`")
     return next((say for say in says if say.casefold().strip() == plain), None)

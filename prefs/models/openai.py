@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from prefs.chat import Message, as_dicts
 from prefs.errors import ConfigError, UserError
@@ -34,15 +34,13 @@ from prefs.models.choices import CHOICE_TOKENS, chosen, one_of
 from prefs.models.control_text import control_texts
 from prefs.models.keys import key_of
 from prefs.models.loading import ModelSpec
-from prefs.models.replies import Malformed, Reply, first_of_answer, part
+from prefs.models.replies import Malformed, Parted, Reply, first_of_answer, part
 from prefs.models.served import FormatRefused, Request, RowRefused, Server
 from prefs.models.text_options import SharedToken, Top, first_token_masses, opened, seen_beginnings, whole_string_masses
 from prefs.sampling import row_seed
 from prefs.store import digest
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # A server whose context is not known takes what it takes; it says where a prompt is too long.
 NO_LIMIT = 2**31
@@ -51,15 +49,20 @@ LONG_TOKEN = 16
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What one job of a batch brought for one row and question: an answer of a seed, a score, or both."""
+class _Place:
+    """Where in a batch an answer belongs. ``seed`` None: the one score of a model that answers at once."""
 
     row: int
     at: int
-    seed: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class _Brought:
+    """What one job brought. ``top``: the likeliest first tokens, from which the score is still to be made."""
+
     sample: Sample | None = None
     score: Score | None = None
-    # The likeliest first tokens, from which a score is made when those of the whole batch are there.
     top: Top | None = None
 
 
@@ -71,11 +74,11 @@ class OpenAIBackend:
         self.spec = spec
         self.max_context = spec.max_context or NO_LIMIT
         self._runner = runner
-        self._seen: dict[Question, set[str]] = {}
         self._structured = True
+        self._seen: dict[Question, set[str]] = {}
+        self._warned: set[str] = set()
         self._suspect: set[str] = set()
-        self._warned_of = 0
-        self._warned_unlisted = False
+        self._suspect_named = 0
 
     @classmethod
     def load(cls, spec: ModelSpec) -> OpenAIBackend:
@@ -89,13 +92,15 @@ class OpenAIBackend:
         if spec.thinking is not None and spec.thinking.force_close:
             raise ConfigError("model.thinking.force_close", True, "false, since a server ends its model's thoughts")
         key = key_of(spec.api)
-        template = json.loads(spec.chat_template_kwargs)
         extra = dict(spec.api.extra_body)
-        if template:
+        if template := json.loads(spec.chat_template_kwargs):
             extra["chat_template_kwargs"] = {**extra.get("chat_template_kwargs", {}), **template}
-        runner = asyncio.Runner()
-        server = Server(spec.path, spec.api, key, extra)
-        runner.run(server.look())
+        server, runner = Server(spec.path, spec.api, key, extra), asyncio.Runner()
+        try:
+            runner.run(server.look())
+        except UserError:
+            runner.close()
+            raise
         return cls(server, spec, runner)
 
     def prompt_tokens(self, conversation: Conversation) -> int:
@@ -111,7 +116,7 @@ class OpenAIBackend:
 
     def complete(self, batch: Sequence[Conversation], seed: int, sampling: Sampling) -> list[Sample]:
         self._warn_of_control_text()
-        jobs = [partial(self._completion, conversation, seed, sampling) for conversation in batch]
+        jobs = [partial(self._complete, conversation, seed, sampling) for conversation in batch]
         samples, error = self._runner.run(self.server.answers(jobs))
         if error is not None:
             raise _interrupted(error, samples)
@@ -129,31 +134,33 @@ class OpenAIBackend:
         for each in asks:
             self._check(each)
         self._warn_of_control_text()
-        jobs = [
-            job
+        jobs = {
+            _Place(row, at, seed): job
             for row, conversation in enumerate(batch)
             for at, each in enumerate(asks)
-            for job in self._jobs(row, at, conversation, each, sampling)
-        ]
-        parts, error = self._runner.run(self.server.answers(jobs))
-        parts = [each for each in parts if each is not None]
+            for seed, job in self._jobs(conversation, each, sampling).items()
+        }
+        results, error = self._runner.run(self.server.answers(list(jobs.values())))
+        brought = {place: result for place, result in zip(jobs, results, strict=True) if result is not None}
         try:
-            parts = self._scored(parts, asks)
+            brought = self._scored(brought, asks)
         except UserError as unscored:
-            error, parts = unscored, [each for each in parts if each.top is None]
-        observations = _observations(parts, len(batch), len(asks))
+            # A batch that was stopped early may not have shown yet how the options begin.
+            error = error or unscored
+            brought = {place: replace(each, score=None, top=None) for place, each in brought.items()}
+        observations = _observations(brought, len(batch), len(asks))
         if error is not None:
-            begun = {each.row for each in parts}
-            raise _interrupted(error, [each if row in begun else None for row, each in enumerate(observations)])
+            raise _interrupted(error, [each if any(map(_any, each.answers)) else None for each in observations])
         return observations
 
     def choose(self, batch: Sequence[Conversation], question: Question) -> list[str | None]:
         self._warn_of_control_text()
-        jobs = [partial(self._choice, conversation, question) for conversation in batch]
-        choices, error = self._runner.run(self.server.answers(jobs))
+        texts, error = self._runner.run(
+            self.server.answers([partial(self._choose, conversation, question) for conversation in batch])
+        )
         if error is not None:
             raise error
-        return [None if choice is None else choice[0] for choice in choices]
+        return [chosen(text or "", question.says) for text in texts]
 
     def usage(self) -> Usage:
         return self.server.usage()
@@ -163,9 +170,12 @@ class OpenAIBackend:
         self._runner.close()
 
     def _estimate(self, conversation: Conversation) -> int:
-        thought = 0 if self.spec.thinking is None else self.spec.thinking.max_tokens
         texts = [message.content for message in conversation]
-        return sum(max(len(text.split()), len(text) // LONG_TOKEN) for text in texts) + thought
+        return self._thought_tokens + sum(max(len(text.split()), len(text) // LONG_TOKEN) for text in texts)
+
+    @property
+    def _thought_tokens(self) -> int:
+        return 0 if self.spec.thinking is None else self.spec.thinking.max_tokens
 
     def _check(self, each: Ask) -> None:
         """Refuse what this server cannot be asked."""
@@ -180,129 +190,102 @@ class OpenAIBackend:
             raise ConfigError("model.api.top_logprobs", 0, "1 or more for exact ratings, or rating.exact=false")
 
     def _jobs(
-        self, row: int, at: int, conversation: Conversation, each: Ask, sampling: Sampling
-    ) -> Sequence[Callable[[], Awaitable[_Part]]]:
-        """The jobs of one row and question, each of which brings one part of the answer."""
-        if self.spec.thinking is None:
-            score = [partial(self._score, row, at, conversation, each.question)] if each.scores else []
-            return score + [
-                partial(self._sample, row, at, conversation, each.question, seed, sampling) for seed in each.seeds
-            ]
-        # The answer of a seed and the score after its thought are read from the same reply.
-        return [
-            partial(
-                self._thoughtful,
-                row,
-                at,
-                conversation,
-                each.question,
-                seed,
-                sampling,
-                seed in each.seeds,
-                seed in each.scores,
-            )
-            for seed in dict.fromkeys((*each.scores, *each.seeds))
-        ]
+        self, conversation: Conversation, each: Ask, sampling: Sampling
+    ) -> Mapping[int | None, Callable[[], Awaitable[_Brought]]]:
+        """What to do for one row and question, by seed; None is the score of a model that answers at once."""
+        asked = (*conversation, Message("user", each.question.text))
+        if self.spec.thinking is not None:
+            # The answer of a seed and the score after its thought are read from the same reply.
+            return {
+                seed: partial(self._think, asked, seed, sampling, seed in each.seeds, seed in each.scores)
+                for seed in dict.fromkeys((*each.scores, *each.seeds))
+            }
+        score = {None: partial(self._score, asked, each.question)} if each.scores else {}
+        opening = opened(each.question)[0]
+        return score | {seed: partial(self._sample, asked, seed, sampling, opening) for seed in each.seeds}
 
-    async def _completion(self, conversation: Conversation, seed: int, sampling: Sampling) -> Sample:
+    async def _complete(self, conversation: Conversation, seed: int, sampling: Sampling) -> Sample:
         try:
-            return self._read(await self.server.ask(self._drawn(conversation, seed, sampling)), sampling)
+            return self._read(await self.server.ask(self._request(conversation, seed, sampling)), sampling)
         except RowRefused as refused:
-            return _no_sample(refused.reason)
+            return _no_sample(refused)
 
-    async def _sample(
-        self, row: int, at: int, conversation: Conversation, question: Question, seed: int, sampling: Sampling
-    ) -> _Part:
-        asked = (*conversation, Message("user", question.text))
+    async def _sample(self, asked: Conversation, seed: int, sampling: Sampling, opening: str) -> _Brought:
         try:
-            reply = await self.server.ask(self._drawn(asked, seed, sampling, opened(question)[0]))
+            reply = await self.server.ask(self._request(asked, seed, sampling, opening))
         except RowRefused as refused:
-            return _Part(row, at, seed, _no_sample(refused.reason))
-        return _Part(row, at, seed, self._read(reply, sampling))
+            return _Brought(_no_sample(refused))
+        return _Brought(self._read(reply, sampling))
 
-    async def _thoughtful(
-        self,
-        row: int,
-        at: int,
-        conversation: Conversation,
-        question: Question,
-        seed: int,
-        sampling: Sampling,
-        sampled: bool,
-        scored: bool,
-    ) -> _Part:
-        """One thought with its answer; scored, the probabilities where the answer begins.
-
-        They are the model's own on servers that report them so (vLLM does), and those at ``sampling`` on others.
-        """
-        asked = (*conversation, Message("user", question.text))
-        request = self._drawn(asked, seed, sampling, log_probs=self.spec.api.top_logprobs if scored else None)
-        try:
-            reply = await self.server.ask(request)
-        except RowRefused as refused:
-            sample, score = _no_sample(refused.reason), Score(None, invalid=refused.reason)
-            return _Part(row, at, seed, sample if sampled else None, score if scored else None)
-        sample = self._read(reply, sampling) if sampled else None
-        if not scored:
-            return _Part(row, at, seed, sample)
-        parted = part(reply, self.spec.thinking)
-        if not parted.closed:
-            return _Part(row, at, seed, sample, Score(None, parted.thought, "thought_cut_off"))
-        try:
-            top = first_of_answer(reply.positions or (), parted.text, self.spec.thinking)
-        except Malformed as error:
-            raise UserError(f"{self.server.address}: {error}; use rating.exact=false") from None
-        return _Part(row, at, seed, sample, Score(None, parted.thought), top)
-
-    async def _score(self, row: int, at: int, conversation: Conversation, question: Question) -> _Part:
+    async def _score(self, asked: Conversation, question: Question) -> _Brought:
         opening, says = opened(question)
-        asked = (*conversation, Message("user", question.text))
+        # At temperature 1 and top_p 1 a server's probabilities are the model's, whether it reports them before or after
+        # it has applied the two (vLLM: before; OpenAI's documents do not say).
+        neutral = Sampling(1.0, 1.0, 1)
 
         async def ask(beginning: str) -> Top:
-            # At temperature 1 and top_p 1 a server's probabilities are the model's, whether it reports them before or
-            # after it has applied the two (vLLM: before; OpenAI's documents do not say).
-            request = self._request(
-                asked, Sampling(1.0, 1.0, 1), row_seed(0, asked), opening + beginning, self.spec.api.top_logprobs
-            )
+            request = self._request(asked, 0, neutral, opening + beginning, self.spec.api.top_logprobs)
             reply = await self.server.ask(request)
             return reply.positions[0].top if reply.positions else {}
 
         try:
             if self.spec.api.prefill:
-                return _Part(row, at, 0, score=Score(await whole_string_masses(says, ask)))
-            return _Part(row, at, 0, score=Score(None), top=await ask(""))
+                return _Brought(score=Score(await whole_string_masses(says, ask)))
+            return _Brought(score=Score(None), top=await ask(""))
         except RowRefused as refused:
-            return _Part(row, at, 0, score=Score(None, invalid=refused.reason))
+            return _Brought(score=Score(None, invalid=refused.reason))
 
-    async def _choice(self, conversation: Conversation, question: Question) -> tuple[str | None]:
+    async def _think(self, asked: Conversation, seed: int, sampling: Sampling, sampled: bool, scored: bool) -> _Brought:
+        """One thought with its answer, and what else could have come where the answer begins.
+
+        The probabilities there are the model's own on servers that report them so (vLLM), and those at ``sampling`` on
+        others.
+        """
+        request = self._request(asked, seed, sampling, log_probs=self.spec.api.top_logprobs if scored else None)
+        try:
+            reply = await self.server.ask(request)
+        except RowRefused as refused:
+            score = Score(None, invalid=refused.reason) if scored else None
+            return _Brought(_no_sample(refused) if sampled else None, score)
+        sample = self._read(reply, sampling)
+        if not scored:
+            return _Brought(sample)
+        kept, parted = sample if sampled else None, part(reply, self.spec.thinking)
+        if not parted.closed:
+            return _Brought(kept, Score(None, parted.thought, sample.invalid))
+        try:
+            top = first_of_answer(reply.positions or (), parted.text, self.spec.thinking)
+        except Malformed as error:
+            raise UserError(f"{self.server.address}: {error}; use rating.exact=false") from None
+        return _Brought(kept, Score(None, parted.thought), top)
+
+    async def _choose(self, conversation: Conversation, question: Question) -> str:
+        """What the model answers when held to the options, as far as its server can hold it."""
         asked = (*conversation, Message("user", question.text))
-        room = CHOICE_TOKENS + (self.spec.thinking.max_tokens if self.spec.thinking else 0)
-        for response_format in (one_of(question.says), None) if self._structured else (None,):
-            request = Request(
-                as_dicts(asked),
-                room,
-                temperature=0.0,
-                seed=row_seed(0, asked),
-                response_format=response_format,
-                strict=False,
-            )
+        request = Request(
+            messages=as_dicts(asked),
+            max_tokens=CHOICE_TOKENS + self._thought_tokens,
+            temperature=0.0,
+            seed=row_seed(0, asked),
+            response_format=one_of(question.says) if self._structured else None,
+            strict=False,
+        )
+        try:
             try:
                 reply = await self.server.ask(request)
             except FormatRefused as refused:
-                if self._structured:
-                    log.warning(
-                        "%s offers no structured output (%s); an answer must be one of the options as it stands",
-                        self.server.address,
-                        refused,
-                    )
                 self._structured = False
-            except RowRefused:
-                return (None,)
-            else:
-                return (chosen(part(reply, self.spec.thinking).text, question.says),)
-        return (None,)
+                self._warn_once(
+                    "structured output",
+                    f"{self.server.address} offers no structured output ({refused}); an answer must be one of the"
+                    " options as it stands",
+                )
+                reply = await self.server.ask(replace(request, response_format=None))
+        except RowRefused:
+            return ""
+        return self._part(reply).text
 
-    def _drawn(
+    def _request(
         self,
         conversation: Conversation,
         seed: int,
@@ -310,81 +293,76 @@ class OpenAIBackend:
         opening: str = "",
         log_probs: int | None = None,
     ) -> Request:
-        return self._request(conversation, sampling, row_seed(seed, conversation), opening, log_probs)
-
-    def _request(
-        self, conversation: Conversation, sampling: Sampling, seed: int, opening: str, log_probs: int | None
-    ) -> Request:
         begun = (Message("assistant", opening),) if opening else ()
         return Request(
             messages=as_dicts((*conversation, *begun)),
-            max_tokens=self._room(sampling),
+            max_tokens=sampling.max_new_tokens + self._thought_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            seed=seed,
+            seed=row_seed(seed, conversation),
             log_probs=log_probs,
             begun=bool(opening),
         )
 
-    def _room(self, sampling: Sampling) -> int:
-        return sampling.max_new_tokens + (self.spec.thinking.max_tokens if self.spec.thinking else 0)
-
     def _read(self, reply: Reply, sampling: Sampling) -> Sample:
-        parted = part(reply, self.spec.thinking)
+        parted = self._part(reply)
         finished = reply.finish != "length"
-        context = self.server.context or NO_LIMIT
-        if not finished and reply.tokens < self._room(sampling) and reply.prompt_tokens + reply.tokens >= context:
-            # vLLM shortens an answer to what its context has left; what is answered on this machine is not asked then.
+        shortened = not finished and reply.tokens < sampling.max_new_tokens + self._thought_tokens
+        if shortened and reply.prompt_tokens + reply.tokens >= (self.server.context or NO_LIMIT):
+            # vLLM shortens an answer to what its context has left. The engines on this machine do not ask then.
             return Sample(None, 0, True, parted.thought, "too_long")
         if not parted.closed:
             return Sample(None, reply.tokens, finished, parted.thought, "thought_cut_off")
         return Sample(parted.text, reply.tokens, finished, parted.thought)
 
-    def _scored(self, parts: Sequence[_Part], asks: Sequence[Ask]) -> list[_Part]:
-        """The parts with their scores, once all of the batch show how the model's tokenizer begins the options.
+    def _part(self, reply: Reply) -> Parted:
+        parted = part(reply, self.spec.thinking)
+        if not parted.closed and self.spec.thinking is None:
+            self._warn_once(
+                "thinking",
+                f"{self.spec.path} thinks before it answers, and its thoughts use up the answer's tokens; give its"
+                " model config a `thinking` with enough max_tokens",
+            )
+        return parted
+
+    def _scored(self, brought: Mapping[_Place, _Brought], asks: Sequence[Ask]) -> dict[_Place, _Brought]:
+        """What was brought with its scores, once the whole batch shows how the model's tokenizer begins the options.
 
         Raises
         ------
         UserError
             If options cannot be told apart by their first tokens.
         """
-        for at, each in enumerate(asks):
-            tops = [one.top for one in parts if one.at == at and one.top is not None]
-            self._seen.setdefault(each.question, set()).update(seen_beginnings(opened(each.question)[1], tops))
-        scored = []
-        for each in parts:
-            if each.top is not None and each.score is not None:
-                question = asks[each.at].question
-                try:
-                    masses = first_token_masses(opened(question)[1], each.top, self._seen[question])
-                except SharedToken as shared:
-                    raise self._inseparable(shared) from None
-                each = _Part(each.row, each.at, each.seed, each.sample, Score(masses, each.score.thought))
-            scored.append(each)
-        masses = [mass for each in scored if each.score and each.score.mass for mass in each.score.mass]
-        if 0.0 in masses and not self._warned_unlisted:
-            self._warned_unlisted = True
-            log.warning(
-                "%s: %d of %d option probabilities are not among the %d likeliest tokens and count as 0; valid mass"
-                " shows what is missing",
-                self.server.address,
-                masses.count(0.0),
-                len(masses),
-                self.spec.api.top_logprobs,
+        questions = [each.question for each in asks]
+        for at, question in enumerate(questions):
+            tops = [each.top for place, each in brought.items() if place.at == at and each.top is not None]
+            self._seen.setdefault(question, set()).update(seen_beginnings(opened(question)[1], tops))
+        scored = dict(brought)
+        for place, each in brought.items():
+            if each.top is None or each.score is None:
+                continue
+            question = questions[place.at]
+            try:
+                masses = first_token_masses(opened(question)[1], each.top, self._seen[question])
+            except SharedToken as shared:
+                raise self._inseparable(shared) from None
+            scored[place] = replace(each, score=replace(each.score, mass=masses))
+        masses = [mass for each in scored.values() if each.score and each.score.mass for mass in each.score.mass]
+        if 0.0 in masses:
+            self._warn_once(
+                "unlisted",
+                f"{self.server.address}: {masses.count(0.0)} of {len(masses)} option probabilities are not among the"
+                f" {self.spec.api.top_logprobs} likeliest tokens and count as 0; valid mass shows what is missing",
             )
         return scored
 
     def _inseparable(self, shared: SharedToken) -> UserError:
         options = ", ".join(repr(option) for option in shared.options)
-        way = (
-            "rating.exact=false, or a template whose options begin differently"
-            if self.spec.thinking is not None
-            else "rating.exact=false, a template whose options begin differently, or a server that can go on with an"
-            " answer (model.api.prefill=true; vLLM can)"
-        )
+        other = " or a server that can go on with an answer (model.api.prefill=true; vLLM can)"
         return UserError(
             f"exact ratings: {options} begin with the same token ({shared.token!r}) to {self.spec.path}, and its server"
-            f" shows only which token comes first; use {way}"
+            " shows only what comes first; use rating.exact=false, a template whose options begin differently,"
+            + (other if self.spec.thinking is None else " or a model that answers at once")
         )
 
     def _suspect_control_text(self, conversation: Conversation) -> None:
@@ -393,14 +371,20 @@ class OpenAIBackend:
 
     def _warn_of_control_text(self) -> None:
         """Say how many of a stage's conversations hold such text; all have been measured before its first batch."""
-        if len(self._suspect) > self._warned_of:
+        new = len(self._suspect) - self._suspect_named
+        if new:
             log.warning(
-                "%d conversations hold text that looks like a control token (such as <|im_end|>); %s tokenizes, and"
-                " may take it for the token",
-                len(self._suspect) - self._warned_of,
+                "%d conversations hold text that looks like a control token (such as <|im_end|>); %s tokenizes, and may"
+                " take it for the token",
+                new,
                 self.server.address,
             )
-            self._warned_of = len(self._suspect)
+        self._suspect_named += new
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            log.warning("%s", message)
 
 
 def _interrupted(error: UserError, done: Sequence[Any]) -> Interrupted:
@@ -408,19 +392,24 @@ def _interrupted(error: UserError, done: Sequence[Any]) -> Interrupted:
     return Interrupted(f"{error} ({kept} of {len(done)} rows of this batch were answered and are kept)", done)
 
 
-def _no_sample(reason: str) -> Sample:
-    return Sample(None, 0, True, invalid=reason)
+def _no_sample(refused: RowRefused) -> Sample:
+    return Sample(None, 0, True, invalid=refused.reason)
 
 
-def _observations(parts: Sequence[_Part], rows: int, asks: int) -> list[Observation]:
+def _observations(brought: Mapping[_Place, _Brought], rows: int, asks: int) -> list[Observation]:
     samples: dict[tuple[int, int], dict[int, Sample]] = {}
     scores: dict[tuple[int, int], dict[int, Score]] = {}
-    for each in parts:
+    for place, each in brought.items():
+        cell, seed = (place.row, place.at), place.seed or 0
         if each.sample is not None:
-            samples.setdefault((each.row, each.at), {})[each.seed] = each.sample
+            samples.setdefault(cell, {})[seed] = each.sample
         if each.score is not None:
-            scores.setdefault((each.row, each.at), {})[each.seed] = each.score
+            scores.setdefault(cell, {})[seed] = each.score
     return [
         Observation(tuple(Answer(scores.get((row, at), {}), samples.get((row, at), {})) for at in range(asks)))
         for row in range(rows)
     ]
+
+
+def _any(answer: Answer) -> bool:
+    return bool(answer.scores or answer.samples)
