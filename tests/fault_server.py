@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Say:
-    """What to send back: a status, headers and a body (JSON, or bytes as they are), whole or not, now or later."""
+    """What to send back: status, headers, body (JSON, or bytes as they are); late, cut off, in drips, or never."""
 
     body: Any = None
     status: int = 200
@@ -23,6 +23,7 @@ class Say:
     after_s: float = 0.0
     cut_off: bool = False
     hang: bool = False
+    drip: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,12 @@ def serving(answer: Callable[[Asked], Say], models: Say | None = None) -> Iterat
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content) + 100 * say.cut_off))
                 self.end_headers()
-                self.wfile.write(content[: len(content) // 2] if say.cut_off else content)
+                if say.drip:
+                    for at in range(len(content)):
+                        self.wfile.write(content[at : at + 1])
+                        closing.wait(0.1)
+                else:
+                    self.wfile.write(content[: len(content) // 2] if say.cut_off else content)
             except OSError:  # whoever asked has gone
                 pass
             self.close_connection = self.close_connection or say.cut_off or say.hang

@@ -38,7 +38,7 @@ from prefs.store import Store
 from prefs.tasks import Task
 from prefs.templates import Invalid
 
-KEY = "sk-test-0123456789abcdef"
+KEY = "key_0123456789abcdef"
 SHORT = Sampling(1.0, 1.0, 5)
 SCALE = Question("How much, from 1 to 5?", ("1", "2", "3", "4", "5"))
 
@@ -86,6 +86,7 @@ FAULTS = {
     "broken": Say(b"<html><h1>Internal Server Error</h1></html>", status=500),
     "bad gateway": Say(b"", status=502),
     "conflict": error("locked", 409),
+    "drips": Say(chat("too late as well"), drip=True),
     "hangs": Say(chat("too late"), hang=True),
     "cut off": Say(chat("an answer that is cut off in the middle"), cut_off=True),
     "not JSON": Say(b'{"choices": [{"message": '),
@@ -193,11 +194,12 @@ def test_repeated_and_further_choices_are_left_aside():
 
 
 @pytest.mark.parametrize(
-    ("headers", "least"), [({"Retry-After": "1"}, 1.0), ({"Retry-After-Ms": "300", "Retry-After": "0"}, 0.3)]
+    ("status", "headers", "least"),
+    [(429, {"Retry-After": "1"}, 1.0), (429, {"Retry-After-Ms": "300"}, 0.3), (500, {"Retry-After-Ms": "300"}, 0.3)],
 )
-def test_a_server_is_left_alone_for_as_long_as_it_asks(headers, least):
+def test_a_request_is_not_sent_again_before_the_server_says(status, headers, least):
     def answer(asked: Asked) -> Say:
-        return Say({"error": "busy"}, status=429, headers=headers) if asked.attempt == 1 else echo(asked)
+        return Say({"error": "busy"}, status=status, headers=headers) if asked.attempt == 1 else echo(asked)
 
     with engine(answer, concurrency=3) as (backend, server):
         prompts = [f"p{at}" for at in range(6)]
@@ -207,9 +209,20 @@ def test_a_server_is_left_alone_for_as_long_as_it_asks(headers, least):
         for prompt in prompts:
             first, second = server.attempts(prompt)
             assert second.at - first.at >= least
-        # Those who had not been turned away themselves kept off as well.
-        first, last_of_first_three = server.asked[0].at, server.asked[2].at
-        assert all(each.at - first >= least for each in server.asked if each.at > last_of_first_three)
+
+
+def test_nobody_is_sent_to_a_server_that_asks_for_a_rest():
+    limited = Say({"error": "busy"}, status=429, headers={"Retry-After-Ms": "500"})
+
+    def answer(asked: Asked) -> Say:
+        if asked.prompt == "limited":
+            return limited if asked.attempt == 1 else echo(asked)
+        return Say(echo(asked).body, after_s=0.1)
+
+    with engine(answer, concurrency=2) as (backend, server):
+        backend.complete([after(prompt) for prompt in ("limited", "under way", "next")], 0, SHORT)
+    (turned_away, _), (following,) = server.attempts("limited"), server.attempts("next")
+    assert following.at - turned_away.at >= 0.5
 
 
 def test_waits_are_read_from_seconds_milliseconds_and_dates(monkeypatch):

@@ -186,8 +186,6 @@ class Server:
 
         async def work() -> None:
             for at in queue:
-                if self._stopping.is_set():
-                    return
                 try:
                     results[at] = await jobs[at]()
                 except _Stopped:
