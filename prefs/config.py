@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -414,10 +415,14 @@ def _check_model(key: str, model: ModelConfig) -> None:
 
 def _check_api(key: str, model: ModelConfig) -> None:
     api = model.api
-    if not re.match(r"https?://[^/\s]+", api.base_url):
+    if not _is_address(api.base_url):
         raise ConfigError(
             f"{key}.api.base_url", api.base_url, "the address of a server, such as http://127.0.0.1:8000/v1"
         )
+    if "@" in urlsplit(api.base_url).netloc:
+        raise ConfigError(f"{key}.api.base_url", "one with a password", "an address alone; keys are named by key_env")
+    if model.thinking is not None and model.thinking.force_close:
+        raise ConfigError(f"{key}.thinking.force_close", True, "false, since a server ends its model's thoughts")
     _check_range(f"{key}.api.concurrency", api.concurrency, 1)
     _check_range(f"{key}.api.max_retries", api.max_retries, 0)
     _check_range(f"{key}.api.top_logprobs", api.top_logprobs, 0, 20)
@@ -427,6 +432,14 @@ def _check_api(key: str, model: ModelConfig) -> None:
         raise ConfigError(
             f"{key}.prefill", model.prefill, "'' unless the server can go on with an answer (model.api.prefill=true)"
         )
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 def _check_template(key: str, template: TemplateConfig) -> None:

@@ -17,16 +17,17 @@ from prefs.templates import Invalid, Template
 
 @dataclass(frozen=True)
 class Completion:
-    """The completer's answer to a task. ``text`` is None where the prompt was too long for the completer."""
+    """The completer's answer to a task. There is no text where the prompt was too long, or for another ``reason``."""
 
     task: Task
     text: str | None
     finished: bool = True
+    reason: Invalid = Invalid.too_long
 
     @property
     def invalid(self) -> Invalid | None:
         """Why there is no text, if there is none."""
-        return Invalid.too_long if self.text is None else None
+        return self.reason if self.text is None else None
 
 
 @dataclass(frozen=True)

@@ -220,3 +220,21 @@ def test_a_users_own_template_of_any_scale(tmp_path):
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         config = typed(compose("main", overrides=["template=mine"]))
     assert [option.value for option in config.template["mine"].options] == list(range(11))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.api.base_url=api.openai.com", "model.api.base_url: got 'api.openai.com'; allowed: the address"),
+        ("model.api.base_url=http://127.0.0.1:99999/v1", "model.api.base_url: got 'http://127.0.0.1:99999/v1'"),
+        ("model.api.base_url=https://me:secret@host/v1", "model.api.base_url: got 'one with a password'"),
+        ("model.api.concurrency=0", "model.api.concurrency: got 0; allowed: 1 or more"),
+        ("model.api.top_logprobs=50", "model.api.top_logprobs: got 50; allowed: 0 to 20"),
+        ("model.api.timeout_s=0", "model.api.timeout_s: got 0.0; allowed: seconds, more than 0"),
+        ("model.prefill=Answer", "model.prefill: got 'Answer'; allowed: '' unless the server can go on"),
+    ],
+)
+def test_a_served_model_is_checked_before_it_is_asked(override, expected):
+    line = message("model=hf", "model.path=tiny", "model.backend=openai", override)
+    assert line.startswith(expected)
+    assert "secret" not in line

@@ -19,6 +19,7 @@ from prefs.errors import ConfigError, UserError
 from prefs.files import write_durably
 from prefs.models.backend import Backend, Usage
 from prefs.models.device import resolve_device, resolve_dtype
+from prefs.models.keys import key_of
 from prefs.store import canonical, digest, file_checksum
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,11 @@ class ModelSpec:
         Raises
         ------
         UserError
-            If its device is not there.
+            If its device is not there, or the key of its server is not.
         """
         served = config.backend == "openai"
+        if served:
+            key_of(config.api)
         return cls(
             name=config.name,
             path=config.path,
@@ -78,6 +81,11 @@ class ModelSpec:
             vllm=config.vllm,
             api=config.api,
         )
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a row's numbers do not depend on the rows beside it, so that only missing ones need be asked for."""
+        return self.backend != "transformer_lens"
 
     @property
     def engine(self) -> str:
