@@ -180,9 +180,7 @@ class TransformerLensBackend:
         at_rating = capture if capture is not None and "rating" in capture.positions else None
         answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
         by_question = [
-            answer(
-                state.fork(), each, of_question, prefixes, batch, sampling, capture if wants_rating else None, steering
-            )
+            answer(state.fork(), each, of_question, prefixes, batch, sampling, at_rating, steering)
             for each, of_question in zip(asks, asked, strict=False)
         ]
         residuals = recorder.vectors() if recorder is not None else [{}] * len(batch)
