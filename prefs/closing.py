@@ -20,6 +20,12 @@ from prefs.terminal import MISSING, new_table, number
 
 # Agreement below this is "slight" or "fair" in the words of Landis and Koch (1977).
 FAIR_KAPPA = 0.4
+# Why a task may have no completion, and so is not rated.
+WITHOUT_COMPLETION = {
+    Invalid.too_long: "too long for the completer's context",
+    Invalid.thought_cut_off: "the completer's thought did not end: model.thinking.max_tokens",
+    Invalid.blocked: "blocked by the completer's server",
+}
 
 
 def sampled_lines(rows: Sequence[Stability]) -> Table:
@@ -121,9 +127,10 @@ def remarks(
     """What to be careful about, in plain words."""
     said = []
     whole = rows[0]
-    too_long = [each.task.id for each in ratings.completions if each.invalid is not None]
-    if too_long:
-        said.append(f"{len(too_long)} tasks are too long for the completer's context: {_some(too_long)}.")
+    for reason, what in WITHOUT_COMPLETION.items():
+        tasks = [each.task.id for each in ratings.completions if each.invalid is reason]
+        if tasks:
+            said.append(f"{len(tasks)} task{'s' * (len(tasks) > 1)} without a completion ({what}): {_some(tasks)}.")
     no_room = [
         each.task.id
         for each, answers in zip(ratings.completions, ratings.answers, strict=True)

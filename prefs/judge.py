@@ -11,7 +11,7 @@ import pyarrow as pa
 from prefs.chat import Message, as_dicts
 from prefs.config import JudgeConfig
 from prefs.jobs import Work
-from prefs.models.backend import Conversation
+from prefs.models.backend import Conversation, Interrupted
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.progress import progress
 from prefs.records import Completion
@@ -106,15 +106,21 @@ def _ask(
             wanted = [key for key in batch if key in lacking]
             if not wanted:
                 continue
-            said = backend.choose([rows[key] for key in wanted], options)
-            done = {
-                key: {"verdict": verdict, "invalid": None if verdict in options else Invalid.no_option.value}
-                for key, verdict in zip(wanted, said, strict=True)
-            }
+            try:
+                said = backend.choose([rows[key] for key in wanted], options)
+            except Interrupted as stopped:
+                pairs = zip(wanted, stopped.done, strict=True)
+                table.append({key: _verdict(word) for key, word in pairs if isinstance(word, str)})
+                raise
+            done = {key: _verdict(word) for key, word in zip(wanted, said, strict=True)}
             table.append(done)
             new |= done
             advance(len(wanted))
     return new
+
+
+def _verdict(word: str | None) -> dict[str, str | None]:
+    return {"verdict": word, "invalid": Invalid.no_option.value if word is None else None}
 
 
 def _asked(question: str, completion: Completion) -> Conversation:

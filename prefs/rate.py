@@ -75,8 +75,8 @@ def rate(
 ) -> Rated:
     """Rate completions with every template and capture residuals, doing only what the store lacks.
 
-    A conversation that a question does not fit behind is not asked it, and is ``too_long``; a task without a
-    completion is likewise. A rater that thinks is scored after so many ``thoughts``; sampled answers of the same seeds
+    A conversation that a question does not fit behind is not asked it, and is ``too_long``; nor is a task without a
+    completion, for the reason that this has. A rater that thinks is scored after so many ``thoughts``; sampled answers of the same seeds
     come after the same ones.
     """
     rows = {
@@ -237,8 +237,11 @@ class _Cell:
             completions=completions,
             seeds=self.seeds,
             answers=[
-                tuple(self._read(row, seed) if row in rows else _never_asked(seed) for seed in self.seeds)
-                for row in range(len(completions))
+                tuple(
+                    self._read(row, seed) if row in rows else Answer(seed, None, None, completion.invalid)
+                    for seed in self.seeds
+                )
+                for row, completion in enumerate(completions)
             ],
             mass=mass,
             thinks=self.thinks,
@@ -250,10 +253,10 @@ class _Cell:
         mass = np.full((len(completions), len(self.thoughts), len(self.template.options)), np.nan)
         texts: list[tuple[str | None, ...]] = []
         invalid: list[tuple[Invalid | None, ...]] = []
-        for row in range(len(completions)):
+        for row, completion in enumerate(completions):
             if row not in rows:
                 texts.append((None,) * len(self.thoughts))
-                invalid.append((Invalid.too_long,) * len(self.thoughts))
+                invalid.append((completion.invalid,) * len(self.thoughts))
                 continue
             found = [self.found_scores[self.score_keys[row, seed]] for seed in self.thoughts]
             for at, each in enumerate(found):
@@ -278,10 +281,6 @@ def thought_seeds(seeds: Sequence[int], count: int) -> tuple[int, ...]:
     """Seeds of so many thoughts: first those of the sampled ratings, which then come after the same thoughts."""
     others = (seed for seed in itertools.count() if seed not in seeds)
     return tuple(itertools.islice(itertools.chain(seeds, others), count))
-
-
-def _never_asked(seed: int) -> Answer:
-    return Answer(seed, None, None, Invalid.too_long)
 
 
 @dataclass(frozen=True)
@@ -488,7 +487,8 @@ def _compute_batch(
         observations = backend.observe([rows[row] for row in batch], list(wanted.values()), sampling, request)
     except Interrupted as interrupted:
         for at, name in enumerate(wanted):
-            cells[name].record(batch, [each for each in interrupted.done if not isinstance(each, Sample)], at)
+            done = [each if isinstance(each, Observation) else None for each in interrupted.done]
+            cells[name].record(batch, done, at)
         raise
     for at, name in enumerate(wanted):
         cells[name].record(batch, observations, at)

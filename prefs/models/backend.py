@@ -156,7 +156,7 @@ class Usage:
 class Interrupted(UserError):
     """A batch that could not be finished. ``done`` has the rows that were, None for the others."""
 
-    def __init__(self, message: str, done: Sequence[Sample | Observation | None]):
+    def __init__(self, message: str, done: Sequence[Sample | Observation | str | None]):
         super().__init__(message)
         self.done = done
 
