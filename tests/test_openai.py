@@ -492,7 +492,7 @@ def test_an_answer_that_the_servers_context_cut_short_is_too_long():
     with engine(lambda asked: Say(chat("a b c", finish="length", usage=cut)), listing) as (backend, server):
         assert backend.complete([after("p")], 0, SHORT) == [Sample(None, 0, True, invalid="too_long")]
         # What it was asked for, and not what the model's own file says.
-        assert (server.asked[0].body["top_k"], server.asked[0].body["repetition_penalty"]) == (0, 1.0)
+        assert (server.asked[0].body["top_k"], server.asked[0].body["repetition_penalty"]) == (-1, 1.0)
         (whole,) = backend.complete([after("p")], 0, Sampling(1.0, 1.0, 3))
         assert (whole.text, whole.finished, whole.invalid) == ("a b c", False, None)
 
