@@ -421,7 +421,7 @@ def _check_api(key: str, model: ModelConfig) -> None:
         )
     if "@" in urlsplit(api.base_url).netloc:
         raise ConfigError(f"{key}.api.base_url", "one with a password", "an address alone; keys are named by key_env")
-    if model.thinking is not None and model.thinking.force_close:
+    if model.thinking.enabled and model.thinking.force_close:
         raise ConfigError(f"{key}.thinking.force_close", True, "false, since a server ends its model's thoughts")
     _check_range(f"{key}.api.concurrency", api.concurrency, 1)
     _check_range(f"{key}.api.max_retries", api.max_retries, 0)

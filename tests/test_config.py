@@ -231,6 +231,7 @@ def test_a_users_own_template_of_any_scale(tmp_path):
         ("model.api.concurrency=0", "model.api.concurrency: got 0; allowed: 1 or more"),
         ("model.api.top_logprobs=50", "model.api.top_logprobs: got 50; allowed: 0 to 20"),
         ("model.api.timeout_s=0", "model.api.timeout_s: got 0.0; allowed: seconds, more than 0"),
+        ("model.thinking={enabled: true, force_close: true}", "model.thinking.force_close: got True; allowed: false"),
         ("model.prefill=Answer", "model.prefill: got 'Answer'; allowed: '' unless the server can go on"),
     ],
 )
