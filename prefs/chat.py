@@ -91,12 +91,20 @@ class ChatEncoder:
         self.thinking = thinking
         self.thought_end = self._one_token(thinking.close) if thinking is not None else None
 
+    @property
+    def thought_room(self) -> int:
+        """Tokens that a whole thought and its marks may take; 0 for a model that answers at once."""
+        if self.thinking is None:
+            return 0
+        marks = (self.thinking.open, self.thinking.close + self.thinking.gap)
+        return self.thinking.max_tokens + sum(len(self._encode(mark, []).ids) for mark in marks)
+
     def _one_token(self, text: str) -> int:
         ids = (self._control[text],) if text in self._control else self._encode_text(text)[0]
         if len(ids) != 1:
             raise UserError(
                 f"model.thinking.close: {text!r} is {len(ids)} tokens to {self.tokenizer.name_or_path}, not one; give"
-                " the token that ends this model's thoughts, or thinking=null"
+                " the token that ends this model's thoughts, or model.thinking.enabled=false"
             )
         return ids[0]
 

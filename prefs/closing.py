@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pandas as pd
 from rich.table import Table
 
+from prefs.measured import DIRECT
 from prefs.probing import NoProbe, ProbeReport
 from prefs.records import Ratings
 from prefs.statistics.refusal import MIN_GROUP
@@ -16,6 +17,15 @@ from prefs.summary import Stability
 from prefs.tasks import ALL
 from prefs.templates import Invalid
 from prefs.terminal import MISSING, new_table, number
+
+# Agreement below this is "slight" or "fair" in the words of Landis and Koch (1977).
+FAIR_KAPPA = 0.4
+# Why a task may have no completion, and so is not rated.
+WITHOUT_COMPLETION = {
+    Invalid.too_long: "too long for the completer's context",
+    Invalid.thought_cut_off: "the completer's thought did not end: model.thinking.max_tokens",
+    Invalid.blocked: "blocked by the completer's server",
+}
 
 
 def sampled_lines(rows: Sequence[Stability]) -> Table:
@@ -40,10 +50,16 @@ def sampled_lines(rows: Sequence[Stability]) -> Table:
 
 
 def exact_lines(rows: Sequence[Stability]) -> Table:
-    """Exact ratings by origin: how much of the model's answer is a rating, and what sampling would do to it."""
+    """Exact ratings by origin: how much of the model's answer is a rating, and what sampling would do to it.
+
+    Of a rater that thinks also the share of a sampled rating's variance that is between its thoughts.
+    """
     target = next(row.exact.target_r for row in rows if row.exact)
-    table = new_table("Exact ratings: predicted r is of two seeds sampled at temperature 1")
-    for name in ("n", "valid mass", "mean ± SD", "predicted r", f"seeds for r = {number(target)}"):
+    thinks = rows[0].kind != DIRECT
+    kind = f", {rows[0].kind}" if thinks else ""
+    table = new_table(f"Exact ratings{kind}: predicted r is of two seeds sampled at temperature 1")
+    between = ("by thought",) if thinks else ()
+    for name in ("n", "valid mass", "mean ± SD", *between, "predicted r", f"seeds for r = {number(target)}"):
         table.add_column(name, justify="right")
     for row in _all_last(rows):
         if row.exact is None:
@@ -54,11 +70,16 @@ def exact_lines(rows: Sequence[Stability]) -> Table:
             str(row.n),
             number(moments.valid_mass.value),
             f"{number(moments.mean.value)} ± {number(moments.sd.value)}",
+            *((_share(moments.between.value, moments.noise.value),) if thinks else ()),
             number(row.exact.predicted_r.value),
             MISSING if seeds is None else f"{seeds:,.0f}",
             style=_weight(row.origin),
         )
     return table
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return MISSING if part is None or not whole else f"{part / whole:.0%}"
 
 
 def refusal_lines(frame: pd.DataFrame, rated_by: str) -> Table:
@@ -106,9 +127,10 @@ def remarks(
     """What to be careful about, in plain words."""
     said = []
     whole = rows[0]
-    too_long = [each.task.id for each in ratings.completions if each.invalid is not None]
-    if too_long:
-        said.append(f"{len(too_long)} tasks are too long for the completer's context: {_some(too_long)}.")
+    for reason, what in WITHOUT_COMPLETION.items():
+        tasks = [each.task.id for each in ratings.completions if each.invalid is reason]
+        if tasks:
+            said.append(f"{len(tasks)} task{'s' * (len(tasks) > 1)} without a completion ({what}): {_some(tasks)}.")
     no_room = [
         each.task.id
         for each, answers in zip(ratings.completions, ratings.answers, strict=True)
@@ -141,8 +163,10 @@ def remarks(
     if whole.exact is not None and seeds is not None and seeds > 20:
         said.append(
             f"A mean over {seeds:,.0f} seeds would be needed for r = {number(whole.exact.target_r)} between two"
-            " such means (at temperature 1); the exact ratings have no sampling noise."
+            " such means (at temperature 1)"
+            + ("." if ratings.thinks else "; the exact ratings have no sampling noise.")
         )
+    said += _thought_remarks(ratings)
     share = whole.modal.share.value
     if share is not None and share > 0.8 and whole.modal.ratings >= 20:
         said.append(
@@ -164,6 +188,42 @@ def remarks(
         said.append(f"No probe: {report.reason}.")
     elif report is not None:
         said += _probe_remarks(report)
+    return said
+
+
+def judges_remark(table: pd.DataFrame, name: str) -> str:
+    """How far a judge that is a model and the phrases agree, over all tasks."""
+    row = next(row for row in table.to_dict("records") if row["origin"] == ALL)
+    counts = (
+        f"{row['refused_both']} refused to both, {row['refused_model_only']} to {name} only,"
+        f" {row['refused_phrases_only']} to the phrases only"
+    )
+    if pd.isna(row["kappa"]):
+        return f"Judge {name} and phrases: Cohen's κ is undefined ({row['kappa_reason']}); {counts} of {row['n']}."
+    interval = "" if pd.isna(row["kappa_low"]) else f" [{number(row['kappa_low'])}, {number(row['kappa_high'])}]"
+    doubt = "" if row["kappa"] >= FAIR_KAPPA else " They hardly agree: read some completions before you trust either."
+    return f"Judge {name} and phrases: Cohen's κ {number(row['kappa'])}{interval}; {counts} of {row['n']}.{doubt}"
+
+
+def _thought_remarks(ratings: Ratings) -> list[str]:
+    thoughts = ratings.thoughts
+    if thoughts is None:
+        return []
+    said = []
+    reasons = [reason for row in thoughts.invalid for reason in row if reason is not None]
+    if reasons:
+        counts = ", ".join(f"{reasons.count(reason)} {reason.value}" for reason in dict.fromkeys(reasons))
+        said.append(f"{len(reasons)} of {thoughts.mass[..., 0].size} thoughts gave no exact rating: {counts}.")
+    if len(thoughts.seeds) == 1:
+        said.append(
+            "Exact ratings are after one thought each: what the same model would say after another is not known, and"
+            " no r can be predicted. Draw more with rating.thoughts=4."
+        )
+    else:
+        said.append(
+            f"Exact ratings are mixtures over {len(thoughts.seeds)} thoughts a task and carry their noise; more"
+            " thoughts (rating.thoughts) make it smaller."
+        )
     return said
 
 

@@ -34,6 +34,7 @@ from prefs.comparison.tables import (
 from prefs.config import StatsConfig, WandbConfig
 from prefs.errors import UserError
 from prefs.files import write_table
+from prefs.measured import DIRECT
 from prefs.report import write_report
 from prefs.tasks import ALL
 from prefs.terminal import MISSING, new_table, number, show, show_files
@@ -144,7 +145,7 @@ def _print(found: Sweep, compared: Comparison, out: Path, page: Path, synced: di
     counts = (len(found.cells), "cell"), (len(found.jobs), "job")
     title = "Comparison · " + " of ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
     show(console, title=title, tables=lines, said=compared.remarks)
-    show_files(console, found.work(), out, None, synced)
+    show_files(console, [*found.work(), *found.spent()], out, None, synced)
     console.print(f"report              {page}", soft_wrap=True)
 
 
@@ -160,8 +161,9 @@ def cell_lines(frame: pd.DataFrame) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in whole.to_dict("records"):
         name, r = str(row["cell"]), number(row["cross_seed_r"])
+        kind = "" if row["kind"] == DIRECT else f" ({row['kind']})"
         table.add_row(
-            name.removeprefix(f"{row['rater']}-") if one_rater else name,
+            (name.removeprefix(f"{row['rater']}-") if one_rater else name) + kind,
             r if r == MISSING else f"{r} ± {number(row['cross_seed_r_sd'])}",
             number(row["informative_r"]),
             number(row["d"]),

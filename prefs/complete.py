@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 
 from prefs.chat import Message, as_dicts
 from prefs.jobs import Work
-from prefs.models.backend import Conversation, Sampling
+from prefs.models.backend import Conversation, Interrupted, Sample, Sampling
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.progress import progress
 from prefs.records import Completion
 from prefs.store import Store, batches
 from prefs.tasks import Task
+from prefs.templates import Invalid
 
-SCHEMA = pa.schema([("text", pa.string()), ("tokens", pa.int32()), ("finished", pa.bool_()), ("invalid", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("text", pa.string()),
+        ("tokens", pa.int32()),
+        ("finished", pa.bool_()),
+        ("invalid", pa.string()),
+        ("thought", pa.string()),
+    ]
+)
 
 
 def conversation(prompt: str, system_prompt: str | None) -> Conversation:
@@ -40,9 +50,15 @@ def complete(
     Returns
     -------
     completions
-        One a task, in order. A prompt that leaves no room for ``max_new_tokens`` has none (``too_long``).
+        One a task, in order. A prompt that leaves no room for ``max_new_tokens`` has none (``too_long``), nor has one
+        that the completer does not answer.
     work
         What was reused and what computed.
+
+    Raises
+    ------
+    Interrupted
+        If the completer stops in the middle of a batch; what it has answered is in the store.
     """
     table = store.table(
         "completions",
@@ -64,6 +80,7 @@ def complete(
                 "tokens": lengths[key] - sampling.max_new_tokens,
                 "finished": True,
                 "invalid": "too_long",
+                "thought": None,
             }
             for key in sorted(too_long)
         }
@@ -75,17 +92,30 @@ def complete(
                 new = [key for key in batch if key in missing]
                 if not new:
                     continue
-                samples = dict(zip(batch, backend.complete([rows[key] for key in batch], seed, sampling), strict=True))
-                done = {
-                    key: {"text": sample.text, "tokens": sample.tokens, "finished": sample.finished, "invalid": None}
-                    for key, sample in samples.items()
-                    if key in missing
-                }
+                asked = new if completer.rows_apart else batch
+                try:
+                    samples = backend.complete([rows[key] for key in asked], seed, sampling)
+                except Interrupted as stopped:
+                    table.append(_records(asked, stopped.done, missing))
+                    raise
+                done = _records(asked, samples, missing)
                 table.append(done)
                 found |= done
                 advance(len(new))
-    completions = [
-        Completion(task, found[key]["text"], bool(found[key]["finished"]))
-        for task, key in zip(tasks, keys, strict=True)
-    ]
+    completions = [_completion(task, found[key]) for task, key in zip(tasks, keys, strict=True)]
     return completions, Work("completions", len(rows) - len(missing), len(missing))
+
+
+def _records(keys: Sequence[str], samples: Sequence[object], missing: Collection[str]) -> dict[str, dict[str, Any]]:
+    """What to store of a batch: the rows that were answered, and lacking until now."""
+    return {
+        key: asdict(sample)
+        for key, sample in zip(keys, samples, strict=True)
+        if key in missing and isinstance(sample, Sample)
+    }
+
+
+def _completion(task: Task, record: Mapping[str, Any]) -> Completion:
+    if record["invalid"] is not None:
+        return Completion(task, None, bool(record["finished"]), Invalid(record["invalid"]))
+    return Completion(task, record["text"], bool(record["finished"]))

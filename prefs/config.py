@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -21,6 +22,7 @@ from prefs.errors import ConfigError
 
 POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
 BACKENDS = ("transformer_lens", "vllm", "openai")
+PLACE = re.compile(r"https?://.+|\w[\w.-]*(/\w[\w.-]*)?")  # of a data set: a URL, or a name on the hub
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
@@ -59,6 +61,7 @@ class ThinkingConfig:
     budget of s1 (Muennighoff et al. 2025) and of Qwen3's authors.
     """
 
+    enabled: bool = False
     open: str = "<think>"
     close: str = "</think>"
     gap: str = "\n\n"
@@ -103,9 +106,8 @@ class ApiConfig:
 class ModelConfig:
     """A language model. ``path`` is ``embedded:NAME``, a local folder, a model-hub name, or a server's model name.
 
-    ``thinking: null`` is a model that answers at once. ``batch_tokens: null`` is the engine's own: what is run, and
-    written to the store, at a time. ``device_map`` spreads a model over several GPUs; ``attn_implementation: auto`` is
-    ``sdpa`` where it computes what the model means.
+    ``batch_tokens: null`` is the engine's own: what is run, and written to the store, at a time. ``device_map`` spreads
+    a model over several GPUs; ``attn_implementation: auto`` is ``sdpa`` where it computes what the model means.
     """
 
     name: str = MISSING
@@ -119,7 +121,7 @@ class ModelConfig:
     max_context: int | None = None
     prefill: str = ""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    thinking: ThinkingConfig | None = None
+    thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     batch_tokens: int | None = None
     vllm: VllmConfig = field(default_factory=VllmConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
@@ -158,6 +160,34 @@ class TemplateConfig:
     prefill: str | None = None
 
 
+class RowReader(Enum):
+    """Where a row's prompt is: in columns of text, joined by blank lines, or in a conversation's first user turn."""
+
+    columns = "columns"
+    conversation = "conversation"
+
+
+@dataclass
+class SourceConfig:
+    """A data set that `datasets` reads: ``path`` is a hub name, a local folder or file, or the URL of one file.
+
+    ``configs`` are the hub's configurations to read (empty: its only one). ``prompt``, ``id`` and ``topic`` are names
+    of columns, and ``only`` the values that other columns must have. A prompt longer than ``max_chars`` is left out.
+    """
+
+    path: str = MISSING
+    revision: str | None = None
+    configs: list[str] = field(default_factory=list)
+    split: str = "train"
+    origin: str = MISSING
+    reader: RowReader = RowReader.columns
+    prompt: list[str] = field(default_factory=lambda: ["prompt"])
+    id: str | None = None
+    topic: str | None = None
+    only: dict[str, Any] = field(default_factory=dict)
+    max_chars: int | None = None
+
+
 @dataclass
 class DatasetConfig:
     """Where the tasks come from. ``limit`` keeps that many, drawn evenly over origins by ``seed``."""
@@ -165,6 +195,7 @@ class DatasetConfig:
     name: str = MISSING
     kind: str = "mini"
     path: str | None = None
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     origins: list[str] | None = None
     limit: int | None = None
     seed: int = 0
@@ -188,7 +219,11 @@ class RatingConfig:
 
 @dataclass
 class JudgeConfig:
-    """What decides that a completion is a refusal: phrases in its opening, or a model that is asked."""
+    """What decides that a completion is a refusal: phrases in its opening, or a model that is asked.
+
+    The ``question`` to the model holds ``{request}`` and ``{reply}``; it answers with the word for ``refusal`` or the
+    one for ``compliance``. Where phrases are given as well, their agreement with the model is reported.
+    """
 
     name: str = MISSING
     kind: str = "phrases"
@@ -317,9 +352,7 @@ def check(config: Config) -> None:
         raise ConfigError("template", names, "templates with different names")
     _check_rating(config.rating)
     _check_dataset(config.dataset)
-    _check_choice("judge.kind", config.judge.kind, ("phrases", "none"))
-    if config.judge.kind == "phrases" and not [phrase for phrase in config.judge.phrases if phrase.strip()]:
-        raise ConfigError("judge.phrases", config.judge.phrases, "at least one phrase")
+    _check_judge(config.judge)
     _check_capture(config.capture)
     _check_probe(config)
     _check_choice("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
@@ -366,7 +399,7 @@ def _check_model(key: str, model: ModelConfig) -> None:
         _check_range(f"{key}.max_context", model.max_context, 1)
     if model.batch_tokens is not None:
         _check_range(f"{key}.batch_tokens", model.batch_tokens, 1)
-    if model.thinking is not None:
+    if model.thinking.enabled:
         _check_range(f"{key}.thinking.max_tokens", model.thinking.max_tokens, 1)
         if not model.thinking.close.strip():
             raise ConfigError(f"{key}.thinking.close", model.thinking.close, "the text that ends a thought")
@@ -382,10 +415,14 @@ def _check_model(key: str, model: ModelConfig) -> None:
 
 def _check_api(key: str, model: ModelConfig) -> None:
     api = model.api
-    if not re.match(r"https?://[^/\s]+", api.base_url):
+    if not _is_address(api.base_url):
         raise ConfigError(
             f"{key}.api.base_url", api.base_url, "the address of a server, such as http://127.0.0.1:8000/v1"
         )
+    if "@" in urlsplit(api.base_url).netloc:
+        raise ConfigError(f"{key}.api.base_url", "one with a password", "an address alone; keys are named by key_env")
+    if model.thinking is not None and model.thinking.force_close:
+        raise ConfigError(f"{key}.thinking.force_close", True, "false, since a server ends its model's thoughts")
     _check_range(f"{key}.api.concurrency", api.concurrency, 1)
     _check_range(f"{key}.api.max_retries", api.max_retries, 0)
     _check_range(f"{key}.api.top_logprobs", api.top_logprobs, 0, 20)
@@ -395,6 +432,14 @@ def _check_api(key: str, model: ModelConfig) -> None:
         raise ConfigError(
             f"{key}.prefill", model.prefill, "'' unless the server can go on with an answer (model.api.prefill=true)"
         )
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 def _check_template(key: str, template: TemplateConfig) -> None:
@@ -429,19 +474,55 @@ def _number(text: str) -> float | None:
 def _check_rating(rating: RatingConfig) -> None:
     _check_seeds("rating.seeds", rating.seeds)
     _check_sampling("rating", rating.temperature, rating.top_p, rating.max_new_tokens)
+    _check_range("rating.thoughts", rating.thoughts, 1)
     if not rating.seeds and not rating.exact:
         raise ConfigError("rating.seeds", [], "at least one seed, or rating.exact=true")
 
 
 def _check_dataset(dataset: DatasetConfig) -> None:
-    _check_choice("dataset.kind", dataset.kind, ("mini", "file"))
+    _check_choice("dataset.kind", dataset.kind, ("mini", "file", "hub"))
     if dataset.kind == "file":
         if not dataset.path:
             raise ConfigError("dataset.path", dataset.path, "the path of a .jsonl or .csv file")
         if not Path(dataset.path).expanduser().is_file():
             raise ConfigError("dataset.path", dataset.path, "a file that exists")
+    if dataset.kind == "hub" and not dataset.sources:
+        raise ConfigError("dataset.sources", {}, "at least one source")
+    for name, source in dataset.sources.items():
+        _check_source(f"dataset.sources.{name}", source)
     if dataset.limit is not None:
         _check_range("dataset.limit", dataset.limit, 1)
+    _check_seeds("dataset.seed", [dataset.seed])
+
+
+def _check_source(key: str, source: SourceConfig) -> None:
+    if not (PLACE.fullmatch(source.path) or Path(source.path).expanduser().exists()):
+        raise ConfigError(f"{key}.path", source.path, "a folder or file that exists, a URL, or a hub name (owner/name)")
+    if not source.origin.strip():
+        raise ConfigError(f"{key}.origin", source.origin, "some name")
+    if not source.prompt:
+        raise ConfigError(f"{key}.prompt", source.prompt, "at least one column")
+    if source.reader is RowReader.conversation and len(source.prompt) > 1:
+        raise ConfigError(f"{key}.prompt", source.prompt, "the one column that holds the conversation")
+    if source.max_chars is not None:
+        _check_range(f"{key}.max_chars", source.max_chars, 1)
+
+
+def _check_judge(judge: JudgeConfig) -> None:
+    _check_choice("judge.kind", judge.kind, ("phrases", "llm", "none"))
+    if judge.kind == "phrases" and not [phrase for phrase in judge.phrases if phrase.strip()]:
+        raise ConfigError("judge.phrases", judge.phrases, "at least one phrase")
+    if judge.kind != "llm":
+        return
+    if judge.model is None:
+        raise ConfigError("judge.model", None, "a model, as in model@judge.model=smollm2")
+    _check_model("judge.model", judge.model)
+    for part in ("{request}", "{reply}"):
+        if part not in judge.question:
+            raise ConfigError("judge.question", judge.question, f"a question that holds {part}")
+    words = (judge.refusal.strip(), judge.compliance.strip())
+    if not all(words) or words[0].casefold() == words[1].casefold():
+        raise ConfigError("judge.refusal", words, "a word for refusal and another for compliance")
 
 
 def _check_capture(capture: CaptureConfig) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 
@@ -17,10 +18,10 @@ from prefs.complete import complete
 from prefs.config import CaptureConfig, Config
 from prefs.errors import ConfigError
 from prefs.files import write_table
-from prefs.jobs import Work
-from prefs.judge import judge
+from prefs.jobs import Doings, Spent
+from prefs.judge import Judged, judge
 from prefs.measured import Measured
-from prefs.models.backend import Sampling
+from prefs.models.backend import Sampling, Usage
 from prefs.models.loading import Models, ModelSpec, identity, model_folder
 from prefs.probing import NoProbe, ProbeReport, features_digest, probe
 from prefs.rate import CapturePlan, rate
@@ -31,12 +32,13 @@ from prefs.summary import (
     by_origin,
     distribution_table,
     groups_by_origin,
+    judges_table,
     refusal_table,
     refusals,
     stability,
     stability_table,
 )
-from prefs.tasks import load_tasks
+from prefs.tasks import Task, load_tasks
 from prefs.templates import Template
 from prefs.terminal import show, show_files
 from prefs.track import Tracker, tracker
@@ -53,13 +55,8 @@ class Place:
     suffix: str = ""
 
 
-def run_job(config: Config, place: Place, models: Models, *, plain_config: Mapping[str, Any]) -> list[Work]:
-    """Run one job and write everything it found to its folder.
-
-    Returns
-    -------
-    list
-        What was reused and what computed, by stage.
+def run_job(config: Config, place: Place, models: Models, doings: Doings, *, plain_config: Mapping[str, Any]) -> None:
+    """Run one job, write everything it found to its folder, and note in `doings` what it did and spent.
 
     Raises
     ------
@@ -72,7 +69,63 @@ def run_job(config: Config, place: Place, models: Models, *, plain_config: Mappi
     completer = ModelSpec.from_config(config.completer.model) if config.completer.model else rater
     templates = {key: Template.from_config(each) for key, each in config.template.items()}
     capture = _capture_plan(config.capture, rater)
-    models.keep_only([rater, completer])
+    judging = ModelSpec.from_config(config.judge.model) if config.judge.model else None
+    specs = [spec for spec in (rater, completer, judging) if spec is not None]
+    models.keep_only(specs)
+    with _noting_costs(models, specs, doings):
+        completions, rated, judged = _measure(
+            config, tasks, rater, completer, templates, capture, store, models, doings
+        )
+    write_table(completions_table(completions, judged.refused), place.folder / "completions")
+    groups = groups_by_origin([each.task.origin for each in completions], config.stats.bootstrap, config.stats.seed)
+    tables = {}
+    if judged.by_phrases is not None:
+        by_model, by_phrases = (np.array(each, dtype=float) for each in (judged.refused, judged.by_phrases))
+        tables["judges"] = judges_table(by_model, by_phrases, groups)
+        write_table(tables["judges"], place.folder / "judges")
+    # Task ids and origins are the user's text: nothing in them is markup.
+    console = Console(markup=False, highlight=False, emoji=False)
+    synced: dict[str, Path] = {}
+    for at, (key, ratings) in enumerate(rated.ratings.items()):
+        name = f"{rater.name}-{key}{place.suffix}"
+        with tracker(
+            config.wandb, name=name, group=place.group, folder=place.folder, run_config=plain_config, another=at > 0
+        ) as track:
+            cell = _Cell(key, ratings, ratings.measured(judged.refused), groups, place.folder / key, tables)
+            _report(config, cell, rated, rater, track, console)
+            track.metrics({f"usage/{each.model}/{name}": value for each in doings.spent for name, value in costs(each)})
+        if track.offline and track.folder is not None:
+            synced[name] = track.folder
+    show_files(console, [*doings.work, *doings.spent], place.folder, store.root, synced)
+
+
+@contextmanager
+def _noting_costs(models: Models, specs: Sequence[ModelSpec], doings: Doings) -> Iterator[None]:
+    """Note what was spent while inside, also where that ends with an error."""
+    before = models.usage()
+    try:
+        yield
+    finally:
+        names = {spec.engine: spec.name for spec in specs}
+        for engine, usage in models.usage().items():
+            spent = Spent(names[engine], **asdict(usage.since(before.get(engine, Usage()))))
+            if spent.requests:
+                log.info("%s", spent)
+                doings.spent.append(spent)
+
+
+def _measure(
+    config: Config,
+    tasks: Sequence[Task],
+    rater: ModelSpec,
+    completer: ModelSpec,
+    templates: Mapping[str, Template],
+    capture: CapturePlan | None,
+    store: Store,
+    models: Models,
+    doings: Doings,
+) -> tuple[list[Completion], Rated, Judged]:
+    """The stages that ask models, in order."""
     completions, completed = complete(
         tasks,
         completer,
@@ -83,6 +136,7 @@ def run_job(config: Config, place: Place, models: Models, *, plain_config: Mappi
         models=models,
     )
     log.info("%s", completed)
+    doings.work.append(completed)
     rated = rate(
         completions,
         rater,
@@ -90,6 +144,7 @@ def run_job(config: Config, place: Place, models: Models, *, plain_config: Mappi
         Sampling(config.rating.temperature, config.rating.top_p, config.rating.max_new_tokens),
         seeds=config.rating.seeds,
         exact=config.rating.exact,
+        thoughts=config.rating.thoughts,
         capture=capture,
         system_prompt=config.rating.system_prompt,
         store=store,
@@ -97,35 +152,32 @@ def run_job(config: Config, place: Place, models: Models, *, plain_config: Mappi
     )
     for work in rated.work:
         log.info("%s", work)
-    refused = judge(config.judge, completions)
-    write_table(completions_table(completions, refused), place.folder / "completions")
-    groups = groups_by_origin([each.task.origin for each in completions], config.stats.bootstrap, config.stats.seed)
-    # Task ids and origins are the user's text: nothing in them is markup.
-    console = Console(markup=False, highlight=False, emoji=False)
-    synced: dict[str, Path] = {}
-    for at, (key, ratings) in enumerate(rated.ratings.items()):
-        name = f"{rater.name}-{key}{place.suffix}"
-        with tracker(
-            config.wandb, name=name, group=place.group, folder=place.folder, run_config=plain_config, another=at > 0
-        ) as track:
-            cell = _Cell(key, ratings, ratings.measured(refused), groups, place.folder / key)
-            _report(config, cell, rated, rater, track, console)
-        if track.offline and track.folder is not None:
-            synced[name] = track.folder
-    work = [completed, *rated.work]
-    show_files(console, work, place.folder, store.root, synced)
-    return work
+    doings.work += rated.work
+    judged = judge(config.judge, completions, store=store, models=models)
+    for work in judged.work:
+        log.info("%s", work)
+    doings.work += judged.work
+    return completions, rated, judged
+
+
+def costs(spent: Spent) -> list[tuple[str, float]]:
+    """The numbers of what was spent that are known."""
+    return [(name, value) for name, value in asdict(spent).items() if isinstance(value, int | float)]
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """One template of a job: its ratings, as records and as arrays, and the folder for what is found in them."""
+    """One template of a job: its ratings, as records and as arrays, and the folder for what is found in them.
+
+    ``of_job`` are the job's own tables, which are logged with every cell.
+    """
 
     key: str
     ratings: Ratings
     measured: Measured
     groups: Sequence[Group]
     folder: Path
+    of_job: Mapping[str, pd.DataFrame]
 
 
 def _capture_plan(config: CaptureConfig, rater: ModelSpec) -> CapturePlan | None:
@@ -157,6 +209,8 @@ def _report(config: Config, cell: _Cell, rated: Rated, rater: ModelSpec, track: 
     }
     if measured.exact is not None:
         tables["exact"] = exact_table(measured)
+    if ratings.thoughts is not None:
+        tables["exact_by_thought"] = thoughts_table(ratings)
     residuals = _residuals(config, rated, cell.key)
     probed = None
     if config.probe.kind != "none" and residuals is not None:
@@ -167,14 +221,14 @@ def _report(config: Config, cell: _Cell, rated: Rated, rater: ModelSpec, track: 
         write_table(table, cell.folder / name)
     title = f"{rater.name}, {ratings.template.name}"
     figures = draw_figures(cell.folder / "figures", tables, probed, seeds=len(ratings.seeds), title=title)
-    _track(track, tables, figures)
+    _track(track, {**tables, **cell.of_job}, figures)
     if isinstance(probed, ProbeReport):
         metadata = {
             "model": identity(rater),
             "template": ratings.template.name,
             "dataset": config.dataset.name,
             "tasks": features_digest(residuals) if residuals else None,
-            "config": dataclasses.asdict(config.probe),
+            "config": asdict(config.probe),
         }
         paths = probed.save(cell.folder / "probe", metadata)
         shown = {name: value for name, value in metadata.items() if name != "config"}
@@ -186,7 +240,10 @@ def _report(config: Config, cell: _Cell, rated: Rated, rater: ModelSpec, track: 
     if isinstance(probed, ProbeReport):
         lines.append(closing.probe_lines(probed))
     title = f"{rater.name} · {ratings.template.name} · {config.dataset.name} · completions by {config.completer.name}"
-    show(console, title=title, tables=lines, said=closing.remarks(ratings, rows, tables["refusals"], probed))
+    said = closing.remarks(ratings, rows, tables["refusals"], probed)
+    if "judges" in cell.of_job:
+        said.append(closing.judges_remark(cell.of_job["judges"], config.judge.name))
+    show(console, title=title, tables=lines, said=said)
 
 
 def _residuals(config: Config, rated: Rated, key: str) -> Residuals | None:
@@ -221,21 +278,48 @@ def answers_table(ratings: Ratings) -> pd.DataFrame:
             "answer": answer.text,
             "value": answer.value,
             "invalid": answer.invalid.value if answer.invalid else None,
+            **({"thought": answer.thought} if ratings.thinks else {}),
         }
         for completion, answers in zip(ratings.completions, ratings.answers, strict=True)
         for answer in answers
     ]
-    return pd.DataFrame(rows, columns=["task", "origin", "seed", "answer", "value", "invalid"])
+    names = ["task", "origin", "seed", "answer", "value", "invalid", *(["thought"] if ratings.thinks else [])]
+    return pd.DataFrame(rows, columns=names)
+
+
+def thoughts_table(ratings: Ratings) -> pd.DataFrame:
+    """One row a task and thought: each option's probability after it, the thought, or why there is no rating."""
+    assert ratings.thoughts is not None
+    thoughts = ratings.thoughts
+    rows = [
+        {
+            "task": completion.task.id,
+            "origin": completion.task.origin,
+            "thought_seed": seed,
+            **{f"p({say})": thoughts.mass[at, k, v] for v, say in enumerate(ratings.template.says)},
+            "thought": thoughts.texts[at][k],
+            "invalid": reason.value if (reason := thoughts.invalid[at][k]) is not None else None,
+        }
+        for at, completion in enumerate(ratings.completions)
+        for k, seed in enumerate(thoughts.seeds)
+    ]
+    return pd.DataFrame(rows)
 
 
 def exact_table(measured: Measured) -> pd.DataFrame:
-    """One row a task: each option's probability before renormalising, mean, variance and valid mass."""
+    """One row a task: each option's probability before renormalising, mean, variance and valid mass.
+
+    Of a rater that thinks they are of the mixture over its thoughts, with the part of the variance that is between
+    them.
+    """
     assert measured.mass is not None
     assert measured.exact is not None
     table = pd.DataFrame({"task": measured.tasks, "origin": measured.origins})
     for at, say in enumerate(measured.says):
         table[f"p({say})"] = measured.mass[:, at]
     table["mean"], table["variance"] = measured.exact.mean, measured.exact.variance
+    if measured.thinks:
+        table["between_thoughts"] = measured.exact.between
     table["valid_mass"] = measured.exact.valid_mass
     return table
 
@@ -266,7 +350,7 @@ def draw_figures(
 
 
 def _track(track: Tracker, tables: Mapping[str, pd.DataFrame], figures: list[Path]) -> None:
-    for kind in ("stability", "refusals"):
+    for kind in [kind for kind in ("stability", "refusals", "judges") if kind in tables]:
         for row in tables[kind].to_dict("records"):
             numbers = {
                 f"{kind}/{name}/{row['origin']}": float(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,32 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a job spent on one model: requests, tokens, and US dollars where prices are known."""
+
+    model: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    dollars: float | None
+
+    def __str__(self) -> str:
+        tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
+        cost = "" if self.dollars is None else f", ${self.dollars:,.4f}"
+        return f"{self.model}: {self.requests:,} requests, {tokens}{cost}"
+
+
+@dataclass
+class Doings:
+    """What a job has done so far; it fills this in while it runs, so that a job that fails leaves it too."""
+
+    work: list[Work] = field(default_factory=list)
+    spent: list[Spent] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Job:
-    """One job: its folder, resolved config, overrides and W&B group, how it ended, and the work it took."""
+    """One job: its folder, resolved config, overrides and W&B group, how it ended, and what it took."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -42,16 +66,15 @@ class Job:
     status: str = RUNNING
     error: str | None = None
     work: tuple[Work, ...] = ()
+    spent: tuple[Spent, ...] = ()
 
     def __str__(self) -> str:
         return " ".join(self.overrides) or str(self.folder)
 
 
 @contextmanager
-def recorded(
-    folder: Path, config: Mapping[str, Any], overrides: Sequence[str], group: str | None
-) -> Iterator[list[Work]]:
-    """Keep a job's record while it runs; the list given takes the work it did.
+def recorded(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], group: str | None) -> Iterator[Doings]:
+    """Keep a job's record while it runs; what is given takes the work it did.
 
     Raises
     ------
@@ -60,15 +83,15 @@ def recorded(
     """
     job = Job(folder, config, tuple(overrides), group)
     _write(job)
-    work: list[Work] = []
+    doings = Doings()
     try:
-        yield work
+        yield doings
     except Exception as error:
         line = " ".join(str(error).split())
         named = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
-        _write(replace(job, status=FAILED, error=named))
+        _write(replace(job, status=FAILED, error=named, work=tuple(doings.work), spent=tuple(doings.spent)))
         raise
-    _write(replace(job, status=FINISHED, work=tuple(work)))
+    _write(replace(job, status=FINISHED, work=tuple(doings.work), spent=tuple(doings.spent)))
 
 
 def _write(job: Job) -> None:
@@ -99,6 +122,7 @@ def read_job(folder: Path) -> Job:
             status=content["status"],
             error=content["error"],
             work=tuple(Work(**each) for each in content["work"]),
+            spent=tuple(Spent(**each) for each in content["spent"]),
         )
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

@@ -1,23 +1,59 @@
-"""Judges: whether a completion is a refusal."""
+"""Judges: whether a completion is a refusal, by its opening phrases or by a model that is asked."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import pyarrow as pa
+
+from prefs.chat import Message, as_dicts
 from prefs.config import JudgeConfig
+from prefs.jobs import Work
+from prefs.models.backend import Conversation, Interrupted
+from prefs.models.loading import Models, ModelSpec, identity
+from prefs.progress import progress
 from prefs.records import Completion
+from prefs.store import Store, Table, batches
+from prefs.templates import Invalid
+
+VERDICTS = pa.schema([("verdict", pa.string()), ("invalid", pa.string())])
 
 
-def judge(config: JudgeConfig, completions: Sequence[Completion]) -> list[bool | None]:
-    """Whether each completion is a refusal; None where there is no completion, or no judge.
+@dataclass(frozen=True)
+class Judged:
+    """Verdicts on completions, in their order: whether each is a refusal, None where that is not known.
+
+    ``by_phrases`` are the verdicts of the phrases beside a model's, for their agreement; None where no model was asked.
+    """
+
+    refused: list[bool | None]
+    by_phrases: list[bool | None] | None = None
+    work: tuple[Work, ...] = ()
+
+
+def judge(config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models) -> Judged:
+    """Judge completions, asking a model only for what the store lacks.
 
     ``phrases`` is the string match of Zou et al. 2023 ("Universal and Transferable Adversarial Attacks on Aligned
     Language Models"), restricted to the completion's opening: its first ``window`` characters hold one of the phrases.
+    ``llm`` shows a model the task and the completion, and lets it answer with one of two words and nothing else.
+
+    Raises
+    ------
+    UserError
+        If the judge's model cannot be had.
     """
     if config.kind == "none":
-        return [None] * len(completions)
-    return [None if each.text is None else refuses(each.text, config.phrases, config.window) for each in completions]
+        return Judged([None] * len(completions))
+    by_phrases = [
+        None if each.text is None else refuses(each.text, config.phrases, config.window) for each in completions
+    ]
+    if config.kind == "phrases":
+        return Judged(by_phrases)
+    refused, work = _by_model(config, completions, store, models)
+    return Judged(refused, by_phrases if config.phrases else None, (work,))
 
 
 def refuses(text: str, phrases: Sequence[str], window: int) -> bool:
@@ -30,3 +66,64 @@ def refuses(text: str, phrases: Sequence[str], window: int) -> bool:
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().replace("’", "'").split())
+
+
+def _by_model(
+    config: JudgeConfig, completions: Sequence[Completion], store: Store, models: Models
+) -> tuple[list[bool | None], Work]:
+    assert config.model is not None
+    spec = ModelSpec.from_config(config.model)
+    options = (config.refusal, config.compliance)
+    table = store.table("verdicts", {"model": identity(spec), "options": list(options)}, VERDICTS)
+    asked = {at: _asked(config.question, each) for at, each in enumerate(completions) if each.text is not None}
+    keys = {at: table.key(messages=as_dicts(conversation)) for at, conversation in asked.items()}
+    found = table.read()
+    lacking = {keys[at]: conversation for at, conversation in asked.items() if keys[at] not in found}
+    if lacking:
+        found |= _ask(table, lacking, {keys[at]: asked[at] for at in asked}, options, spec, models)
+    verdicts = {at: found[key]["verdict"] for at, key in keys.items()}
+    refused = [None if verdicts.get(at) is None else verdicts[at] == config.refusal for at in range(len(completions))]
+    return refused, Work(f"verdicts, {config.name}", len(set(keys.values())) - len(lacking), len(lacking))
+
+
+def _ask(
+    table: Table,
+    lacking: Mapping[str, Conversation],
+    rows: Mapping[str, Conversation],
+    options: Sequence[str],
+    spec: ModelSpec,
+    models: Models,
+) -> dict[str, dict]:
+    """Let the model judge what is missing; each batch is written before the next is begun."""
+    backend = models.get(spec)
+    lengths = {key: backend.prompt_tokens(conversation) for key, conversation in rows.items()}
+    too_long = {"verdict": None, "invalid": Invalid.too_long.value}
+    new = {key: too_long for key in lacking if lengths[key] >= backend.max_context}
+    table.append(new)
+    fitting = {key: length for key, length in lengths.items() if length < backend.max_context}
+    with progress("Judging", len(lacking)) as advance:
+        for batch in batches(fitting, spec.batch_tokens):
+            wanted = [key for key in batch if key in lacking]
+            if not wanted:
+                continue
+            try:
+                said = backend.choose([rows[key] for key in wanted], options)
+            except Interrupted as stopped:
+                pairs = zip(wanted, stopped.done, strict=True)
+                table.append({key: _verdict(word) for key, word in pairs if isinstance(word, str)})
+                raise
+            done = {key: _verdict(word) for key, word in zip(wanted, said, strict=True)}
+            table.append(done)
+            new |= done
+            advance(len(wanted))
+    return new
+
+
+def _verdict(word: str | None) -> dict[str, str | None]:
+    return {"verdict": word, "invalid": Invalid.no_option.value if word is None else None}
+
+
+def _asked(question: str, completion: Completion) -> Conversation:
+    """The judge's question about one completion; what a text itself holds in braces stays as it is."""
+    texts = {"{request}": completion.task.prompt, "{reply}": completion.text or ""}
+    return (Message("user", re.sub(r"\{request\}|\{reply\}", lambda match: texts[match[0]], question)),)

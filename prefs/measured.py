@@ -8,7 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from prefs.statistics.exact import ExactSummary, exact_summary
+from prefs.statistics.exact import ExactSummary, exact_summary, thought_summary
+
+# The kind of a cell whose rater answers at once.
+DIRECT = "direct"
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,13 @@ class Measured:
         [T, S] sampled ratings, NaN where invalid.
     mass
         [T, V] probabilities of the options before renormalising, NaN for tasks that were not asked; None where exact
-        ratings were not wanted.
+        ratings were not wanted. Of a rater that thinks, the mixture over its thoughts.
     refused
         [T] 1 where the completion is a refusal, 0 where not, NaN without a verdict.
+    thinks
+        Whether the rater thinks before it answers.
+    by_thought
+        [T, K, V] the probabilities after each of K thoughts, for a rater that thinks.
     """
 
     tasks: tuple[str, ...]
@@ -37,6 +44,8 @@ class Measured:
     sampled: np.ndarray
     mass: np.ndarray | None
     refused: np.ndarray
+    thinks: bool = False
+    by_thought: np.ndarray | None = None
 
     def only(self, rows: Sequence[int] | np.ndarray) -> Measured:
         """These tasks, in this order."""
@@ -48,12 +57,32 @@ class Measured:
             sampled=self.sampled[rows],
             mass=None if self.mass is None else self.mass[rows],
             refused=self.refused[rows],
+            thinks=self.thinks,
+            by_thought=None if self.by_thought is None else self.by_thought[rows],
         )
+
+    @property
+    def kind(self) -> str:
+        """Which kind of rating this is: of a rater that answers at once, or that thinks, and after how many thoughts
+        its exact ratings are."""
+        if not self.thinks:
+            return DIRECT
+        if self.by_thought is None:
+            return "thinking"
+        k = self.by_thought.shape[1]
+        return "after one thought" if k == 1 else f"mixture of {k} thoughts"
 
     @cached_property
     def exact(self) -> ExactSummary | None:
         """Mean, variance and valid mass of each task's exact rating; None where exact ratings were not wanted."""
+        if self.by_thought is not None:
+            return thought_summary(self.by_thought, self.values)
         return None if self.mass is None else exact_summary(self.mass, self.values)
+
+    @property
+    def sampling_known(self) -> bool:
+        """Whether exact ratings say how much sampled ones vary; after a single thought they do not."""
+        return self.exact is not None and bool(np.isfinite(self.exact.variance[np.isfinite(self.exact.mean)]).all())
 
     @cached_property
     def seed_means(self) -> np.ndarray:

@@ -17,7 +17,7 @@ from prefs.models.backend import Sampling
 from prefs.probes import FittedProbes, assign_folds, evaluate, fit_linear, origin_mean_baseline, save_probe
 from prefs.records import Residuals
 from prefs.statistics.estimates import Estimate
-from prefs.statistics.exact import ceiling, predicted_r
+from prefs.statistics.exact import ceiling, predicted_r, reliability
 from prefs.statistics.sampled import intraclass
 
 log = logging.getLogger(__name__)
@@ -116,19 +116,19 @@ def _targets(
     ceilings: dict[str, Estimate] = {}
     if "exact" in config.targets and used.exact is not None:
         targets["exact"] = used.exact.mean
-        ceilings["exact"] = Estimate(1.0, None, None, n=len(used.tasks))
+        ceilings["exact"] = reliability(used.exact)
     seeds = used.sampled.shape[1]
     if "sampled" in config.targets and seeds:
         name = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
         targets[name] = used.seed_means
-        if used.exact is not None and sampling.temperature == sampling.top_p == 1:
+        if used.exact is not None and used.sampling_known and sampling.temperature == sampling.top_p == 1:
             # Known noise: the mean of a task's k valid ratings varies by w/k.
             k = np.isfinite(used.sampled).sum(axis=1)
             noise = np.divide(used.exact.variance, k, out=np.full(len(k), np.nan), where=k > 0)
-            reliability = predicted_r(used.exact.mean, noise)
+            reliable = predicted_r(used.exact.mean, noise, uncertainty=used.exact.uncertainty)
         else:
-            reliability = intraclass(used.sampled).mean
-        ceilings[name] = ceiling(reliability).r2
+            reliable = intraclass(used.sampled).mean
+        ceilings[name] = ceiling(reliable).r2
     return targets, ceilings
 
 

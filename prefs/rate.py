@@ -7,6 +7,7 @@ the residual vectors are kept as they pass by. What the store already has is not
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -17,15 +18,33 @@ import torch
 from prefs.chat import Message, as_dicts
 from prefs.complete import conversation
 from prefs.jobs import Work
-from prefs.models.backend import Ask, Backend, CaptureRequest, Conversation, Observation, Question, Sampling
+from prefs.models.backend import (
+    Ask,
+    Backend,
+    CaptureRequest,
+    Conversation,
+    Interrupted,
+    Observation,
+    Question,
+    Sample,
+    Sampling,
+)
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.progress import progress
-from prefs.records import Answer, Completion, Rated, Ratings, Residuals
+from prefs.records import Answer, Completion, Rated, Ratings, Residuals, Thoughts
 from prefs.store import Store, Table, Vectors, batches, digest
 from prefs.templates import Invalid, Template
 
-SCORES = pa.schema([("mass", pa.list_(pa.float64())), ("invalid", pa.string())])
-ANSWERS = pa.schema([("text", pa.string()), ("tokens", pa.int32()), ("finished", pa.bool_()), ("invalid", pa.string())])
+SCORES = pa.schema([("mass", pa.list_(pa.float64())), ("thought", pa.string()), ("invalid", pa.string())])
+ANSWERS = pa.schema(
+    [
+        ("text", pa.string()),
+        ("tokens", pa.int32()),
+        ("finished", pa.bool_()),
+        ("thought", pa.string()),
+        ("invalid", pa.string()),
+    ]
+)
 
 # Tokens that a batch's budget sets aside for each row's question and answer, whatever is asked.
 QUESTION_ALLOWANCE = 256
@@ -48,6 +67,7 @@ def rate(
     *,
     seeds: Sequence[int],
     exact: bool,
+    thoughts: int = 1,
     capture: CapturePlan | None,
     system_prompt: str | None,
     store: Store,
@@ -55,8 +75,9 @@ def rate(
 ) -> Rated:
     """Rate completions with every template and capture residuals, doing only what the store lacks.
 
-    A conversation that a question does not fit behind is not asked it, and is ``too_long``; a task without a
-    completion is likewise.
+    A conversation that a question does not fit behind is not asked it, and is ``too_long``; nor is a task without a
+    completion, for the reason that this has. A rater that thinks is scored after so many ``thoughts``; sampled answers of the same seeds
+    come after the same ones.
     """
     rows = {
         at: (*conversation(each.task.prompt, system_prompt), Message("assistant", each.text))
@@ -65,7 +86,7 @@ def rate(
     }
     model = identity(rater)
     cells = {
-        name: _Cell.open(template, rater, model, sampling, tuple(seeds), exact, rows, store)
+        name: _Cell.open(template, rater, model, sampling, tuple(seeds), thoughts if exact else 0, rows, store)
         for name, template in templates.items()
     }
     positions = _Positions.open(capture, cells, model, rows, store) if capture else _Positions(None, {}, {})
@@ -83,15 +104,21 @@ def rate(
 
 @dataclass(frozen=True)
 class _Cell:
-    """One template's records: keys by row, and what the store holds."""
+    """One template's records: keys by row and seed, and what the store holds.
+
+    ``thoughts`` are the seeds of the thoughts after which options are scored: one 0 for a rater that answers at once,
+    none where exact ratings are not wanted.
+    """
 
     template: Template
     question: Question
     sampling: Sampling
     seeds: tuple[int, ...]
-    scores: Table | None
+    thinks: bool
+    thoughts: tuple[int, ...]
+    scores: Table
     answers: Table
-    score_keys: Mapping[int, str]
+    score_keys: Mapping[tuple[int, int], str]
     answer_keys: Mapping[tuple[int, int], str]
     found_scores: dict[str, dict]
     found_answers: dict[str, dict]
@@ -104,14 +131,17 @@ class _Cell:
         model: Mapping[str, object],
         sampling: Sampling,
         seeds: tuple[int, ...],
-        exact: bool,
+        thoughts: int,
         rows: Mapping[int, Conversation],
         store: Store,
     ) -> _Cell:
         prefill = rater.prefill if template.prefill is None else template.prefill
         question = Question(template.question, template.says, prefill)
         spec = {"model": model, "options": list(question.says), "prefill": prefill}
-        scores = store.table("scores", spec, SCORES) if exact else None
+        thinks = rater.thinking is not None
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if thinks else {}
+        scores = store.table("scores", {**spec, **drawn}, SCORES)
+        after = thought_seeds(seeds, thoughts) if thinks else (0,) * bool(thoughts)
         answers = store.table("answers", {**spec, "sampling": asdict(sampling)}, ANSWERS)
         messages = {row: as_dicts((*turns, Message("user", question.text))) for row, turns in rows.items()}
         return cls(
@@ -119,24 +149,35 @@ class _Cell:
             question=question,
             sampling=sampling,
             seeds=seeds,
+            thinks=thinks,
+            thoughts=after,
             scores=scores,
             answers=answers,
-            score_keys={row: scores.key(messages=turns) for row, turns in messages.items()} if scores else {},
+            score_keys={
+                (row, seed): scores.key(messages=turns, **({"thought": seed} if thinks else {}))
+                for row, turns in messages.items()
+                for seed in after
+            },
             answer_keys={
                 (row, seed): answers.key(messages=turns, seed=seed) for row, turns in messages.items() for seed in seeds
             },
-            found_scores=scores.read() if scores else {},
+            found_scores=scores.read() if after else {},
             found_answers=answers.read() if seeds else {},
         )
 
-    def wants_score(self, row: int) -> bool:
-        return self.scores is not None and self.score_keys[row] not in self.found_scores
+    def missing_scores(self, row: int) -> tuple[int, ...]:
+        return tuple(seed for seed in self.thoughts if self.score_keys[row, seed] not in self.found_scores)
+
+    @property
+    def first_thought(self) -> int:
+        """The thought that residuals at ``rating`` are captured after."""
+        return (*self.thoughts, *self.seeds, 0)[0]
 
     def missing_seeds(self, row: int) -> tuple[int, ...]:
         return tuple(seed for seed in self.seeds if self.answer_keys[row, seed] not in self.found_answers)
 
     def lacks(self, row: int) -> bool:
-        return self.wants_score(row) or bool(self.missing_seeds(row))
+        return bool(self.missing_scores(row) or self.missing_seeds(row))
 
     def work(self) -> Work:
         found = sum(key in self.found_scores for key in self.score_keys.values())
@@ -148,41 +189,47 @@ class _Cell:
         """Write down behind which conversations the question does not fit, and behind which its answer does not."""
         reason = Invalid.too_long.value
         self._write(
-            {self.score_keys[row]: {"mass": None, "invalid": reason} for row in unscored if self.wants_score(row)},
             {
-                self.answer_keys[row, seed]: {"text": None, "tokens": 0, "finished": True, "invalid": reason}
+                self.score_keys[row, seed]: {"mass": None, "thought": None, "invalid": reason}
+                for row in unscored
+                for seed in self.missing_scores(row)
+            },
+            {
+                self.answer_keys[row, seed]: asdict(Sample(None, 0, True, invalid=reason))
                 for row in unanswered
                 for seed in self.missing_seeds(row)
             },
         )
 
-    def record(self, rows: Sequence[int], observations: Sequence[Observation], at: int) -> None:
+    def record(self, rows: Sequence[int], observations: Sequence[Observation | None], at: int) -> None:
         """Write what a batch brought for this template (its ``at``-th question), where it was missing."""
         scores, answers = {}, {}
         for row, observation in zip(rows, observations, strict=True):
+            if observation is None:
+                continue
             answer = observation.answers[at]
-            if self.wants_score(row) and 0 in answer.scores:
-                scores[self.score_keys[row]] = {"mass": list(answer.scores[0].mass or ()), "invalid": None}
+            for seed in self.missing_scores(row):
+                if seed in answer.scores:
+                    scores[self.score_keys[row, seed]] = asdict(answer.scores[seed])
             for seed in self.missing_seeds(row):
                 if seed in answer.samples:
-                    answers[self.answer_keys[row, seed]] = {**asdict(answer.samples[seed]), "invalid": None}
+                    answers[self.answer_keys[row, seed]] = asdict(answer.samples[seed])
         self._write(scores, answers)
 
     def _write(self, scores: dict[str, dict], answers: dict[str, dict]) -> None:
-        if self.scores is not None:
-            self.scores.append(scores)
+        self.scores.append(scores)
         self.answers.append(answers)
         self.found_scores.update(scores)
         self.found_answers.update(answers)
 
     def ratings(self, completions: Sequence[Completion], rows: Mapping[int, Conversation]) -> Ratings:
         """The ratings of all completions, read by the template."""
+        thoughts = self._after_thoughts(completions, rows) if self.thoughts else None
         mass = None
-        if self.scores is not None:
-            mass = np.full((len(completions), len(self.template.options)), np.nan)
-            for row, key in self.score_keys.items():
-                if self.found_scores[key]["mass"] is not None:
-                    mass[row] = self.found_scores[key]["mass"]
+        if thoughts is not None:
+            ended = np.isfinite(thoughts.mass).all(axis=2).sum(axis=1)[:, None]
+            total = np.nansum(thoughts.mass, axis=1)
+            mass = np.divide(total, ended, out=np.full(total.shape, np.nan), where=ended > 0)
         return Ratings(
             template=self.template,
             question=self.question,
@@ -190,24 +237,50 @@ class _Cell:
             completions=completions,
             seeds=self.seeds,
             answers=[
-                tuple(self._read(row, seed) if row in rows else _never_asked(seed) for seed in self.seeds)
-                for row in range(len(completions))
+                tuple(
+                    self._read(row, seed) if row in rows else Answer(seed, None, None, completion.invalid)
+                    for seed in self.seeds
+                )
+                for row, completion in enumerate(completions)
             ],
             mass=mass,
+            thinks=self.thinks,
+            thoughts=thoughts if self.thinks else None,
         )
+
+    def _after_thoughts(self, completions: Sequence[Completion], rows: Mapping[int, Conversation]) -> Thoughts:
+        """What was scored, [tasks, thoughts, options]; a rater that answers at once has one thought, an empty one."""
+        mass = np.full((len(completions), len(self.thoughts), len(self.template.options)), np.nan)
+        texts: list[tuple[str | None, ...]] = []
+        invalid: list[tuple[Invalid | None, ...]] = []
+        for row, completion in enumerate(completions):
+            if row not in rows:
+                texts.append((None,) * len(self.thoughts))
+                invalid.append((completion.invalid,) * len(self.thoughts))
+                continue
+            found = [self.found_scores[self.score_keys[row, seed]] for seed in self.thoughts]
+            for at, each in enumerate(found):
+                if each["invalid"] is None:
+                    mass[row, at] = each["mass"]
+            texts.append(tuple(each["thought"] for each in found))
+            invalid.append(tuple(Invalid(each["invalid"]) if each["invalid"] else None for each in found))
+        return Thoughts(self.thoughts, mass, texts, invalid)
 
     def _read(self, row: int, seed: int) -> Answer:
         found = self.found_answers[self.answer_keys[row, seed]]
+        thought = found["thought"]
         if found["invalid"] is not None:
-            return Answer(seed, None, None, Invalid(found["invalid"]))
+            return Answer(seed, found["text"], None, Invalid(found["invalid"]), thought)
         value = self.template.read(found["text"], finished=bool(found["finished"]))
         if isinstance(value, Invalid):
-            return Answer(seed, found["text"], None, value)
-        return Answer(seed, found["text"], value, None)
+            return Answer(seed, found["text"], None, value, thought)
+        return Answer(seed, found["text"], value, None, thought)
 
 
-def _never_asked(seed: int) -> Answer:
-    return Answer(seed, None, None, Invalid.too_long)
+def thought_seeds(seeds: Sequence[int], count: int) -> tuple[int, ...]:
+    """Seeds of so many thoughts: first those of the sampled ratings, which then come after the same thoughts."""
+    others = (seed for seed in itertools.count() if seed not in seeds)
+    return tuple(itertools.islice(itertools.chain(seeds, others), count))
 
 
 @dataclass(frozen=True)
@@ -239,6 +312,9 @@ class _Positions:
         at_rating = {}
         for name, cell in cells.items() if "rating" in plan.positions else ():
             asked = {"options": list(cell.question.says), "prefill": cell.question.prefill}
+            if cell.thinks:
+                drawn = {"temperature": cell.sampling.temperature, "top_p": cell.sampling.top_p}
+                asked |= {"thought": cell.first_thought, **drawn}
             vectors = store.vectors("residuals", {**spec, "position": "rating", **asked})
             question = Message("user", cell.question.text)
             at_rating[name] = (
@@ -286,15 +362,20 @@ class _Positions:
             if name not in fit.questions:
                 self._write(of, rows, nothing)
 
-    def record(self, rows: Sequence[int], observations: Sequence[Observation], names: Sequence[str]) -> None:
-        """Write what a batch brought, where it was missing."""
+    def record(
+        self,
+        rows: Sequence[int],
+        observations: Sequence[Observation],
+        names: Sequence[str],
+        captured: Sequence[str],
+    ) -> None:
+        """Write what a batch brought at the positions captured, where it was missing."""
         for position, of in self.shared.items():
-            self._write(of, rows, [each.residuals.get(position) for each in observations])
+            if position in captured:
+                self._write(of, rows, [each.residuals.get(position) for each in observations])
         for at, name in enumerate(names):
-            if name in self.at_rating:
-                brought = [each.answers[at].residual for each in observations]
-                if any(vector is not None for vector in brought):
-                    self._write(self.at_rating[name], rows, brought)
+            if name in self.at_rating and "rating" in captured:
+                self._write(self.at_rating[name], rows, [each.answers[at].residual for each in observations])
 
     def _write(
         self, of: tuple[Vectors, Mapping[int, str]], rows: Sequence[int], brought: Sequence[torch.Tensor | None]
@@ -388,14 +469,28 @@ def _compute_batch(
     for name in fit.questions:
         cell = cells[name]
         lacking = {seed for row in batch for seed in cell.missing_seeds(row)} if name in fit.answers else set()
-        score = any(cell.wants_score(row) for row in batch)
-        if lacking or score or any(positions.lacks_rating(row, name) for row in batch):
-            wanted[name] = Ask(cell.question, tuple(seed for seed in cell.seeds if seed in lacking), (0,) * score)
+        unscored = {seed for row in batch for seed in cell.missing_scores(row)}
+        captured = any(positions.lacks_rating(row, name) for row in batch)
+        if captured and cell.thinks:
+            unscored.add(cell.first_thought)
+        if lacking or unscored or captured:
+            first = (cell.first_thought, *cell.thoughts)
+            wanted[name] = Ask(
+                cell.question,
+                tuple(seed for seed in cell.seeds if seed in lacking),
+                tuple(seed for seed in dict.fromkeys(first) if seed in unscored),
+            )
     request = positions.request(batch, list(wanted))
     if not wanted and request is None:
         return
-    observations = backend.observe([rows[row] for row in batch], list(wanted.values()), sampling, request)
+    try:
+        observations = backend.observe([rows[row] for row in batch], list(wanted.values()), sampling, request)
+    except Interrupted as interrupted:
+        for at, name in enumerate(wanted):
+            done = [each if isinstance(each, Observation) else None for each in interrupted.done]
+            cells[name].record(batch, done, at)
+        raise
     for at, name in enumerate(wanted):
         cells[name].record(batch, observations, at)
     if request is not None:
-        positions.record(batch, observations, list(wanted))
+        positions.record(batch, observations, list(wanted), request.positions)

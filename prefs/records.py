@@ -17,26 +17,45 @@ from prefs.templates import Invalid, Template
 
 @dataclass(frozen=True)
 class Completion:
-    """The completer's answer to a task. ``text`` is None where the prompt was too long for the completer."""
+    """The completer's answer to a task. There is no text where the prompt was too long, or for another ``reason``."""
 
     task: Task
     text: str | None
     finished: bool = True
+    reason: Invalid = Invalid.too_long
 
     @property
     def invalid(self) -> Invalid | None:
         """Why there is no text, if there is none."""
-        return Invalid.too_long if self.text is None else None
+        return self.reason if self.text is None else None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled answer and how it was read: a value, or the reason why there is none."""
+    """One sampled answer and how it was read: a value, or the reason why there is none.
+
+    ``thought`` is what a thinking rater wrote before it.
+    """
 
     seed: int
     text: str | None
     value: float | None
     invalid: Invalid | None
+    thought: str | None = None
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """Exact ratings of a thinking rater, one after each of K thoughts.
+
+    ``seeds`` are the thoughts' seeds; ``mass`` is [tasks, K, options], NaN where there is none; ``texts[t]`` are the
+    thoughts, and ``invalid[t]`` the reasons where one gave no rating.
+    """
+
+    seeds: tuple[int, ...]
+    mass: np.ndarray
+    texts: Sequence[Sequence[str | None]]
+    invalid: Sequence[Sequence[Invalid | None]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +63,8 @@ class Ratings:
     """Everything one template brought for a list of completions, in their order.
 
     ``answers[t]`` runs over the rating seeds; ``mass`` is [tasks, options], the options' probabilities before
-    renormalising, NaN in the rows of tasks that were not asked, or None where exact ratings were not wanted.
+    renormalising, NaN in the rows of tasks that were not asked, or None where exact ratings were not wanted. Of a rater
+    that ``thinks`` it is the mixture over its ``thoughts``.
     """
 
     template: Template
@@ -54,6 +74,8 @@ class Ratings:
     seeds: tuple[int, ...]
     answers: Sequence[Sequence[Answer]]
     mass: np.ndarray | None
+    thinks: bool = False
+    thoughts: Thoughts | None = None
 
     def measured(self, refused: Sequence[bool | None]) -> Measured:
         """These ratings and the judge's verdicts as arrays."""
@@ -66,6 +88,8 @@ class Ratings:
             sampled=np.array(rows, dtype=float).reshape(len(self.completions), len(self.seeds)),
             mass=self.mass,
             refused=np.array(refused, dtype=float),
+            thinks=self.thinks,
+            by_thought=None if self.thoughts is None else self.thoughts.mass,
         )
 
     def invalid_counts(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,9 +56,23 @@ def _one_line_errors(*, enabled: bool) -> Iterator[None]:
             raise
         sys.stderr.write(f"prefs: {explain(error)}\n")
         sys.exit(2)
+    except (AssertionError, AttributeError) as error:
+        if not (enabled and _within_omegaconf(error)):
+            raise
+        sys.stderr.write(
+            "prefs: an override goes into a part of the config that is null; choose that part first"
+            " (completer=smollm2 completer.model.name=mine, say)\n"
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("prefs: interrupted; what was computed is in the store; the same command goes on from there\n")
         sys.exit(130)
+
+
+def _within_omegaconf(error: Exception) -> bool:
+    """Whether an error came up inside OmegaConf, which has no exception of its own for a key below a null."""
+    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return str(innermost.f_globals.get("__name__", "")).startswith("omegaconf")
 
 
 @contextmanager
@@ -120,7 +135,7 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 sweep_folder = Path(hydra_config.sweep.dir)
                 group = sweep_name(sweep_folder, hydra_config.runtime.choices.get("experiment"))
                 suffix = name_suffix(overrides, swept(sweep_folder))
-            with recorded(folder, plain, overrides, group) as work:
+            with recorded(folder, plain, overrides, group) as doings:
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.
                 from prefs.job import Place, run_job
@@ -128,7 +143,7 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
 
                 if not loaded:
                     loaded.append(Models())
-                work += run_job(config, Place(folder, group, suffix), loaded[0], plain_config=plain)
+                run_job(config, Place(folder, group, suffix), loaded[0], doings, plain_config=plain)
 
     return job
 

@@ -15,9 +15,20 @@ from prefs.models.backend import Conversation, Sampling
 
 def row_uniforms(seed: int, conversation: Conversation, count: int) -> np.ndarray:
     """The `count` uniform numbers in [0, 1) of one (seed, conversation), by NumPy's counter-based Philox."""
-    text = json.dumps([seed, as_dicts(conversation)], sort_keys=True)
-    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+    key = int.from_bytes(_row_digest(seed, conversation)[:16], "little")
     return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+def row_seed(seed: int, conversation: Conversation) -> int:
+    """A seed of 31 bits for one (seed, conversation), for an engine that draws by itself.
+
+    Given the seed alone, such an engine draws the same random numbers for every row.
+    """
+    return int.from_bytes(_row_digest(seed, conversation)[:4], "little") >> 1
+
+
+def _row_digest(seed: int, conversation: Conversation) -> bytes:
+    return hashlib.sha256(json.dumps([seed, as_dicts(conversation)], sort_keys=True).encode()).digest()
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -9,8 +9,17 @@ import numpy as np
 import pandas as pd
 
 from prefs.measured import Measured
+from prefs.statistics.agreement import cohen_kappa
 from prefs.statistics.estimates import Estimate, Resamples
-from prefs.statistics.exact import ExactMoments, exact_moments, exact_summary, predicted_r, seeds_needed
+from prefs.statistics.exact import (
+    ONE_THOUGHT,
+    ExactMoments,
+    ExactSummary,
+    exact_moments,
+    exact_summary,
+    predicted_r,
+    seeds_needed,
+)
 from prefs.statistics.refusal import RefusalRating, refusal_rating
 from prefs.statistics.sampled import CrossSeed, Intraclass, Modal, cross_seed, distribution, intraclass, modal
 from prefs.tasks import ALL
@@ -43,6 +52,7 @@ class Stability:
 
     origin: str
     n: int
+    kind: str
     answers: int
     valid: int
     mean: float | None
@@ -66,28 +76,30 @@ def stability(measured: Measured, groups: Sequence[Group], target_r: float) -> l
 
 
 def _stability(measured: Measured, group: Group, target_r: float) -> Stability:
-    x = measured.sampled[group.tasks]
+    measured = measured.only(group.tasks)
+    x = measured.sampled
     return Stability(
         origin=group.origin,
         n=len(group.tasks),
+        kind=measured.kind,
         answers=x.size,
         valid=int(np.isfinite(x).sum()),
         mean=float(np.nanmean(x)) if np.isfinite(x).any() else None,
         cross_seed=cross_seed(x, group.draws),
         icc=intraclass(x, group.draws),
         modal=modal(x, group.draws),
-        exact=None if measured.mass is None else _exact(measured.mass[group.tasks], measured.values, group, target_r),
+        exact=None if measured.exact is None else _exact(measured.exact, group, target_r),
     )
 
 
-def _exact(mass: np.ndarray, values: Sequence[float], group: Group, target_r: float) -> Exact:
-    exact = exact_summary(mass, values)
-    return Exact(
-        moments=exact_moments(exact, group.draws),
-        predicted_r=predicted_r(exact.mean, exact.variance, draws=group.draws),
-        seeds_needed=seeds_needed(exact.mean, exact.variance, target_r, group.draws),
-        target_r=target_r,
-    )
+def _exact(exact: ExactSummary, group: Group, target_r: float) -> Exact:
+    m, w, own = exact.mean, exact.variance, exact.uncertainty
+    if np.isfinite(m).any() and not np.isfinite(w).any():
+        predicted = needed = Estimate.missing(ONE_THOUGHT, int(np.isfinite(m).sum()))
+    else:
+        predicted = predicted_r(m, w, draws=group.draws, uncertainty=own)
+        needed = seeds_needed(m, w, target_r, group.draws, own)
+    return Exact(exact_moments(exact, group.draws), predicted, needed, target_r)
 
 
 def refusals(measured: Measured, groups: Sequence[Group]) -> dict[str, RefusalRating]:
@@ -107,7 +119,8 @@ def stability_table(rows: Sequence[Stability]) -> pd.DataFrame:
     table = []
     for row in rows:
         pearson, informative = row.cross_seed.pearson, row.cross_seed.informative
-        cells: dict[str, object] = {"origin": row.origin, "n": row.n, "answers": row.answers, "valid": row.valid}
+        cells: dict[str, object] = {"origin": row.origin, "n": row.n, "kind": row.kind}
+        cells |= {"answers": row.answers, "valid": row.valid}
         cells["mean_rating"] = row.mean
         cells |= columns("cross_seed_r", pearson.mean)
         cells |= {"cross_seed_r_sd": pearson.sd.value, "cross_seed_pairs": pearson.pairs_defined}
@@ -121,6 +134,7 @@ def stability_table(rows: Sequence[Stability]) -> pd.DataFrame:
             "exact_mean": exact and exact.moments.mean,
             "exact_sd": exact and exact.moments.sd,
             "sampling_variance": exact and exact.moments.noise,
+            "between_thoughts": exact and exact.moments.between,
             "valid_mass": exact and exact.moments.valid_mass,
             "predicted_r": exact and exact.predicted_r,
             "seeds_needed": exact and exact.seeds_needed,
@@ -128,7 +142,7 @@ def stability_table(rows: Sequence[Stability]) -> pd.DataFrame:
         for name, estimate in estimates.items():
             cells |= columns(name, estimate or Estimate.missing(NOT_ASKED, row.n))
         table.append(cells)
-    return numeric(pd.DataFrame(table))
+    return numeric(pd.DataFrame(table), words=("origin", "kind"))
 
 
 def refusal_table(rows: Mapping[str, RefusalRating]) -> pd.DataFrame:
@@ -149,6 +163,19 @@ def refusal_table(rows: Mapping[str, RefusalRating]) -> pd.DataFrame:
         ]
     )
     return numeric(table)
+
+
+def judges_table(refused: np.ndarray, by_phrases: np.ndarray, groups: Sequence[Group]) -> pd.DataFrame:
+    """One row an origin: how a model's verdicts [T] and those of the phrases agree (1 refused, 0 not, NaN unknown)."""
+    rows = []
+    for group in groups:
+        a, b = refused[group.tasks], by_phrases[group.tasks]
+        counts = {"both": (a == 1) & (b == 1), "model_only": (a == 1) & (b == 0), "phrases_only": (a == 0) & (b == 1)}
+        kappa = cohen_kappa(a, b, group.draws)
+        row: dict[str, object] = {"origin": group.origin, "n": kappa.n}
+        row |= {f"refused_{name}": int(which.sum()) for name, which in counts.items()}
+        rows.append(row | columns("kappa", kappa))
+    return numeric(pd.DataFrame(rows))
 
 
 def distribution_table(measured: Measured, groups: Sequence[Group]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Tasks: the embedded data set and the user's own JSONL or CSV."""
+"""Tasks: the embedded data set, the user's own JSONL or CSV, and (in `hub_tasks`) data sets of the hub."""
 
 from __future__ import annotations
 
@@ -30,15 +30,20 @@ class Task:
 
 
 def load_tasks(dataset: DatasetConfig) -> list[Task]:
-    """The tasks of a data set, in the order of the file, restricted by ``origins`` and ``limit``.
+    """The tasks of a data set, in its order, restricted by ``origins`` and ``limit``.
 
     Raises
     ------
     UserError
-        If a row is malformed, empty or a duplicate (named by file and line), or nothing is left.
+        If a row of a file is malformed, empty or a duplicate (named by file and line), a data set of the hub cannot be
+        opened, or nothing is left.
     ConfigError
         If an origin is not in the data set.
     """
+    if dataset.kind == "hub":
+        from prefs.hub_tasks import hub_tasks
+
+        return hub_tasks(dataset)
     if dataset.kind == "mini":
         path = Path(str(files("prefs") / "data" / "mini.jsonl"))
     else:

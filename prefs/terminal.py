@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prefs.jobs import Work
+from prefs.jobs import Spent, Work
 
 MISSING = "–"
 
@@ -52,11 +52,11 @@ def show(
 
 
 def show_files(
-    console: Console, work: Sequence[Work], folder: Path, store: Path | None, wandb: Mapping[str, Path]
+    console: Console, done: Sequence[Work | Spent], folder: Path, store: Path | None, wandb: Mapping[str, Path]
 ) -> None:
-    """Print what was reused and computed, and where everything is."""
+    """Print what was reused, computed and spent, and where everything is."""
     console.print()
-    for each in work:
+    for each in done:
         console.print(f"{each}")
     console.print(f"tables and figures  {folder}", soft_wrap=True)
     if store is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as prefs.run does, before torch is loaded
 
@@ -79,3 +80,13 @@ def encoder(tokenizer) -> ChatEncoder:
 def prefs_log(caplog) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, logger="prefs")
     return caplog
+
+
+@pytest.fixture
+def datasets_cache(tmp_path_factory, monkeypatch) -> Path:
+    """An empty cache for the library `datasets`, which reads its environment only once."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder

@@ -22,12 +22,14 @@ from omegaconf import OmegaConf, open_dict
 
 from prefs.config import JudgeConfig, TemplateConfig, register
 from prefs.files import write_table
-from prefs.job import answers_table, completions_table, exact_table
+from prefs.job import answers_table, completions_table, exact_table, thoughts_table
 from prefs.jobs import Work, recorded
 from prefs.judge import judge
 from prefs.models.backend import Question, Sampling
-from prefs.records import Answer, Completion, Ratings
+from prefs.models.loading import Models
+from prefs.records import Answer, Completion, Ratings, Thoughts
 from prefs.run import register_resolvers
+from prefs.store import Store
 from prefs.tasks import Task
 from prefs.templates import Invalid, Template
 
@@ -91,30 +93,35 @@ def simulate(
 ) -> Simulated:
     """Write the folder of a job whose templates `mass` gives the probabilities of.
 
-    ``draw`` is the seed of the sampled answers; `config_only` are overrides that the job's record does not name; with
-    an `error` the job ends by it instead of writing anything.
+    Probabilities [T, K, V] are of a rater that thinks, after each of K thoughts. ``draw`` is the seed of the sampled
+    answers; `config_only` are overrides that the job's record does not name; with an `error` the job ends by it instead
+    of writing anything.
     """
     keys = f"template=[{','.join(mass)}]"
     plain = config(keys, *config_only, *overrides)
     exact, seeds = plain["rating"]["exact"], tuple(plain["rating"]["seeds"])
     random = np.random.default_rng(draw)
     sampled = {}
-    with recorded(folder, plain, overrides, group) as work:
+    with recorded(folder, plain, overrides, group) as doings:
         if error is not None:
             raise error
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JudgeConfig), plain["judge"]))
         assert isinstance(settings, JudgeConfig)
-        refused = judge(settings, completions)
+        refused = judge(settings, completions, store=Store(folder), models=Models()).refused
         write_table(completions_table(list(completions), refused), folder / "completions")
-        work.append(Work("completions", 0, len(completions)))
+        doings.work.append(Work("completions", 0, len(completions)))
         for key, probabilities in mass.items():
             ratings = _ratings(plain["template"][key], completions, probabilities, seeds, exact, random)
             measured = ratings.measured(refused)
             write_table(answers_table(ratings), folder / key / "ratings")
             if measured.exact is not None:
                 write_table(exact_table(measured), folder / key / "exact")
+            if ratings.thoughts is not None:
+                write_table(thoughts_table(ratings), folder / key / "exact_by_thought")
             sampled[key] = measured.sampled
-            work.append(Work(f"ratings, {ratings.template.name}", 1, len(completions) * (len(seeds) + exact) - 1))
+            doings.work.append(
+                Work(f"ratings, {ratings.template.name}", 1, len(completions) * (len(seeds) + exact) - 1)
+            )
     return Simulated(folder, sampled, mass)
 
 
@@ -129,6 +136,12 @@ def _ratings(
     settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TemplateConfig), config))
     assert isinstance(settings, TemplateConfig)
     template = Template.from_config(settings)
+    thoughts = None
+    if mass.ndim == 3:
+        k = mass.shape[1]
+        none = [(None,) * k] * len(completions)
+        thoughts = Thoughts(tuple(range(k)), mass, [tuple(f"thought {n}" for n in range(k))] * len(completions), none)
+        mass = mass.mean(axis=1)
     texts = (*template.says, NO_ANSWER)
     answers = []
     for completion, row in zip(completions, mass, strict=True):
@@ -147,6 +160,8 @@ def _ratings(
         seeds=seeds,
         answers=answers,
         mass=np.where(asked, mass, np.nan) if exact else None,
+        thinks=thoughts is not None,
+        thoughts=thoughts if exact else None,
     )
 
 

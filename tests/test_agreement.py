@@ -1,12 +1,15 @@
-"""Correlation of two measurements over tasks."""
+"""Correlation of two measurements over tasks, and agreement of two judges."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis.extra import numpy as hnp
 from scipy import stats
+from sklearn.metrics import cohen_kappa_score
 
-from prefs.statistics.agreement import correlation
+from prefs.statistics.agreement import cohen_kappa, correlation
 from prefs.statistics.estimates import Resamples
 
 nan = np.nan
@@ -43,3 +46,34 @@ def test_missing_with_a_reason(x, y, reason):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="alike"):
         correlation([1, 2], [1, 2, 3])
+
+
+def test_kappa_by_hand():
+    """Cohen's own way: 20 both yes, 15 both no, 5 and 10 apart, p_o = .7, p_e = .5."""
+    a = [1] * 20 + [1] * 5 + [0] * 10 + [0] * 15
+    b = [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15
+    assert cohen_kappa(a, b).value == pytest.approx(0.4)
+    assert cohen_kappa([*a, nan, 1], [*b, 1, nan]) == cohen_kappa(a, b)
+    assert cohen_kappa([0, 0], [0, 0]).reason == "both judges give all tasks the same verdict"
+    assert cohen_kappa([nan], [1]).reason == "no task with two verdicts"
+    assert cohen_kappa([0, 0, 1], [1, 1, 1]).value == 0
+    with pytest.raises(ValueError, match="0, 1 or NaN"):
+        cohen_kappa([2], [1])
+
+
+@given(hnp.arrays(bool, (2, 30)))
+def test_kappa_agrees_with_scikit_learn(verdicts):
+    got = cohen_kappa(*verdicts.astype(float))
+    if got.defined:
+        assert got.value == pytest.approx(cohen_kappa_score(*verdicts.astype(int)))
+    else:
+        assert verdicts.all() or not verdicts.any()
+
+
+def test_kappa_interval_is_the_bootstraps():
+    random = np.random.default_rng(0)
+    a = (random.random(200) < 0.4).astype(float)
+    b = np.where(random.random(200) < 0.8, a, 1 - a)
+    got = cohen_kappa(a, b, Resamples.draw(200, 2000))
+    peers = [cohen_kappa_score(a[i], b[i]) for i in random.integers(0, 200, size=(2000, 200))]
+    assert (got.low, got.high) == pytest.approx(np.quantile(peers, [0.025, 0.975]), abs=0.02)

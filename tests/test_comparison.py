@@ -548,6 +548,47 @@ def test_no_rating_seed_leaves_the_exact_ratings(tmp_path):
     assert "smollm2-anchored: no cross-seed r (no rating seeds)." in found.remarks
 
 
+def thinkers(count: int, thoughts: int) -> np.ndarray:
+    """[T, K, 5]: the tasks' signal, moved by each thought."""
+    moved = signal(count)[:, None] + np.random.default_rng(5).uniform(-0.5, 0.5, size=(count, thoughts))
+    return np.stack([around(np.clip(means, 1, 5)) for means in moved.T], axis=1)
+
+
+def test_a_rater_that_thinks_is_called_one_and_its_thoughts_count_as_noise(tmp_path):
+    p = thinkers(40, 3)
+    simulate(
+        tmp_path / "0",
+        ["model.name=thinker", "model.thinking.enabled=true"],
+        completed(some_tasks(40)),
+        {"anchored": p},
+    )
+    simulate(tmp_path / "1", ["model.name=plain"], completed(some_tasks(40)), {"anchored": around(signal(40))})
+    found = compared(tmp_path)
+    row = found.cell("thinker-anchored")
+    assert row["kind"] == "mixture of 3 thoughts"
+    assert found.cell("plain-anchored")["kind"] == "direct"
+    assert "thinker-anchored (mixture of 3 thoughts)" in found.printed
+    m = p @ np.arange(1, 6)
+    within, between = (p @ np.arange(1, 6) ** 2 - m**2).mean(axis=1), m.var(axis=1, ddof=1)
+    assert row["between_thoughts"] == pytest.approx(between.mean())
+    assert row["sampling_variance"] == pytest.approx((within + between).mean())
+    level = m.mean(axis=1).var(ddof=1) - between.mean() / 3
+    assert row["predicted_r"] == pytest.approx(level / (level + (within + between).mean()))
+    assert set(found.table("variance")["ratings"]) == {"exact"}
+
+
+def test_after_one_thought_no_r_is_predicted_and_sampled_ratings_tell_the_noise(tmp_path):
+    overrides = ["model.name=thinker", "model.thinking.enabled=true"]
+    simulate(tmp_path / "0", overrides, completed(some_tasks(40)), {"anchored": thinkers(40, 1)})
+    found = compared(tmp_path)
+    row = found.cell("thinker-anchored")
+    assert row["kind"] == "after one thought"
+    assert pd.isna(row["predicted_r"])
+    assert row["predicted_r_reason"].startswith("one thought a task")
+    assert np.isfinite(row["exact_mean"])
+    assert set(found.table("variance")["ratings"]) == {"sampled"}
+
+
 def test_sampled_ratings_alone(tmp_path):
     made = {}
     for number, name in enumerate("ab"):

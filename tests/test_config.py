@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ def message(*overrides: str) -> str:
 
 
 OPTIONS = "template.anchored_precise.options"
+WILDCHAT = "dataset.sources.wildchat"
 
 
 def test_defaults():
@@ -68,6 +70,31 @@ def test_roles_and_experiment():
     assert composed("+experiment=smoke").dataset.limit == 16
     assert composed("model=hf", "model.path=meta/Llama-3.1-8B").model.name == "Llama-3.1-8B"
     assert composed("dataset=file", f"dataset.path={__file__}").dataset.name == "test_config.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "origins"),
+    [
+        ("bailbench", ["BAILBENCH"]),
+        ("wildchat", ["WILDCHAT"]),
+        ("alpaca", ["ALPACA"]),
+        ("math", ["MATH"]),
+        ("mixed", ["BAILBENCH", "WILDCHAT", "ALPACA", "MATH"]),
+    ],
+)
+def test_the_reports_data_sets_are_pinned_and_capped(name, origins):
+    dataset = composed(f"dataset={name}").dataset
+    assert (dataset.name, dataset.limit) == (name, 1000)
+    assert [source.origin for source in dataset.sources.values()] == origins
+    for source in dataset.sources.values():
+        assert re.search(r"\b[0-9a-f]{40}\b", source.revision or source.path)
+
+
+def test_a_source_is_put_elsewhere_from_the_command_line(tmp_path):
+    sources = composed("dataset=mixed", f"{WILDCHAT}.path={tmp_path}", f"{WILDCHAT}.max_chars=50").dataset.sources
+    assert (sources["wildchat"].path, sources["wildchat"].max_chars) == (str(tmp_path), 50)
+    assert sources["wildchat"].only == {"language": "English"}
+    assert sources["alpaca"].path == "tatsu-lab/alpaca"
 
 
 @pytest.mark.parametrize(
@@ -155,6 +182,18 @@ def test_the_config_survives_yaml():
         (["dataset=file"], "dataset.path: got None; allowed: the path of a .jsonl or .csv file"),
         (["dataset=file", "dataset.path=/no/file.csv"], "got '/no/file.csv'; allowed: a file that exists"),
         (["dataset.limit=0"], "dataset.limit: got 0; allowed: 1 or more"),
+        (["dataset.seed=-1"], "dataset.seed: got [-1]; allowed: seeds that are 0 or more"),
+        (["dataset.kind=hub"], "dataset.sources: got {}; allowed: at least one source"),
+        (["dataset=wildcat"], "dataset: got 'wildcat'; allowed: one of alpaca, bailbench, file, math, mini, mixed"),
+        (["dataset=mixed", f"{WILDCHAT}.path=/no/folder"], f"{WILDCHAT}.path: got '/no/folder'; allowed: a folder or"),
+        (["dataset=mixed", f"{WILDCHAT}.path=a/b/c"], f"{WILDCHAT}.path: got 'a/b/c'; allowed: a folder or file that"),
+        (["dataset=mixed", f"{WILDCHAT}.pth=x"], f"{WILDCHAT}.pth: there is no such key; did you mean 'path'?"),
+        (["dataset=wildchat", f"{WILDCHAT}.reader=chat"], "expected one of [columns, conversation]"),
+        (["dataset=wildchat", f"{WILDCHAT}.prompt=[a,b]"], "got ['a', 'b']; allowed: the one column that holds"),
+        (["dataset=wildchat", f"{WILDCHAT}.prompt=[]"], f"{WILDCHAT}.prompt: got []; allowed: at least one column"),
+        (["dataset=wildchat", f"{WILDCHAT}.origin=' '"], f"{WILDCHAT}.origin: got ' '; allowed: some name"),
+        (["dataset=wildchat", f"{WILDCHAT}.max_chars=0"], f"{WILDCHAT}.max_chars: got 0; allowed: 1 or more"),
+        (["dataset.sources.own.path=a/b"], "dataset.sources.own: there is no such key"),
         (["judge.phrases=[]"], "judge.phrases: got []; allowed: at least one phrase"),
         (["wandb.mode=on"], "wandb.mode: got"),
         (["stats.target_r=1"], "stats.target_r: got 1.0"),
@@ -184,3 +223,21 @@ def test_a_users_own_template_of_any_scale(tmp_path):
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         config = typed(compose("main", overrides=["template=mine"]))
     assert [option.value for option in config.template["mine"].options] == list(range(11))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.api.base_url=api.openai.com", "model.api.base_url: got 'api.openai.com'; allowed: the address"),
+        ("model.api.base_url=http://127.0.0.1:99999/v1", "model.api.base_url: got 'http://127.0.0.1:99999/v1'"),
+        ("model.api.base_url=https://me:secret@host/v1", "model.api.base_url: got 'one with a password'"),
+        ("model.api.concurrency=0", "model.api.concurrency: got 0; allowed: 1 or more"),
+        ("model.api.top_logprobs=50", "model.api.top_logprobs: got 50; allowed: 0 to 20"),
+        ("model.api.timeout_s=0", "model.api.timeout_s: got 0.0; allowed: seconds, more than 0"),
+        ("model.prefill=Answer", "model.prefill: got 'Answer'; allowed: '' unless the server can go on"),
+    ],
+)
+def test_a_served_model_is_checked_before_it_is_asked(override, expected):
+    line = message("model=hf", "model.path=tiny", "model.backend=openai", override)
+    assert line.startswith(expected)
+    assert "secret" not in line

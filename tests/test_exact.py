@@ -10,7 +10,16 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from prefs.statistics.estimates import Estimate, Resamples
-from prefs.statistics.exact import ceiling, exact_moments, exact_summary, predicted_r, seeds_needed
+from prefs.statistics.exact import (
+    ONE_THOUGHT,
+    ceiling,
+    exact_moments,
+    exact_summary,
+    predicted_r,
+    reliability,
+    seeds_needed,
+    thought_summary,
+)
 from prefs.statistics.sampled import cross_seed, intraclass
 
 nan = np.nan
@@ -182,3 +191,66 @@ def test_predicted_r_is_the_cross_seed_r_of_many_seeds():
     predicted = predicted_r(exact.mean, exact.variance, k=4).value
     assert cross_seed(means).pearson.mean.value == pytest.approx(predicted, abs=0.01)
     assert intraclass(means).single.value == pytest.approx(predicted, abs=0.01)
+
+
+def test_thoughts_by_hand():
+    """Two thoughts of equal mass, means 1 and 3 without variance of their own; one thought; two of unequal mass."""
+    got = thought_summary(
+        [[[0.5, 0, 0], [0, 0, 0.5]], [[0, 0.5, 0.5], [nan, nan, nan]], [[0.75, 0, 0], [0, 0, 0.25]]], [1, 2, 3]
+    )
+    np.testing.assert_allclose(got.mean, [2, 2.5, 1.5])
+    np.testing.assert_allclose(got.between, [2, nan, (0.75 * 0.25 + 0.25 * 2.25) / (1 - 0.625)])
+    np.testing.assert_allclose(got.variance, [2, nan, got.between[2]])
+    np.testing.assert_allclose(got.uncertainty, [1, nan, got.between[2] * 0.625])
+    np.testing.assert_allclose(got.valid_mass, [0.5, 1, 0.5])
+    with pytest.raises(ValueError, match="thoughts"):
+        thought_summary([[0.5, 0.5]], [1, 2])
+
+
+@given(hnp.arrays(float, (6, 1, 4), elements=st.floats(0, 1)), st.integers(2, 5))
+@settings(max_examples=50, deadline=None)
+def test_thoughts_that_are_all_alike_are_one_distribution(p, thoughts):
+    direct, mixed = exact_summary(p[:, 0], [1, 2, 3, 4]), thought_summary(np.repeat(p, thoughts, axis=1), [1, 2, 3, 4])
+    np.testing.assert_allclose(mixed.mean, direct.mean)
+    np.testing.assert_allclose(mixed.variance, direct.variance, atol=1e-9)
+    np.testing.assert_allclose(mixed.valid_mass, direct.valid_mass)
+    assert np.nanmax(mixed.between, initial=0.0) < 1e-9
+
+
+def _thinker(tasks: int, thoughts: int, random: np.random.Generator) -> np.ndarray:
+    """[tasks, thoughts, 5] distributions of a rater whose thoughts move it around each task's level."""
+    level = random.normal(3, 0.6, size=(tasks, 1)) + random.normal(0, 0.5, size=(tasks, thoughts))
+    p = np.exp(-((np.arange(1, 6) - level[..., None]) ** 2))
+    return 0.9 * p / p.sum(axis=-1, keepdims=True)
+
+
+def test_a_thinkers_sampled_ratings_vary_and_correlate_as_its_thoughts_predict():
+    random = np.random.default_rng(0)
+    p, v = _thinker(4000, 40, random), np.arange(1, 6)
+    truth = thought_summary(p, v)
+    # A sampled rating: a thought of its own, then an option after it.
+    sampled = np.stack([[random.choice(v, p=q / q.sum()) for q in p[:, k]] for k in (0, 1)], axis=1).astype(float)
+    few = thought_summary(p[:, 2:5], v)
+    r = np.corrcoef(sampled.T)[0, 1]
+    assert few.between.mean() == pytest.approx(truth.between.mean(), rel=0.03)
+    assert few.variance.mean() == pytest.approx(truth.variance.mean(), rel=0.02)
+    predicted = predicted_r(few.mean, few.variance, uncertainty=few.uncertainty).value
+    assert predicted == pytest.approx(r, abs=0.03)
+    # Taking three thoughts' means for the truth would promise too much.
+    assert predicted_r(few.mean, few.variance).value > predicted + 0.04
+    assert reliability(few).value == pytest.approx(np.corrcoef(few.mean, truth.mean)[0, 1] ** 2, abs=0.02)
+    assert (
+        seeds_needed(few.mean, few.variance, 0.9, uncertainty=few.uncertainty).value
+        > seeds_needed(few.mean, few.variance, 0.9).value
+    )
+
+
+def test_after_one_thought_nothing_is_known_of_another():
+    one = thought_summary(_thinker(50, 1, np.random.default_rng(1)), np.arange(1, 6))
+    moments = exact_moments(one, Resamples.draw(50, 20))
+    assert moments.mean.defined
+    assert moments.sd.defined
+    assert moments.noise.reason == moments.between.reason == reliability(one).reason == ONE_THOUGHT
+    direct = exact_summary(_thinker(50, 1, np.random.default_rng(1))[:, 0], np.arange(1, 6))
+    assert reliability(direct).value == 1.0
+    assert exact_moments(direct).between.value == 0.0

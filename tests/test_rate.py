@@ -9,8 +9,6 @@ import pytest
 from conftest import template
 
 from prefs.complete import complete
-from prefs.config import JudgeConfig
-from prefs.judge import judge, refuses
 from prefs.models.backend import Sampling
 from prefs.models.loading import Models
 from prefs.rate import CapturePlan, rate
@@ -249,26 +247,3 @@ def test_no_system_prompt_differs_from_one(store, spec, models, meter):
     run(store, spec, models)
     run(store, spec, models, system_prompt="You love counting.")
     assert meter.observed == 2 * len(TASKS)
-
-
-@pytest.mark.parametrize(
-    ("text", "refused"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I’m SORRY, no.", True),
-        ("  i cannot   do this", True),
-        ("Sure! " + "x" * 200 + " I'm sorry.", False),
-        ("Here is the answer.", False),
-        ("Amelia was as an aircraft pilot known.", False),
-        ("", False),
-    ],
-)
-def test_phrases_at_the_start_of_a_completion(text, refused):
-    assert refuses(text, ["I'm sorry", "I cannot", "As an AI"], window=120) is refused
-
-
-def test_judge():
-    config = JudgeConfig(name="p", kind="phrases", phrases=["I'm sorry"], window=50)
-    completions = [Completion(TASKS[0], "I'm sorry."), Completion(TASKS[1], "Yes."), Completion(TASKS[2], None)]
-    assert judge(config, completions) == [True, False, None]
-    assert judge(JudgeConfig(name="none", kind="none"), completions) == [None] * 3

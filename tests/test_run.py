@@ -257,6 +257,37 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, arguments,
     assert "Loading" not in out
 
 
+def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    process = start(tmp_path, tmp_path / "store", "dataset=mixed", "dataset.origins=[ALPACA]")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.startswith("prefs: alpaca: tatsu-lab/alpaca cannot be reached, and the cache of `datasets` does not")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_data_sets_of_the_hub_from_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    turns = [{"role": "user", "content": "Name a tree"}]
+    english, other = ({"conversation": turns, "language": name, "conversation_hash": "h"} for name in ("English", "?"))
+    rows = {
+        "alpaca": [{"instruction": "Add", "input": "1 and 2"}, {"instruction": "Sing", "input": ""}],
+        "wildchat": [english, other],
+    }
+    for name, lines in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = [f"dataset.sources.{name}.path={tmp_path / name}" for name in rows]
+    small = ["probe=none", "capture=none", "rating.seeds=[]", "completer.max_new_tokens=2", "wandb.mode=disabled"]
+    printed = run(tmp_path, tmp_path / "store", "dataset=mixed", "dataset.origins=[ALPACA,WILDCHAT]", *paths, *small)
+    assert "wildchat: 1 tasks of 2 rows read; skipped 1 with another language than English" in printed
+    completions = pd.read_csv(run_folder(tmp_path) / "completions.csv")
+    assert completions["prompt"].tolist() == ["Name a tree", "Add\n\n1 and 2", "Sing"]
+    assert completions["task"].str.fullmatch(r"wildchat-h|alpaca-\w{12}").all()
+
+
 @pytest.mark.slow
 def test_no_secret_is_written_anywhere(uninterrupted, tmp_path):
     _, store, _ = uninterrupted
@@ -302,6 +333,7 @@ def test_help_config_and_completion(tmp_path):
     assert "what do language models say they like" in printed
     assert "template: agreement, anchored, anchored_precise, binary, likert, stated" in printed
     assert "name: smollm2" in output("--cfg", "job")
+    assert "reader: conversation" in output("--cfg", "job", "dataset=wildchat")
     assert "template=likert" in output("-sc", "query=bash", COMP_LINE="prefs-run template=li")
 
 

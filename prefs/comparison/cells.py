@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from prefs.errors import UserError
-from prefs.jobs import FILE, FINISHED, Job, Work, read_job
+from prefs.jobs import FILE, FINISHED, Job, Spent, Work, read_job
 from prefs.measured import Measured
 
 # What decides neither a completion nor a rating nor a verdict, and so does not make a cell another one.
@@ -132,6 +132,21 @@ class Sweep:
             totals[work.stage] = Work(work.stage, before.reused + work.reused, before.computed + work.computed)
         return list(totals.values())
 
+    def spent(self) -> list[Spent]:
+        """What all jobs spent, by model; dollars where any job knew them."""
+        totals: dict[str, Spent] = {}
+        for spent in (each for job in self.jobs for each in job.spent):
+            before = totals.get(spent.model, Spent(spent.model, 0, 0, 0, None))
+            known = [each for each in (before.dollars, spent.dollars) if each is not None]
+            totals[spent.model] = Spent(
+                spent.model,
+                before.requests + spent.requests,
+                before.prompt_tokens + spent.prompt_tokens,
+                before.completion_tokens + spent.completion_tokens,
+                sum(known) if known else None,
+            )
+        return list(totals.values())
+
 
 def read_sweep(folders: Sequence[Path]) -> Sweep:
     """Read the jobs in some folders (multiruns, or jobs themselves) and the cells of those that finished.
@@ -203,11 +218,16 @@ def _read_cell(job: Job, key: str) -> Cell:
     answers = _read(folder / "ratings.parquet", "task", "seed", "answer", "value", "invalid")
     seeds = list(job.config["rating"]["seeds"])
     wide = answers.pivot(index="task", columns="seed", values="value").reindex(index=texts["task"], columns=seeds)
-    mass = None
+    mass = by_thought = None
+    thinks = bool(job.config["model"]["thinking"]["enabled"])
+    masses = [f"p({option['say']})" for option in options]
     if job.config["rating"]["exact"]:
-        masses = [f"p({option['say']})" for option in options]
         exact = _read(folder / "exact.parquet", "task", *masses).set_index("task").reindex(texts["task"])
         mass = exact[masses].to_numpy(dtype=float)
+    if mass is not None and thinks:
+        each = _read(folder / "exact_by_thought.parquet", "task", "thought_seed", *masses).set_index("task")
+        by_task = each.loc[list(texts["task"]), masses].to_numpy(dtype=float)
+        by_thought = by_task.reshape(len(texts), -1, len(options))
     return Cell(
         job=job,
         key=key,
@@ -219,6 +239,8 @@ def _read_cell(job: Job, key: str) -> Cell:
             sampled=wide.to_numpy(dtype=float),
             mass=mass,
             refused=texts["refused"].to_numpy(dtype=float, na_value=np.nan),
+            thinks=thinks,
+            by_thought=by_thought,
         ),
         prompts=tuple(texts["prompt"]),
         texts=texts,

@@ -48,12 +48,14 @@ def comparison_page(
         }
     )
     work = pd.DataFrame([vars(each) for each in found.work()], columns=["stage", "reused", "computed"])
+    spent = pd.DataFrame([vars(each) for each in found.spent()])
     sections = (
         Section(
             "Stability",
             "Cross-seed r: Pearson over tasks between two rating seeds, mean over pairs. Informative r: the same where"
             " at least one of the two ratings is off the cell's mode; d is the share of such tasks. Predicted r and"
-            " valid mass are from exact ratings. Brackets are 95 % intervals over tasks.",
+            " valid mass are from exact ratings. Of a rater that thinks these are after one thought, or of the mixture"
+            " over several (kind). Brackets are 95 % intervals over tasks.",
             drawn("stability_by"),
             (
                 Table("All cells", _present(whole)),
@@ -91,7 +93,11 @@ def comparison_page(
             "Jobs",
             "",
             (),
-            (Table("Jobs", jobs), Table("Work", work, "Records found in the store, and records computed.")),
+            (
+                Table("Jobs", jobs),
+                Table("Work", work, "Records found in the store, and records computed."),
+                *([Table("Spent", spent, "US dollars where the config gives prices.")] if len(spent) else []),
+            ),
         ),
     )
     commands = [sweep.command(folder) or str(folder) for folder in folders]

@@ -214,7 +214,7 @@ def variance(blocks: Sequence[Block]) -> Variances:
             where = f" ({condition})" if condition else ""
             if left_out:
                 remarks.append(f"Variance decomposition{where}: without {', '.join(left_out)}, which lack cells.")
-            exact = all(cell.measured.exact is not None for cell in cells)
+            exact = all(cell.measured.sampling_known for cell in cells)
             found = variance_decomposition(*_facets(grid, exact), block.all_tasks.draws)
             for each in found.components:
                 row: dict[str, object] = {"condition": condition, "source": each.name, "holds": ", ".join(each.holds)}
@@ -269,7 +269,7 @@ def _facets(grid: Grid, exact: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray
         if exact and measured.exact is not None:
             y[here] = pomp(measured.exact.mean, low, high)
             sampling[here] = measured.exact.variance / (high - low) ** 2
-            noise[here] = 0.0
+            noise[here] = measured.exact.uncertainty / (high - low) ** 2
         else:
             x = pomp(measured.sampled, low, high)
             k = np.isfinite(x).sum(axis=1)

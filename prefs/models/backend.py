@@ -143,11 +143,20 @@ class Usage:
     completion_tokens: int = 0
     dollars: float | None = None
 
+    def since(self, before: Usage) -> Usage:
+        """What was spent after `before`."""
+        return Usage(
+            self.requests - before.requests,
+            self.prompt_tokens - before.prompt_tokens,
+            self.completion_tokens - before.completion_tokens,
+            None if self.dollars is None else self.dollars - (before.dollars or 0.0),
+        )
+
 
 class Interrupted(UserError):
     """A batch that could not be finished. ``done`` has the rows that were, None for the others."""
 
-    def __init__(self, message: str, done: Sequence[Sample | Observation | None]):
+    def __init__(self, message: str, done: Sequence[Sample | Observation | str | None]):
         super().__init__(message)
         self.done = done
 
@@ -195,10 +204,10 @@ class Backend(Protocol):
         """Ask questions after conversations and/or capture residuals, all from one pass over each conversation."""
         ...
 
-    def choose(self, batch: Sequence[Conversation], question: Question) -> list[str | None]:
-        """The likeliest of a question's options after each conversation, and no other answer (structured output).
+    def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
+        """The likeliest of some answers to each conversation, and no other answer (structured output).
 
-        None where the model could not be brought to choose.
+        None where the model could not be brought to choose. A model that thinks does so first.
         """
         ...
 

@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 from platformdirs import user_cache_path
 
 from prefs.chat import Thinking
-from prefs.config import ApiConfig, ModelConfig, VllmConfig
+from prefs.config import ApiConfig, ModelConfig, ThinkingConfig, VllmConfig
 from prefs.errors import ConfigError, UserError
 from prefs.files import write_durably
-from prefs.models.backend import Backend
+from prefs.models.backend import Backend, Usage
 from prefs.models.device import resolve_device, resolve_dtype
+from prefs.models.keys import key_of
 from prefs.store import canonical, digest, file_checksum
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,11 @@ class ModelSpec:
         Raises
         ------
         UserError
-            If its device is not there.
+            If its device is not there, or the key of its server is not.
         """
         served = config.backend == "openai"
+        if served:
+            key_of(config.api)
         return cls(
             name=config.name,
             path=config.path,
@@ -74,10 +77,15 @@ class ModelSpec:
             batch_tokens=config.batch_tokens or BATCH_TOKENS[config.backend],
             prefill=config.prefill,
             chat_template_kwargs=json.dumps(config.chat_template_kwargs, sort_keys=True),
-            thinking=None if config.thinking is None else Thinking(**asdict(config.thinking)),
+            thinking=_thinking(config.thinking),
             vllm=config.vllm,
             api=config.api,
         )
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a row's numbers do not depend on the rows beside it, so that only missing ones need be asked for."""
+        return self.backend != "transformer_lens"
 
     @property
     def engine(self) -> str:
@@ -92,6 +100,12 @@ class ModelSpec:
         return canonical([self.backend, *shared, thinking, own[self.backend]])
 
 
+def _thinking(config: ThinkingConfig) -> Thinking | None:
+    if not config.enabled:
+        return None
+    return Thinking(config.open, config.close, config.gap, config.max_tokens, config.force_close)
+
+
 @dataclass
 class Models:
     """The models a process has loaded. One job after another asks it; only what the present job uses stays loaded."""
@@ -103,6 +117,10 @@ class Models:
         if spec.engine not in self._loaded:
             self._loaded[spec.engine] = _load(spec)
         return self._loaded[spec.engine]
+
+    def usage(self) -> dict[str, Usage]:
+        """What each loaded engine has spent so far, by `ModelSpec.engine`."""
+        return {engine: backend.usage() for engine, backend in self._loaded.items()}
 
     def keep_only(self, specs: Iterable[ModelSpec]) -> None:
         """Let go of every model that none of these specs uses."""

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ from prefs.models.loading import ModelSpec
 from prefs.models.memory import Halving
 from prefs.models.residuals import AllRecorded, Recorder, spots
 from prefs.models.steering import Steered, check, places_of_answer, places_of_completion
+from prefs.models.thoughts import THOUGHT, Thought, joined
 from prefs.options import Asked, ask, option_masses, unasked
 from prefs.sampling import draw, row_uniforms
 
@@ -57,7 +57,7 @@ class _State:
     steered: Steered
 
     def fork(self) -> _State:
-        return dataclasses.replace(self, cache=_fork(self.cache))
+        return replace(self, cache=_fork(self.cache))
 
     def select(self, rows: torch.Tensor) -> _State:
         """The state of these rows, in this order; rows may repeat."""
@@ -98,14 +98,14 @@ class TransformerLensBackend:
         return cls(bridge, tokenizer, spec)
 
     def prompt_tokens(self, conversation: Conversation) -> int:
-        return len(self.encoder.encode(conversation, answer="").ids)
+        return len(self.encoder.encode(conversation, answer="").ids) + self.encoder.thought_room
 
     def conversation_tokens(self, conversation: Conversation) -> int:
         return unasked(self.encoder, conversation).question_start
 
     def question_tokens(self, conversation: Conversation, question: Question) -> int:
         asked = ask(self.encoder, conversation, question)
-        return len(asked.ids) + max(len(tail) for tail in asked.tails)
+        return len(asked.ids) + max(len(tail) for tail in asked.tails) + self.encoder.thought_room
 
     @torch.inference_mode()
     def complete(
@@ -135,11 +135,24 @@ class TransformerLensBackend:
     ) -> list[Sample]:
         if not batch:
             return []
-        ids = [self.encoder.encode(conversation, answer="").ids for conversation in batch]
-        steered = Steered.of(steering, [places_of_completion(row) for row in ids], self.device)
-        state, logits = self._start(ids, steered)
-        samples = self._decode(state, logits, [(seed,)] * len(batch), batch, sampling)
-        return [of_row[seed] for of_row in samples]
+        seeds = [(seed,)] * len(batch)
+        if self.encoder.thinking is None:
+            state, logits = self._start_completion([self.encoder.encode(row, answer="").ids for row in batch], steering)
+            return [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
+        state, logits = self._start_completion([self.encoder.open_thought(row) for row in batch], steering)
+        thoughts = [of_row[seed] for of_row in self._think(state, logits, seeds, batch, sampling)]
+        after = [
+            self.encoder.encode(row, answer="", thought=thought.text).ids
+            for row, thought in zip(batch, thoughts, strict=True)
+        ]
+        state, logits = self._start_completion(after, steering)
+        samples = [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
+        return [thought.before(sample) for thought, sample in zip(thoughts, samples, strict=True)]
+
+    def _start_completion(
+        self, ids: Sequence[tuple[int, ...]], steering: Sequence[Steering]
+    ) -> tuple[_State, torch.Tensor]:
+        return self._start(ids, Steered.of(steering, [places_of_completion(row) for row in ids], self.device))
 
     def _observe(
         self,
@@ -164,17 +177,10 @@ class TransformerLensBackend:
             )
         # What is steered before the questions does not depend on them.
         state, _ = self._start(prefixes, self._steered(steering, asked[0]), recorder, cached=bool(asks))
-        wants_rating = capture is not None and "rating" in capture.positions
+        at_rating = capture if capture is not None and "rating" in capture.positions else None
+        answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
         by_question = [
-            self._answer(
-                dataclasses.replace(state.fork(), steered=self._steered(steering, of_question)),
-                each,
-                of_question,
-                prefixes,
-                batch,
-                sampling,
-                capture if wants_rating else None,
-            )
+            answer(state.fork(), each, of_question, prefixes, batch, sampling, at_rating, steering)
             for each, of_question in zip(asks, asked, strict=False)
         ]
         residuals = recorder.vectors() if recorder is not None else [{}] * len(batch)
@@ -185,10 +191,22 @@ class TransformerLensBackend:
     def _steered(self, steering: Sequence[Steering], asked: Sequence[Asked]) -> Steered:
         return Steered.of(steering, [places_of_answer(row) for row in asked], self.device)
 
-    def choose(self, batch: Sequence[Conversation], question: Question) -> list[str | None]:
-        observed = self.observe(batch, [Ask(question)], Sampling(0.0, 1.0, 1))
-        masses = [each.answers[0].scores[0].mass for each in observed]
-        return [None if mass is None else question.says[int(np.argmax(mass))] for mass in masses]
+    @torch.inference_mode()
+    def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
+        return self._halving.run(lambda rows: self._choose(rows, options), batch, tokens=self.prompt_tokens)
+
+    def _choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
+        thoughts: list[str | None] = [None] * len(batch)
+        if self.encoder.thinking is not None:
+            state, logits = self._start([self.encoder.open_thought(row) for row in batch])
+            drawn = self._think(state, logits, [(0,)] * len(batch), batch, Sampling(0.0, 1.0, 1))
+            thoughts = [of_row[0].text for of_row in drawn]
+        asked = [
+            ask(self.encoder, row[:-1], Question(row[-1].content, tuple(options)), thought)
+            for row, thought in zip(batch, thoughts, strict=True)
+        ]
+        masses = self._score(*self._start([row.ids for row in asked]), asked)
+        return [options[int(at)] for at in masses.argmax(axis=1)]
 
     def usage(self) -> Usage:
         return Usage()
@@ -205,6 +223,7 @@ class TransformerLensBackend:
         batch: Sequence[Conversation],
         sampling: Sampling,
         capture: CaptureRequest | None,
+        steering: Sequence[Steering],
     ) -> list[Answer]:
         """Put one question to a batch whose conversations have been run."""
         if capture is None and not _reads_logits([each]):
@@ -213,6 +232,7 @@ class TransformerLensBackend:
         recorder = None
         if capture is not None:
             recorder = Recorder.of_last(capture.layers, [len(row) for row in rest], stops=not _reads_logits([each]))
+        state = replace(state, steered=self._steered(steering, asked))
         state, logits = self._extend(state, rest, recorder=recorder)
         masses = self._score(state, logits, asked) if each.scores else None
         samples: list[dict[int, Sample]] = [{} for _ in batch]
@@ -231,6 +251,65 @@ class TransformerLensBackend:
             )
             for row in range(len(batch))
         ]
+
+    def _answer_after_thoughts(
+        self,
+        state: _State,
+        each: Ask,
+        asked: Sequence[Asked],
+        prefixes: Sequence[tuple[int, ...]],
+        batch: Sequence[Conversation],
+        sampling: Sampling,
+        capture: CaptureRequest | None,
+        steering: Sequence[Steering],
+    ) -> list[Answer]:
+        """Put one question to a batch whose conversations have been run, and let the model think before it answers."""
+        seeds = tuple(dict.fromkeys((*each.scores, *each.seeds)))
+        conversations = [(*row, Message("user", each.question.text)) for row in batch]
+        opened = [
+            replace(row, ids=self.encoder.open_thought(conversation))
+            for row, conversation in zip(asked, conversations, strict=True)
+        ]
+        rest = [row.ids[len(prefix) :] for row, prefix in zip(opened, prefixes, strict=True)]
+        thinking = replace(state.fork(), steered=self._steered(steering, opened))
+        thoughts = self._think(*self._extend(thinking, rest), [seeds] * len(batch), conversations, sampling)
+        answers = [Answer() for _ in batch]
+        for seed in seeds:
+            after = [
+                ask(self.encoder, row, each.question, of_row[seed].text)
+                for row, of_row in zip(batch, thoughts, strict=True)
+            ]
+            once = Ask(each.question, (seed,) * (seed in each.seeds), (0,) * (seed in each.scores))
+            captured = capture if seed == seeds[0] else None
+            brought = self._answer(state.fork(), once, after, prefixes, batch, sampling, captured, steering)
+            answers = [
+                joined(before, of_row[seed].of(answer), seed)
+                for before, of_row, answer in zip(answers, thoughts, brought, strict=True)
+            ]
+        return answers
+
+    def _think(
+        self,
+        state: _State,
+        logits: torch.Tensor,
+        seeds: Sequence[tuple[int, ...]],
+        conversations: Sequence[Conversation],
+        sampling: Sampling,
+    ) -> list[dict[int, Thought]]:
+        """Draw a thought for every (row, seed)."""
+        thinking, end = self.encoder.thinking, self.encoder.thought_end
+        assert thinking is not None
+        assert end is not None
+        budget = replace(sampling, max_new_tokens=thinking.max_tokens)
+        # Other random numbers than the answer's.
+        drawn = self._draw(
+            state, logits, seeds, [(*row, THOUGHT) for row in conversations], budget, {end, *self._stops}
+        )
+        texts = self.encoder.tokenizer.batch_decode([ids for ids, _ in drawn.values()], skip_special_tokens=True)
+        thoughts: list[dict[int, Thought]] = [{} for _ in seeds]
+        for ((row, seed), (ids, stop)), text in zip(drawn.items(), texts, strict=True):
+            thoughts[row][seed] = Thought(text, len(ids), stop == end or thinking.force_close)
+        return thoughts
 
     def _score(self, state: _State, logits: torch.Tensor, asked: Sequence[Asked]) -> np.ndarray:
         """Probability of each whole option string, [rows, options]."""
@@ -259,7 +338,24 @@ class TransformerLensBackend:
         conversations: Sequence[Conversation],
         sampling: Sampling,
     ) -> list[dict[int, Sample]]:
-        """Sample a continuation for every (row, seed).
+        """Sample a continuation for every (row, seed)."""
+        drawn = self._draw(state, logits, seeds, conversations, sampling, self._stops)
+        texts = self.encoder.tokenizer.batch_decode([ids for ids, _ in drawn.values()], skip_special_tokens=True)
+        samples: list[dict[int, Sample]] = [{} for _ in seeds]
+        for ((row, seed), (ids, stop)), text in zip(drawn.items(), texts, strict=True):
+            samples[row][seed] = Sample(text, len(ids), stop is not None)
+        return samples
+
+    def _draw(
+        self,
+        state: _State,
+        logits: torch.Tensor,
+        seeds: Sequence[tuple[int, ...]],
+        conversations: Sequence[Conversation],
+        sampling: Sampling,
+        stops: Set[int],
+    ) -> dict[tuple[int, int], tuple[list[int], int | None]]:
+        """Sample tokens for every (row, seed), up to a stop token; and that token, None where there was none.
 
         Seeds of a row that have drawn the same tokens so far are one branch and are run once; a finished branch leaves
         the batch.
@@ -270,7 +366,7 @@ class TransformerLensBackend:
             for seed in seeds[row]
         }
         drawn: dict[tuple[int, int], list[int]] = {stream: [] for stream in uniforms}
-        finished: set[tuple[int, int]] = set()
+        stopped: dict[tuple[int, int], int] = {}
         branches = [[(row, seed) for seed in seeds[row]] for row in range(len(seeds))]
         for step in range(sampling.max_new_tokens):
             most = max(len(streams) for streams in branches)
@@ -281,8 +377,8 @@ class TransformerLensBackend:
             grown: dict[tuple[int, int], list[tuple[int, int]]] = {}
             for at, streams in enumerate(branches):
                 for stream, token in zip(streams, tokens[at], strict=False):
-                    if token in self._stops:
-                        finished.add(stream)
+                    if token in stops:
+                        stopped[stream] = token
                     else:
                         drawn[stream].append(token)
                         grown.setdefault((at, token), []).append(stream)
@@ -291,11 +387,7 @@ class TransformerLensBackend:
             parents = self._tensor([at for at, _ in grown])
             state, logits = self._extend(state.select(parents), [(token,) for _, token in grown])
             branches = list(grown.values())
-        texts = self.encoder.tokenizer.batch_decode(list(drawn.values()), skip_special_tokens=True)
-        samples: list[dict[int, Sample]] = [{} for _ in seeds]
-        for (stream, ids), text in zip(drawn.items(), texts, strict=True):
-            samples[stream[0]][stream[1]] = Sample(text, len(ids), stream in finished)
-        return samples
+        return {stream: (ids, stopped.get(stream)) for stream, ids in drawn.items()}
 
     def _start(
         self,

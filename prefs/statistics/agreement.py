@@ -1,15 +1,17 @@
-"""Do two measurements of the same tasks agree? Their correlation over tasks, with its interval."""
+"""Do two measurements, or two judges, of the same tasks agree? With intervals over tasks."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prefs.statistics.estimates import ROUNDING, Estimate, Resamples, pearson_of_sums, resampling
+from prefs.statistics.estimates import ROUNDING, Estimate, Resamples, pearson_of_sums, ratio, resampling
 
 MIN_TASKS = 3
 FEW_TASKS = "fewer than 3 tasks with both"
 NO_VARIANCE = "no variance in ratings"
+NO_VERDICTS = "no task with two verdicts"
+ONE_VERDICT = "both judges give all tasks the same verdict"
 
 
 def correlation(x: ArrayLike, y: ArrayLike, draws: Resamples | None = None) -> Estimate:
@@ -42,6 +44,41 @@ def correlation(x: ArrayLike, y: ArrayLike, draws: Resamples | None = None) -> E
         return Estimate.missing(NO_VARIANCE, n)
     parts = np.stack([both.astype(np.float64), a, b, a * a, b * b, a * b], axis=1)
     return Estimate.of(pearson_of_sums(*np.moveaxis(resampling(draws, len(x)).sums(parts), 1, 0)), n, NO_VARIANCE)
+
+
+def cohen_kappa(a: ArrayLike, b: ArrayLike, draws: Resamples | None = None) -> Estimate:
+    """Cohen's κ of two judges' yes and no: (p_o - p_e) / (1 - p_e), agreement beyond what their shares alone give.
+
+    Cohen 1960, "A coefficient of agreement for nominal scales": p_o is the share of tasks on which they agree, and p_e
+    what is expected of independent judges with the same shares of yes. Not defined where both always say the same one.
+
+    Parameters
+    ----------
+    a, b
+        [T] 1 for yes, 0 for no; tasks where either is NaN are left out.
+    draws
+        Of the T tasks, for the interval.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, or a verdict is not 0, 1 or NaN.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"verdicts must be one-dimensional and alike, got {a.shape} and {b.shape}")
+    for verdicts in (a, b):
+        if not np.isin(verdicts[~np.isnan(verdicts)], (0, 1)).all():
+            raise ValueError("verdicts must be 0, 1 or NaN")
+    both = np.isfinite(a) & np.isfinite(b)
+    n = int(both.sum())
+    if n == 0:
+        return Estimate.missing(NO_VERDICTS, 0)
+    yes, other = np.where(both, a, 0.0), np.where(both, b, 0.0)
+    parts = np.stack([both.astype(np.float64), yes, other, np.where(both, a == b, 0.0)], axis=1)
+    count, by_a, by_b, agreed = np.moveaxis(resampling(draws, len(a)).sums(parts), 1, 0)
+    expected = by_a * by_b + (count - by_a) * (count - by_b)
+    return Estimate.of(ratio(agreed * count - expected, count * count - expected), n, ONE_VERDICT)
 
 
 def _from_the_middle(x: np.ndarray, used: np.ndarray) -> np.ndarray | None:

@@ -16,6 +16,7 @@ NO_EXACT = "no task with an exact rating"
 ONE_EXACT = "one task with an exact rating"
 NO_VARIANCE = "no variance in ratings"
 NO_TASK_VARIANCE = "no variance between tasks"
+ONE_THOUGHT = "one thought a task: how much thoughts differ is not known (rating.thoughts=2 or more)"
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,20 @@ class ExactSummary:
         [T], w = Σ (v - m)²·p / Σ p: how much a single sampled rating of this task varies.
     valid_mass
         [T], Σ p: how much of the probability is on the options at all.
+    between
+        [T], the part of `variance` that is between a thinking model's thoughts; 0 for one that answers at once.
+    uncertainty
+        [T], the variance of `mean` itself, which for a thinking model is over a few thoughts; else 0.
 
-    Mean and variance are NaN where the valid mass is 0 or NaN.
+    Mean and variance are NaN where the valid mass is 0 or NaN. After a single thought, variance, between and
+    uncertainty are NaN: nothing is known of other thoughts.
     """
 
     mean: Floats
     variance: Floats
     valid_mass: Floats
+    between: Floats
+    uncertainty: Floats
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class ExactMoments:
         Of the tasks' exact means (SD with ddof = 1): how high the ratings are, and how far apart the tasks.
     noise
         Mean over tasks of the variance of one sampled rating.
+    between
+        The part of `noise` that is between a thinking model's thoughts; 0 for one that answers at once.
     valid_mass
         Mean over tasks of the probability that is on the options at all.
     """
@@ -56,6 +66,7 @@ class ExactMoments:
     mean: Estimate
     sd: Estimate
     noise: Estimate
+    between: Estimate
     valid_mass: Estimate
 
 
@@ -68,7 +79,7 @@ class NoiseCeiling:
 
 
 def exact_summary(p: ArrayLike, values: ArrayLike) -> ExactSummary:
-    """Mean, variance and valid mass of exact ratings.
+    """Mean, variance and valid mass of the exact ratings of a model that answers at once; see `thought_summary`.
 
     Parameters
     ----------
@@ -82,15 +93,73 @@ def exact_summary(p: ArrayLike, values: ArrayLike) -> ExactSummary:
     ValueError
         If the shapes do not fit, or a probability is negative.
     """
+    p, v = _masses(p, values, "tasks")
+    mean, variance, mass = _moments(p, v)
+    return ExactSummary(mean, variance, mass, np.zeros(len(p)), np.zeros(len(p)))
+
+
+def thought_summary(p: ArrayLike, values: ArrayLike) -> ExactSummary:
+    """Exact ratings of a model that thinks, from the distribution after each of K thoughts: of their mixture.
+
+    A sampled rating draws a thought and then an option, so by the law of total variance it varies by the mean of the
+    variances after each thought, plus the variance between the thoughts' means. Thoughts count by their valid mass
+    s_k, as they do among valid sampled ratings: with a_k = s_k / Σ s,
+
+        m = Σ a_k m_k,   between = Σ a_k (m_k - m)² / (1 - Σ a_k²),   variance = Σ a_k w_k + between.
+
+    The denominator makes `between` unbiased (it is K - 1 over K for equal weights); the mean of K thoughts has
+    variance between · Σ a_k².
+
+    Parameters
+    ----------
+    p
+        [T, K, V] probability of each option after each thought, NaN where there was none. `valid_mass` is over the
+        thoughts that ended.
+    values
+        [V] the options' numbers.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit, or a probability is negative.
+    """
+    p, v = _masses(p, values, "tasks, thoughts")
+    m, w, mass = _moments(p, v)
+    ended = np.isfinite(mass)
+    s = np.where(np.isfinite(m), mass, 0.0)
+    a = ratio(s, s.sum(axis=1, keepdims=True))
+    mean = _weighted(a, m)
+    effective = (a**2).sum(axis=1)
+    between = ratio(_weighted(a, (m - mean[:, None]) ** 2), excess(np.ones_like(effective), effective))
+    return ExactSummary(
+        mean=mean,
+        variance=_weighted(a, w) + between,
+        valid_mass=ratio(np.where(ended, mass, 0.0).sum(axis=1), ended.sum(axis=1).astype(np.float64)),
+        between=between,
+        uncertainty=between * effective,
+    )
+
+
+def _masses(p: ArrayLike, values: ArrayLike, axes: str) -> tuple[Floats, Floats]:
     p, v = np.asarray(p, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    if p.ndim != 2 or v.shape != p.shape[1:]:
-        raise ValueError(f"masses must be [tasks, options] and values [options], got {p.shape} and {v.shape}")
+    if p.ndim != axes.count(",") + 2 or v.shape != p.shape[-1:]:
+        raise ValueError(f"masses must be [{axes}, options] and values [options], got {p.shape} and {v.shape}")
     if (p < 0).any():
         raise ValueError("option masses must not be negative")
-    mass = p.sum(axis=1)
-    q = ratio(p, mass[:, None])
+    return p, v
+
+
+def _moments(p: Floats, v: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean, variance and valid mass over the last axis."""
+    mass = p.sum(axis=-1)
+    q = ratio(p, mass[..., None])
     mean = q @ v
-    return ExactSummary(mean, (q * (v - mean[:, None]) ** 2).sum(axis=1), mass)
+    return mean, (q * (v - mean[..., None]) ** 2).sum(axis=-1), mass
+
+
+def _weighted(a: Floats, x: Floats) -> Floats:
+    """Σ a·x over the last axis, without the x that do not count; NaN where no weight is known."""
+    return np.where(a > 0, a * x, np.where(np.isnan(a), np.nan, 0.0)).sum(axis=-1)
 
 
 def exact_moments(exact: ExactSummary, draws: Resamples | None = None) -> ExactMoments:
@@ -104,26 +173,43 @@ def exact_moments(exact: ExactSummary, draws: Resamples | None = None) -> ExactM
         Of the T tasks, for intervals.
     """
     draws = resampling(draws, len(exact.mean))
-    rated, asked = np.isfinite(exact.mean), np.isfinite(exact.valid_mass)
+    rated = np.isfinite(exact.mean)
     n = int(rated.sum())
-    parts = _moment_parts(exact.mean, exact.variance)
-    answered = np.stack([asked.astype(np.float64), np.where(asked, exact.valid_mass, 0.0)], axis=1)
-    count, total, squares, noise = np.moveaxis(draws.sums(parts), 1, 0)
+    count, total, squares = np.moveaxis(draws.sums(_moment_parts(exact.mean)), 1, 0)
     centre = _centre(exact.mean[rated])
+    unknown = ONE_THOUGHT if n else NO_EXACT
     return ExactMoments(
         mean=Estimate.of(centre + ratio(total, count), n, NO_EXACT),
         sd=Estimate.of(np.sqrt(_spread(count, total, squares)), n, ONE_EXACT if n else NO_EXACT),
-        noise=Estimate.of(ratio(noise, count), n, NO_EXACT),
-        valid_mass=Estimate.of(ratio(*np.moveaxis(draws.sums(answered), 1, 0)[::-1]), int(asked.sum()), NO_EXACT),
+        noise=_mean(exact.variance, draws, unknown),
+        between=_mean(np.where(rated, exact.between, np.nan), draws, unknown),
+        valid_mass=_mean(exact.valid_mass, draws, NO_EXACT),
     )
 
 
-def predicted_r(m: ArrayLike, w: ArrayLike, k: int = 1, draws: Resamples | None = None) -> Estimate:
+def _mean(values: Floats, draws: Resamples, undefined: str) -> Estimate:
+    """Mean over the tasks for which it is known."""
+    known = np.isfinite(values)
+    parts = np.stack([known.astype(np.float64), np.where(known, values, 0.0)], axis=1)
+    count, total = np.moveaxis(draws.sums(parts), 1, 0)
+    return Estimate.of(ratio(total, count), int(known.sum()), undefined)
+
+
+def predicted_r(
+    m: ArrayLike,
+    w: ArrayLike,
+    k: int = 1,
+    draws: Resamples | None = None,
+    uncertainty: ArrayLike | None = None,
+) -> Estimate:
     """The cross-seed r to expect of sampled ratings, from exact ones: Var(m) / (Var(m) + mean(w)/k).
 
     Two seeds' ratings of task t are m_t plus independent noise of variance w_t, so over these tasks their covariance
     is expected to be Var(m) (ddof = 1) and each one's variance Var(m) + mean(w). Means of k seeds have noise w_t/k
     (Spearman 1910 and Brown 1910: the same as stepping r up for a test k times as long).
+
+    Where the means are themselves over a few thoughts, Var(m) is larger than that of what they estimate by the mean
+    of their own variance, which is taken off first (and nothing below 0 is left).
 
     Parameters
     ----------
@@ -133,6 +219,8 @@ def predicted_r(m: ArrayLike, w: ArrayLike, k: int = 1, draws: Resamples | None 
         Seeds in each of the two means that are correlated.
     draws
         Of the T tasks, for the interval.
+    uncertainty
+        [T] the variance of each m; None: 0.
 
     Raises
     ------
@@ -142,15 +230,36 @@ def predicted_r(m: ArrayLike, w: ArrayLike, k: int = 1, draws: Resamples | None 
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     m, w = _exact(m, w)
-    n = int(np.isfinite(m).sum())
+    there = np.isfinite(m)
+    n = int(there.sum())
     if n < MIN_TASKS:
         return Estimate.missing(FEW_EXACT, n)
-    count, total, squares, noise = np.moveaxis(resampling(draws, len(m)).sums(_moment_parts(m, w)), 1, 0)
-    signal = _spread(count, total, squares)
+    own = np.zeros_like(m) if uncertainty is None else np.where(there, np.asarray(uncertainty, dtype=np.float64), 0.0)
+    parts = np.concatenate([_moment_parts(m), np.stack([np.where(there, w, 0.0), own], axis=1)], axis=1)
+    count, total, squares, noise, owned = np.moveaxis(resampling(draws, len(m)).sums(parts), 1, 0)
+    signal = np.maximum(_spread(count, total, squares) - ratio(owned, count), 0.0)
     return Estimate.of(ratio(signal, signal + ratio(noise, count) / k), n, NO_VARIANCE)
 
 
-def seeds_needed(m: ArrayLike, w: ArrayLike, target_r: float, draws: Resamples | None = None) -> Estimate:
+def reliability(exact: ExactSummary) -> Estimate:
+    """How reliable exact means are as a target: 1 of a model that answers at once, less of one that thinks.
+
+    The share of Var(m) that is not the means' own variance.
+    """
+    if not exact.between.any():
+        return Estimate(1.0, None, None, n=int(np.isfinite(exact.mean).sum()))
+    found = predicted_r(exact.mean, exact.uncertainty, uncertainty=exact.uncertainty)
+    thoughts_unknown = found.value is None and np.isfinite(exact.mean).sum() >= MIN_TASKS
+    return Estimate.missing(ONE_THOUGHT, found.n) if thoughts_unknown else found
+
+
+def seeds_needed(
+    m: ArrayLike,
+    w: ArrayLike,
+    target_r: float,
+    draws: Resamples | None = None,
+    uncertainty: ArrayLike | None = None,
+) -> Estimate:
     """The smallest k for which `predicted_r` of k-seed means reaches a wanted r; a whole number.
 
     Solved from Var(m) / (Var(m) + mean(w)/k) >= r:  k >= mean(w)/Var(m) · r/(1 - r). The upper end of the interval is
@@ -164,6 +273,8 @@ def seeds_needed(m: ArrayLike, w: ArrayLike, target_r: float, draws: Resamples |
         The wanted correlation, between 0 and 1, both excluded.
     draws
         Of the T tasks, for the interval.
+    uncertainty
+        As for `predicted_r`.
 
     Raises
     ------
@@ -172,7 +283,7 @@ def seeds_needed(m: ArrayLike, w: ArrayLike, target_r: float, draws: Resamples |
     """
     if not 0 < target_r < 1:
         raise ValueError(f"target_r must be between 0 and 1, got {target_r}")
-    single = predicted_r(m, w, draws=draws)
+    single = predicted_r(m, w, draws=draws, uncertainty=uncertainty)
     if single.value == 0:
         return Estimate.missing(NO_TASK_VARIANCE, single.n)
 
@@ -198,8 +309,8 @@ def ceiling(reliability: Estimate) -> NoiseCeiling:
     Parameters
     ----------
     reliability
-        Of the target that the probe is scored on: `predicted_r` at k, or ICC(1,k), for the mean of k seeds; 1 for an
-        exact mean. A value outside [0, 1] is clipped, and so is its interval.
+        Of the target that the probe is scored on: `predicted_r` at k, or ICC(1,k), for the mean of k seeds;
+        `reliability` for an exact mean. A value outside [0, 1] is clipped, and so is its interval.
     """
     r2 = reliability.map(lambda value: min(max(value, 0.0), 1.0))
     return NoiseCeiling(r=r2.map(math.sqrt), r2=r2)
@@ -219,8 +330,8 @@ def _centre(m: Floats) -> float:
     return float(m.mean()) if len(m) else 0.0
 
 
-def _moment_parts(m: Floats, w: Floats) -> Floats:
-    """[T, 4] per task: 1, z, z², w, with z the mean from the middle; zeros for tasks without an exact rating.
+def _moment_parts(m: Floats) -> Floats:
+    """[T, 3] per task: 1, z, z², with z the mean from the middle; zeros for tasks without an exact rating.
 
     Means that differ by rounding only, as equal means of options may, are equal.
     """
@@ -228,7 +339,7 @@ def _moment_parts(m: Floats, w: Floats) -> Floats:
     rated = m[there]
     alike = len(rated) == 0 or np.ptp(rated) <= ROUNDING * np.abs(rated).max()
     z = np.zeros_like(m) if alike else np.where(there, m - _centre(rated), 0.0)
-    return np.stack([there.astype(np.float64), z, z * z, np.where(there, w, 0.0)], axis=1)
+    return np.stack([there.astype(np.float64), z, z * z], axis=1)
 
 
 def _spread(count: Floats, total: Floats, squares: Floats) -> Floats:

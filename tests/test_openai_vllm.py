@@ -1,0 +1,231 @@
+"""The engine for OpenAI-compatible servers against a real one: vLLM's own, with the embedded model, on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import template
+
+from prefs.chat import Message
+from prefs.complete import complete
+from prefs.config import ApiConfig
+from prefs.errors import UserError
+from prefs.models.backend import Ask, Interrupted, Question, Sample, Sampling
+from prefs.models.embedded import smollm2_folder
+from prefs.models.loading import Models, ModelSpec
+from prefs.models.openai import OpenAIBackend
+from prefs.rate import rate
+from prefs.records import Completion
+from prefs.store import Store
+from prefs.tasks import Task
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM in the environment"),
+]
+
+CONTEXT = 1024
+SCALE = Question(
+    "How much did you like that task, from 1 to 5? Answer with the number only.", tuple("12345"), "Answer: "
+)
+TEN = replace(SCALE, text="From 0 to 10, how much did you like that task?", says=tuple(str(at) for at in range(11)))
+WORDS = Question("Repeat after me: Strongly agree", ("Strongly disagree", "Disagree", "Agree", "Strongly agree"))
+ROWS = [
+    (Message("user", "Count to 3."), Message("assistant", "1, 2, 3.")),
+    (Message("user", "Tell me a joke about cats."), Message("assistant", "Why did the cat cross the road? To nap.")),
+    (Message("user", "Write a poem."), Message("assistant", "Roses are red.")),
+]
+
+
+@dataclass
+class VllmServer:
+    """vLLM's server in a process group of its own; its log says what it was asked."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen | None = None
+    logs: list[Path] = field(default_factory=list)
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> None:
+        self.logs.append(self.folder / f"{len(self.logs)}.log")
+        command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2_folder())),
+            *("--served-model-name", "smollm2", "--dtype", "float32", "--enforce-eager"),
+            *("--max-model-len", str(CONTEXT), "--host", "127.0.0.1", "--port", str(self.port)),
+        ]
+        with self.logs[-1].open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+                start_new_session=True,
+            )
+        while not self.answers():
+            assert self.process.poll() is None, self.logs[-1].read_text()[-3000:]
+            time.sleep(0.5)
+
+    def answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def answered(self) -> int:
+        """Completions that this server has given since it was started."""
+        return self.logs[-1].read_text().count('POST /v1/chat/completions HTTP/1.1" 200')
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[VllmServer]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = VllmServer(tmp_path_factory.mktemp("vllm"), port)
+    running.start()
+    yield running
+    running.kill()
+
+
+def spec_of(server: VllmServer, path: str = "smollm2", **api) -> ModelSpec:
+    settings = ApiConfig(base_url=server.base_url, key_env=None, prefill=True, **{"concurrency": 8, **api})
+    return ModelSpec(name="served", path=path, backend="openai", dtype="served", api=settings)
+
+
+@pytest.fixture
+def served(server) -> Iterator[OpenAIBackend]:
+    backend = OpenAIBackend.load(spec_of(server))
+    yield backend
+    backend.close()
+
+
+def test_exact_masses_are_those_of_the_model_run_here(served, backend):
+    """Digits after an opening, options that open others ("1" and "10"), and options of several tokens."""
+    asks = [Ask(question) for question in (SCALE, TEN, WORDS)]
+    there = served.observe(ROWS, asks, Sampling(1.0, 1.0, 1))
+    here = backend.observe(ROWS, asks, Sampling(1.0, 1.0, 1))
+    for at, tolerance in enumerate((2e-5, 2e-5, 5e-4)):
+        for one, other in zip(there, here, strict=True):
+            got, expected = (np.array(each.answers[at].scores[0].mass) for each in (one, other))
+            # What is not among the 20 likeliest tokens counts as 0.
+            listed = (got > 0) | (expected > 0.02)
+            np.testing.assert_allclose(got[listed], expected[listed], atol=tolerance)
+    whole = np.array([row.answers[2].scores[0].mass for row in there])
+    assert (whole[:, [0, 3]] > 0.002).sum() >= 3  # those of several tokens have been walked to
+    assert np.array([row.answers[1].scores[0].mass for row in there])[:, 10].min() > 0.05
+
+
+def test_answers_are_drawn_from_the_distribution_that_is_scored(served):
+    seeds = tuple(range(80))
+    (first,) = served.observe(ROWS[:1], [Ask(SCALE, seeds)], Sampling(1.0, 1.0, 1))
+    mass = np.array(first.answers[0].scores[0].mass)
+    texts = [first.answers[0].samples[seed].text for seed in seeds]
+    shares = np.array([texts.count(say) for say in SCALE.says]) / len(seeds)
+    assert np.all(np.abs(shares - mass) <= 5 * np.sqrt(mass * (1 - mass) / len(seeds)))
+    (again,) = served.observe(ROWS[:1], [Ask(SCALE, seeds[:5], ())], Sampling(1.0, 1.0, 1))
+    assert all(first.answers[0].samples[seed] == again.answers[0].samples[seed] for seed in seeds[:5])
+
+
+def test_one_store_one_job_through_the_stages(server, tmp_path):
+    tasks = [Task(f"t{at}", f"Count to {at}.", origin="A") for at in range(1, 5)]
+    store, models, spec = Store.open(str(tmp_path)), Models(), replace(spec_of(server), prefill="Answer: ")
+    short = Sampling(1.0, 1.0, 4)
+    completions, _ = complete(tasks, spec, short, seed=0, system_prompt=None, store=store, models=models)
+    options = {"seeds": (0, 1), "exact": True, "capture": None, "system_prompt": None}
+    rated = rate(completions, spec, {"stated": template("stated")}, short, store=store, models=models, **options)
+    count = server.answered()
+    again = rate(completions, spec, {"stated": template("stated")}, short, store=store, models=models, **options)
+    assert server.answered() == count
+    ratings = rated.ratings["stated"]
+    assert ratings.answers == again.ratings["stated"].answers
+    assert ratings.mass is not None
+    assert ratings.mass.sum(axis=1).min() > 0.5
+    assert sum(each.value is not None for row in ratings.answers for each in row) >= 3
+    models.keep_only([])
+
+
+def test_the_server_says_what_is_too_long(served):
+    long, brim, short = (((Message("user", "word " * count)),) for count in (CONTEXT + 100, CONTEXT - 45, 3))
+    samples = served.complete([long, brim, short], 0, Sampling(1.0, 1.0, 64))
+    assert samples[0] == Sample(None, 0, True, invalid="too_long")
+    # It shortens an answer to what its context has left; one that does not end by itself was not as long as asked for.
+    assert samples[1].invalid == "too_long" or samples[1].finished
+    assert samples[2].invalid is None
+    (row,) = served.observe([(*long, Message("assistant", "Done."))], [Ask(SCALE, (0,))], Sampling(1.0, 1.0, 4))
+    assert row.answers[0].scores[0].invalid == row.answers[0].samples[0].invalid == "too_long"
+
+
+def test_a_choice_is_held_to_the_options(served):
+    chosen = served.choose(ROWS, Question("Was that a refusal, or did the assistant do it?", ("refusal", "compliance")))
+    assert set(chosen) <= {"refusal", "compliance"}
+
+
+def test_a_model_that_is_not_on_the_server(server):
+    backend = OpenAIBackend.load(spec_of(server, path="smollm3"))
+    with pytest.raises(UserError, match=r"model.path: 'smollm3' is not on .*; there is smollm2"):
+        backend.complete([ROWS[0][:1]], 0, Sampling(1.0, 1.0, 4))
+    backend.close()
+
+
+def test_more_log_probabilities_than_the_server_gives(server):
+    backend = OpenAIBackend.load(spec_of(server, top_logprobs=21))
+    with pytest.raises(UserError, match=r"gives no log-probabilities .*model.api.top_logprobs"):
+        backend.observe(ROWS, [Ask(SCALE)], Sampling(1.0, 1.0, 1))
+    backend.close()
+
+
+def test_a_server_that_is_killed_in_the_middle_costs_nothing_that_was_answered(server, tmp_path):
+    tasks = [Task(f"t{at}", f"Write a long story about {at} cats.", origin="A") for at in range(12)]
+    store, long = Store.open(str(tmp_path)), Sampling(1.0, 1.0, 24)
+    spec = spec_of(server, concurrency=1, max_retries=1)
+
+    def run() -> tuple[list[Completion], object]:
+        models = Models()
+        try:
+            return complete(tasks, spec, long, seed=0, system_prompt=None, store=store, models=models)
+        finally:
+            models.keep_only([])
+
+    before = server.answered()
+
+    def kill_in_the_middle() -> None:
+        while server.answered() < before + 3:
+            time.sleep(0.02)
+        server.kill()
+
+    killer = threading.Thread(target=kill_in_the_middle, daemon=True)
+    killer.start()
+    with pytest.raises(
+        Interrupted, match=r"did not answer after 2 tries .*batch were answered and are kept"
+    ) as stopped:
+        run()
+    killer.join()
+    kept = sum(each is not None for each in stopped.value.done)
+    assert 3 <= kept < len(tasks)
+    server.start()
+    completions, work = run()
+    assert server.answered() == len(tasks) - kept
+    assert work.reused == kept
+    assert all(each.text for each in completions)

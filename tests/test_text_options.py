@@ -1,0 +1,121 @@
+"""Options as text: the walk through their beginnings against a sum over all token sequences."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefs.models.backend import Question
+from prefs.models.text_options import (
+    SharedToken,
+    first_token_masses,
+    opened,
+    seen_beginnings,
+    whole_string_masses,
+)
+
+ALPHABET = "ab1"
+TOKENS = [*ALPHABET, *(x + y for x in ALPHABET for y in ALPHABET), "<end>"]
+OPTIONS = st.lists(st.text(ALPHABET, min_size=1, max_size=4), min_size=2, max_size=5, unique=True)
+
+
+class Model:
+    """A next-token distribution that depends on the text so far, over tokens that spell a text in several ways."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.asked: list[str] = []
+
+    def after(self, text: str) -> dict[str, float]:
+        drawn = random.Random(f"{self.seed} {text}")
+        weights = [drawn.random() ** 3 for _ in TOKENS]
+        return {token: weight / sum(weights) for token, weight in zip(TOKENS, weights, strict=True)}
+
+    async def ask(self, text: str) -> dict[str, float]:
+        self.asked.append(text)
+        return self.after(text)
+
+
+def last_spelt(model: Model, says: list[str], text: str = "", last: str | None = None, p: float = 1.0) -> dict:
+    """P(the last option that a token sequence spells is v), credited where no option can be spelt any more."""
+    credited = dict.fromkeys(says, 0.0)
+    for token, share in model.after(text).items():
+        longer = text + token
+        now = longer if longer in says else last
+        if any(say.startswith(longer) and say != longer for say in says):
+            for say, mass in last_spelt(model, says, longer, now, p * share).items():
+                credited[say] += mass
+        elif (spelt := longer if longer in says else last) is not None:
+            credited[spelt] += p * share
+    return credited
+
+
+@given(OPTIONS, st.integers(0, 1000))
+def test_walking_gives_the_masses_of_all_token_sequences(says, seed):
+    model = Model(seed)
+    masses = asyncio.run(whole_string_masses(says, model.ask, least=0.0))
+    expected = last_spelt(model, says)
+    assert masses == pytest.approx([expected[say] for say in says], abs=1e-12)
+    assert sum(masses) <= 1 + 1e-12
+    # No beginning is asked for twice, and none that no option goes on from.
+    assert len(model.asked) == len(set(model.asked))
+    assert all(any(say.startswith(text) and say != text for say in says) for text in model.asked)
+
+
+@given(OPTIONS, st.integers(0, 1000), st.floats(1e-4, 0.2))
+def test_what_is_not_followed_takes_little_away(says, seed, least):
+    whole, pruned = Model(seed), Model(seed)
+    full = asyncio.run(whole_string_masses(says, whole.ask, least=0.0))
+    part = asyncio.run(whole_string_masses(says, pruned.ask, least=least))
+    assert len(pruned.asked) <= len(whole.asked)
+    # A way that is not followed is worth less than `least`, whether an option gains or loses by it.
+    ways = 2 ** max(len(say) for say in says) * len(says)
+    assert all(abs(one - other) <= ways * least for one, other in zip(full, part, strict=True))
+
+
+@given(st.lists(st.sampled_from(TOKENS[:-1]), min_size=2, max_size=6, unique=True), st.integers(0, 1000))
+def test_options_that_are_tokens_have_their_tokens_probabilities(says, seed):
+    """With all tokens seen, each is its own beginning: "a" does not begin "ab"."""
+    top = Model(seed).after("")
+    masses = first_token_masses(says, top, seen_beginnings(says, [top]))
+    assert masses == pytest.approx([top[say] for say in says])
+
+
+def test_ten_begins_with_one_unless_it_has_been_seen_to_be_a_token():
+    says = ("1", "2", "10")
+    with pytest.raises(SharedToken) as shared:
+        first_token_masses(says, {"1": 0.6, "2": 0.3}, {"1", "2"})
+    assert (shared.value.token, shared.value.options) == ("1", ("1", "10"))
+    assert first_token_masses(says, {"1": 0.6, "2": 0.3}, {"1", "2", "10"}) == (0.6, 0.3, 0.0)
+    assert first_token_masses(says, {"1": 0.6, "10": 0.3}, {"1", "2", "10"}) == (0.6, 0.0, 0.3)
+
+
+def test_a_beginning_counts_for_the_one_option_that_has_it():
+    says = ("Disagree", "Agree")
+    assert first_token_masses(says, {"Dis": 0.5, "A": 0.25, "": 0.1, "Disagree!": 0.1}, {"Dis", "A"}) == (0.5, 0.25)
+
+
+def test_a_shared_beginning_that_hardly_occurs_is_no_matter():
+    assert first_token_masses(("Strongly agree", "Strongly disagree"), {"S": 1e-6}, {"S"}) == (0.0, 0.0)
+
+
+def test_ten_is_taken_off_one():
+    def after(text: str) -> dict[str, float]:
+        return {"": {"1": 0.5, "2": 0.2, "10": 0.05}, "1": {"0": 0.4, ".": 0.6}}[text]
+
+    async def ask(text: str) -> dict[str, float]:
+        return after(text)
+
+    assert asyncio.run(whole_string_masses(("1", "2", "10"), ask)) == pytest.approx((0.3, 0.2, 0.25))
+
+
+def test_a_blank_before_a_word_goes_with_the_word_and_one_before_a_digit_stays():
+    assert opened(Question("?", ("Agree", "Disagree"), "Answer: ")) == ("Answer:", (" Agree", " Disagree"))
+    assert opened(Question("?", ("1", "2"), "Answer: ")) == ("Answer: ", ("1", "2"))
+    assert opened(Question("?", ("Agree", "Disagree"), "Answer:")) == ("Answer:", ("Agree", "Disagree"))
+    assert opened(Question("?", ("Agree", "Disagree"), " ")) == ("", (" Agree", " Disagree"))
+    assert opened(Question("?", ("Agree", "Disagree"))) == ("", ("Agree", "Disagree"))
