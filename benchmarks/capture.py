@@ -3,11 +3,11 @@
 Ragged conversations of ``--shortest`` to ``--longest`` tokens. First, tokens a second of
 
 - transformers' forward pass alone, no logits, on the batches that `prefs` cuts by its token budget; and
-- `prefs`, on the same batches: encoding, forward pass, and vectors of all layers at three positions brought to the host.
+- `prefs` on the same batches: encoding, forward pass, and the vectors of all layers at three positions on the host.
 
-Then, for one layer in the middle and for the last, `prefs` against TransformerLens' ``run_with_cache``, one conversation
-at a time, with and without ``names_filter`` and ``stop_at_layer``; ``--tl-bfloat16 N`` adds the first N conversations in
-bfloat16. Every time is the median of ``--repeats``, and what is compared takes turns. Prints Markdown.
+Then, for one layer in the middle and for the last, `prefs` against TransformerLens' ``run_with_cache`` on one
+conversation at a time, with and without ``names_filter`` and ``stop_at_layer``; ``--tl-bfloat16 N`` adds N of the
+conversations in bfloat16. Times are medians of ``--repeats``, and what is compared takes turns. Prints Markdown.
 
     python benchmarks/capture.py                                           # the embedded model, on any machine
     python benchmarks/capture.py --shape gemma2_27b --device cuda          # random weights in the shape of Gemma-2-27B
@@ -21,19 +21,17 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import copy
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
-from prefs.chat import Message
+from prefs.chat import ChatEncoder, Message
 from prefs.config import DatasetConfig
 from prefs.models.backend import CaptureRequest, Conversation, Observation, Sampling
 from prefs.models.bridge import wrap
@@ -41,6 +39,7 @@ from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import BATCH_TOKENS, ModelSpec
 from prefs.models.transformer_lens import TransformerLensBackend
+from prefs.options import unasked
 from prefs.store import batches
 from prefs.tasks import load_tasks
 
@@ -80,6 +79,7 @@ class Stopwatch:
 
     def __init__(self, repeats: int, clock: Callable[[], float], device: torch.device):
         self._repeats, self._clock, self._device = repeats, clock, device
+        self.card = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
 
     def seconds(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         times: dict[str, list[float]] = {name: [] for name in runs}
@@ -96,80 +96,88 @@ class Stopwatch:
         return self._clock()
 
 
-def bare(model, rows: Sequence[Sequence[tuple[int, ...]]]) -> Callable[[], None]:
+def load(shape: str, spec: ModelSpec):
+    """The embedded model, or one with random weights, on its device."""
+    device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
+    if shape == "smollm2":
+        return AutoModelForCausalLM.from_pretrained(spec.path, dtype=dtype).to(device).eval()
+    with device:
+        model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+def cut_batches(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Rows by number, in the batches that `prefs` makes of them."""
+    return [
+        [int(key) for key in batch] for batch in batches({f"{at:06}": len(row) for at, row in enumerate(rows)}, budget)
+    ]
+
+
+def bare(model, rows: Sequence[tuple[int, ...]], cut: Sequence[Sequence[int]]) -> Callable[[], None]:
     """Transformers' forward pass over batches of rows, padded as tokenizers pad, to the last hidden state."""
     device = next(model.parameters()).device
 
     @torch.inference_mode()
     def run() -> None:
-        for batch in rows:
-            width = max(len(row) for row in batch)
-            ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=device)
+        for batch in cut:
+            width = max(len(rows[at]) for at in batch)
+            ids = torch.tensor([[*rows[at], *[0] * (width - len(rows[at]))] for at in batch], device=device)
+            mask = torch.tensor([[1] * len(rows[at]) + [0] * (width - len(rows[at])) for at in batch], device=device)
             model.model(ids, attention_mask=mask, use_cache=False)
 
     return run
 
 
-def throughput(given: argparse.Namespace, spec: ModelSpec, model, path: str, turns: list[Conversation], watch) -> None:
+def throughput(given: argparse.Namespace, spec: ModelSpec, turns: Sequence[Conversation], watch: Stopwatch) -> None:
     """Capture of all layers against the bare forward pass of the same batches."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
-    # The largest does not fit twice, and takes no turns.
-    alone = given.shape == "gemma2_27b"
-    plain = model if alone else copy.deepcopy(model)
-    encoder = TransformerLensBackend(wrap(model, tokenizer, spec, path), tokenizer, spec) if not alone else None
-    lengths_of = [_tokens(tokenizer, turn) for turn in turns]
-    lengths = {f"{at:05}": len(ids) for at, ids in enumerate(lengths_of)}
-    cut = [[int(key) for key in batch] for batch in batches(lengths, spec.batch_tokens)]
-    run_bare = bare(plain, [[lengths_of[at] for at in batch] for batch in cut])
-    run_bare()
-    if alone:
-        seconds = watch.seconds({"transformers, bare forward pass": run_bare})
-        encoder = TransformerLensBackend(wrap(model, tokenizer, spec, path), tokenizer, spec)
-    assert encoder is not None
-    request = CaptureRequest(tuple(range(encoder.n_layers)), POSITIONS)
+    encoder = ChatEncoder(tokenizer)
+    asked = [unasked(encoder, turn) for turn in turns]
+    rows = [each.ids[: each.question_start] for each in asked]
+    cut = cut_batches(rows, spec.batch_tokens)
+    model = load(given.shape, spec)
+    # The largest does not fit twice, so it is measured bare before it is wrapped.
+    run_bare = bare(model if given.shape == "gemma2_27b" else load(given.shape, spec), rows, cut)
+    run_bare()  # warms up
+    runs: dict[str, Callable[[], object]] = {"transformers, bare forward pass": run_bare}
+    seconds: dict[str, float] = {}
+    if given.shape == "gemma2_27b":
+        seconds, runs = watch.seconds(runs), {}
+    backend = TransformerLensBackend(wrap(model, tokenizer, spec, spec.path), tokenizer, spec)
+    request = CaptureRequest(tuple(range(backend.n_layers)), POSITIONS)
 
-    def run_prefs() -> None:
+    def capture() -> None:
         for batch in cut:
-            encoder.observe([turns[at] for at in batch], [], NOTHING_SAMPLED, request)
+            backend.observe([turns[at] for at in batch], [], NOTHING_SAMPLED, request)
 
-    run_prefs()
-    runs = {"prefs, all layers at three positions": run_prefs}
-    if alone:
-        seconds |= watch.seconds(runs)
-    else:
-        seconds = watch.seconds({"transformers, bare forward pass": run_bare, **runs})
-    total = sum(lengths.values())
-    padded = sum(len(batch) * max(len(lengths_of[at]) for at in batch) for batch in cut)
-    blocks = sum(p.numel() for block in encoder.bridge.blocks for p in block.parameters())
-    peak = given.peak or next((value for name, value in PEAKS.items() if name in _card(watch)), None)
+    capture()
+    seconds |= watch.seconds({**runs, "prefs, all layers at three positions": capture})
+    total = sum(map(len, rows))
+    padded = sum(len(batch) * max(len(rows[at]) for at in batch) for batch in cut)
+    # Attention scores are left out, a few percent at these lengths.
+    operations = 2 * padded * sum(weight.numel() for block in backend.bridge.blocks for weight in block.parameters())
+    peak = given.peak or next((value for card, value in PEAKS.items() if card in watch.card), None)
     print(
-        f"{spec.name} in {spec.dtype} on {_card(watch)}, {torch.get_num_threads()} threads, {given.clock} time:"
-        f" {len(turns)} conversations of {min(lengths.values())} to {max(lengths.values())} tokens in {len(cut)}"
-        f" batches of at most {spec.batch_tokens:,}, {padded / total - 1:.0%} padding; median of {given.repeats}\n"
+        f"{given.shape} in {spec.dtype} on {watch.card}, {torch.get_num_threads()} threads, {given.clock} time;"
+        f" {len(turns)} conversations of {min(map(len, rows))} to {max(map(len, rows))} tokens in {len(cut)} batches"
+        f" of {spec.batch_tokens:,} tokens at most, {padded / total - 1:.0%} padding; median of {given.repeats}\n"
     )
     print("| method | tokens a second | share of bare | share of the card's peak |\n|---|---|---|---|")
-    base = seconds["transformers, bare forward pass"]
     for name, value in seconds.items():
-        share = f"{2 * blocks * padded / value / (peak * 1e12):.0%}" if peak else "–"
-        print(f"| {name} | {total / value:,.0f} | {base / value:.2f} | {share} |")
+        share = f"{operations / value / (peak * 1e12):.0%}" if peak else "–"
+        print(f"| {name} | {total / value:,.0f} | {next(iter(seconds.values())) / value:.2f} | {share} |")
 
 
-def against_transformer_lens(
-    given: argparse.Namespace, spec: ModelSpec, turns: list[Conversation], watch: Stopwatch
-) -> None:
+def against_transformer_lens(spec: ModelSpec, turns: Sequence[Conversation], watch: Stopwatch) -> None:
     """One layer, in the middle or the last, against run_with_cache one conversation at a time."""
     bridge = TransformerBridge.boot_transformers(
         str(smollm2_folder()), device=str(resolve_device(spec.device)), dtype=getattr(torch, spec.dtype)
     )
     backend = TransformerLensBackend.load(spec, str(smollm2_folder()))
     asked = [backend.encoder.encode(turn) for turn in turns]
-    lengths = {f"{at:05}": len(each.ids) for at, each in enumerate(asked)}
-    cut = [[int(key) for key in batch] for batch in batches(lengths, spec.batch_tokens)]
-    print(
-        f"\nAgainst TransformerLens in {spec.dtype}, one conversation at a time: {len(turns)} conversations,"
-        f" {sum(lengths.values()):,} tokens\n"
-    )
+    cut = cut_batches([each.ids for each in asked], spec.batch_tokens)
+    total = sum(len(each.ids) for each in asked)
+    print(f"\nAgainst TransformerLens in {spec.dtype}: {len(turns)} conversations, {total:,} tokens\n")
     print("| layer | method | s | ratio | largest difference, of the largest entry |\n|---|---|---|---|---|")
     for layer in (backend.n_layers // 2 - 1, backend.n_layers - 1):
         name = f"blocks.{layer}.hook_out"
@@ -208,18 +216,6 @@ def against_transformer_lens(
             print(f"| {layer} | {method} | {value:.1f} | {value / seconds['prefs']:.2f} | {float(off):.1e} |")
 
 
-def _tokens(tokenizer, turn: Conversation) -> tuple[int, ...]:
-    from prefs.chat import ChatEncoder
-    from prefs.options import unasked
-
-    asked = unasked(ChatEncoder(tokenizer), turn)
-    return asked.ids[: asked.question_start]
-
-
-def _card(watch: Stopwatch) -> str:
-    return torch.cuda.get_device_name() if watch._device.type == "cuda" else "the processor"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["smollm2", *SHAPES], default="smollm2")
@@ -249,23 +245,17 @@ def main() -> None:
     turns = conversations(
         given.conversations, given.shortest, given.longest, AutoTokenizer.from_pretrained(smollm2_folder())
     )
-    if given.shape == "smollm2":
-        model = AutoModelForCausalLM.from_pretrained(spec.path, dtype=getattr(torch, dtype)).to(device).eval()
-        throughput(given, spec, model, spec.path, turns, watch)
-        del model
-        if not given.no_tl:
-            against_transformer_lens(given, replace(spec, dtype="float32"), turns, watch)
-            if given.tl_bfloat16:
-                few = turns[:: max(len(turns) // given.tl_bfloat16, 1)][: given.tl_bfloat16]
-                against_transformer_lens(given, replace(spec, dtype="bfloat16"), few, watch)
+    if given.shape != "smollm2":
+        with tempfile.TemporaryDirectory() as folder:
+            SHAPES[given.shape].save_pretrained(folder)
+            throughput(given, replace(spec, path=folder), turns, watch)
         return
-    with tempfile.TemporaryDirectory() as folder, torch.device(device):
-        SHAPES[given.shape].save_pretrained(folder)
-        model = AutoModelForCausalLM.from_config(
-            SHAPES[given.shape], dtype=getattr(torch, dtype), attn_implementation="eager"
-        )
-        model.eval()
-        throughput(given, replace(spec, path=str(Path(folder))), model, folder, turns, watch)
+    throughput(given, spec, turns, watch)
+    if not given.no_tl:
+        against_transformer_lens(replace(spec, dtype="float32"), turns, watch)
+    if given.tl_bfloat16:
+        few = turns[:: max(len(turns) // given.tl_bfloat16, 1)][: given.tl_bfloat16]
+        against_transformer_lens(replace(spec, dtype="bfloat16"), few, watch)
 
 
 if __name__ == "__main__":
