@@ -351,6 +351,9 @@ def check(config: Config) -> None:
     if len(set(names)) < len(names):
         raise ConfigError("template", names, "templates with different names")
     _check_rating(config.rating)
+    if config.rating.exact and config.model.backend == "openai" and config.model.api.top_logprobs == 0:
+        allowed = "false, since this model's server gives no log-probabilities (model.api.top_logprobs=0)"
+        raise ConfigError("rating.exact", True, allowed)
     _check_dataset(config.dataset)
     _check_judge(config.judge)
     _check_capture(config.capture)
