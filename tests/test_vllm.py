@@ -176,7 +176,7 @@ def test_usage_counts_requests_and_tokens(engine):
 
 @torch.inference_mode()
 def test_a_thought_comes_before_the_answer_and_its_score(thinker, backend):
-    """The score is the distribution after the text of the thought, as TransformerLens computes it."""
+    """The score is the distribution after the text of the thought, by transformers' own forward pass."""
     asked, think = question("anchored"), thinker(max_tokens=24, force_close=True)
     rows = CONVERSATIONS[:2]
     observed = think.observe(rows, [Ask(asked, seeds=(0, 1), scores=(1, 2))], SAMPLING)
@@ -189,8 +189,9 @@ def test_a_thought_comes_before_the_answer_and_its_score(thinker, backend):
         for score in answer.scores.values():
             assert "." not in score.thought
             put = ask(think.encoder, row, asked, thought=score.thought)
-            state, logits = backend._start([put.ids])
-            expected = backend._score(state, logits, [put])[0]
+            assert {len(tail) for tail in put.tails} == {1}
+            logits = backend.bridge.original_model(torch.tensor([put.ids])).logits[0, -1].float()
+            expected = logits.softmax(dim=-1)[[tail[0] for tail in put.tails]]
             np.testing.assert_allclose(score.mass, expected, rtol=1e-3, atol=1e-7)
     assert think.question_tokens(rows[0], asked) > 24 + len(ask(think.encoder, rows[0], asked).ids)
 
@@ -312,6 +313,20 @@ def test_jobs_of_a_sweep_share_one_engine_and_leave_nothing_behind(tmp_path):
     assert not list(Path(scratch).glob("prefs-vllm-*"))
 
 
+def test_masses_of_partly_scored_options_are_those_of_the_looks(engine):
+    """The walk over beginnings, against the same probabilities asked for one whole string at a time."""
+    asked = ask(engine.encoder, CONVERSATIONS[0], question("agreement"))
+    (together,) = engine.observe(CONVERSATIONS[:1], [Ask(question("agreement"))], SAMPLING)
+    alone = []
+    for say in question("agreement").says:
+        (one,) = engine.observe(
+            CONVERSATIONS[:1], [Ask(Question(question("agreement").text, (say, "x" * 5), "Answer: "))], SAMPLING
+        )
+        alone.append(np.log(one.answers[0].scores[0].mass[0]))
+    expected = option_masses(np.array([alone]), asked.tails)[0]
+    np.testing.assert_allclose(together.answers[0].scores[0].mass, expected, rtol=1e-3)
+
+
 def test_an_engine_that_is_killed_ends_in_one_line_and_the_next_run_goes_on(tmp_path, engine, spec, served):
     """Half of the requests are answered by then, and what they brought is not asked for again."""
     store = Store.open(str(tmp_path))
@@ -339,17 +354,3 @@ def test_an_engine_that_is_killed_ends_in_one_line_and_the_next_run_goes_on(tmp_
     assert work.reused % 11 == 0
     assert work.computed == 110 - work.reused
     assert np.isfinite(rated.ratings["stated"].mass).all()
-
-
-def test_masses_of_partly_scored_options_are_those_of_the_looks(engine):
-    """The walk over beginnings, against the same probabilities asked for one whole string at a time."""
-    asked = ask(engine.encoder, CONVERSATIONS[0], question("agreement"))
-    (together,) = engine.observe(CONVERSATIONS[:1], [Ask(question("agreement"))], SAMPLING)
-    alone = []
-    for say in question("agreement").says:
-        (one,) = engine.observe(
-            CONVERSATIONS[:1], [Ask(Question(question("agreement").text, (say, "x" * 5), "Answer: "))], SAMPLING
-        )
-        alone.append(np.log(one.answers[0].scores[0].mass[0]))
-    expected = option_masses(np.array([alone]), asked.tails)[0]
-    np.testing.assert_allclose(together.answers[0].scores[0].mass, expected, rtol=1e-3)
