@@ -356,7 +356,7 @@ def check(config: Config) -> None:
         raise ConfigError("rating.exact", True, allowed)
     _check_dataset(config.dataset)
     _check_judge(config.judge)
-    _check_capture(config.capture)
+    _check_capture(config.capture, config.model.backend)
     _check_probe(config)
     _check_choice("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
     _check_range("stats.bootstrap", config.stats.bootstrap, 0, 1_000_000)
@@ -528,7 +528,13 @@ def _check_judge(judge: JudgeConfig) -> None:
         raise ConfigError("judge.refusal", words, "a word for refusal and another for compliance")
 
 
-def _check_capture(capture: CaptureConfig) -> None:
+def _check_capture(capture: CaptureConfig, backend: str) -> None:
+    if capture.positions and backend != "transformer_lens":
+        raise ConfigError(
+            "capture.positions",
+            capture.positions,
+            f"none with model.backend={backend}, which gives no residual vectors; add: capture=none probe=none",
+        )
     layers = capture.layers
     if layers != "all" and not (isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)):
         raise ConfigError("capture.layers", layers, "all, or a list of layer numbers such as [0,15,-1]")

@@ -249,6 +249,7 @@ def test_the_config_survives_yaml():
         (["capture.layers=[1.5]"], "capture.layers: got [1.5]"),
         (["capture.positions=[last]"], "capture.positions: got 'last'; allowed: one of last_prompt, first_completion"),
         (["capture=none"], "probe.position: got 'rating'; allowed: a captured position (nothing is captured;"),
+        (["model.backend=vllm"], "model.backend=vllm, which gives no residual vectors; add: capture=none probe=none"),
         (["probe.position=first_completion"], "probe.position: got 'first_completion'; allowed: a captured position"),
         (["rating.exact=false"], "probe.targets: got ['exact', 'sampled']; allowed: sampled, since rating.exact=false"),
         (["rating.seeds=[]"], "probe.targets: got ['exact', 'sampled']; allowed: exact, since rating.seeds=[]"),

@@ -38,6 +38,7 @@ from prefs.models.loading import ModelSpec
 from prefs.models.memory import Halving
 from prefs.models.residuals import AllRecorded, Recorder, spots
 from prefs.models.steering import Steered, check, places_of_answer, places_of_completion
+from prefs.models.stops import stop_tokens
 from prefs.models.thoughts import THOUGHT, Thought, joined
 from prefs.options import Asked, ask, option_masses, unasked
 from prefs.sampling import draw, row_uniforms
@@ -83,7 +84,7 @@ class TransformerLensBackend:
         self.d_model = int(bridge.cfg.d_model)
         text_config = model.config.get_text_config()
         self.max_context = spec.max_context or int(text_config.max_position_embeddings)
-        self._stops = _stop_tokens(tokenizer, model.generation_config)
+        self._stops = stop_tokens(tokenizer, model.generation_config)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stops, default=0)
         self._hooks = [f"blocks.{layer}.hook_out" for layer in range(self.n_layers)]
         absent = [name for name in self._hooks if name not in bridge.hook_dict]
@@ -474,12 +475,6 @@ def _fork(cache: Cache | None) -> Cache:
     growing = (DynamicLayer, DynamicSlidingWindowLayer)
     forked.layers = [copy.copy(x) if type(x) in growing else copy.deepcopy(x) for x in cache.layers]
     return forked
-
-
-def _stop_tokens(tokenizer: Any, generation_config: Any) -> frozenset[int]:
-    stops = generation_config.eos_token_id if generation_config is not None else None
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
-    return frozenset([*stops, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])
 
 
 def config_layers(path: str, revision: str | None) -> int:
