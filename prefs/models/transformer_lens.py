@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,8 @@ from prefs.models.stops import stop_tokens
 from prefs.models.thoughts import THOUGHT, Thought, joined
 from prefs.options import Asked, ask, option_masses, unasked
 from prefs.sampling import draw, row_uniforms
+
+log = logging.getLogger(__name__)
 
 # Sampled answers decoded at once for each row: bounds the copies of a conversation's keys and values.
 SEEDS_AT_ONCE = 4
@@ -96,7 +99,10 @@ class TransformerLensBackend:
     def load(cls, spec: ModelSpec, path: str) -> TransformerLensBackend:
         """Load a model, or raise `UserError`; see `prefs.models.bridge.load_bridge`."""
         bridge, tokenizer = load_bridge(spec, path)
-        return cls(bridge, tokenizer, spec)
+        backend = cls(bridge, tokenizer, spec)
+        for note in backend.encoder.notes(spec.name):
+            log.info("%s", note)
+        return backend
 
     def prompt_tokens(self, conversation: Conversation) -> int:
         return len(self.encoder.encode(conversation, answer="").ids) + self.encoder.thought_room

@@ -8,6 +8,7 @@ the prefix cache makes the points after the first cheap.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -37,6 +38,8 @@ from prefs.models.vllm_engines import Engines, EnginesDied, Output, Request
 from prefs.options import ask, branchings, option_masses, unasked
 from prefs.sampling import row_seed
 from prefs.templates import Invalid
+
+log = logging.getLogger(__name__)
 
 # How many tokens' log-probabilities vLLM gives a request (0.32: `MAX_LOGPROB_TOKEN_IDS`).
 LOOKED_AT_ONCE = 128
@@ -96,7 +99,10 @@ class VllmBackend:
         except (OSError, ValueError, KeyError) as error:
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"cannot load {spec.name} from {path}: {first_line}") from None
-        return cls(lambda: Engines(spec, path), tokenizer, stop_tokens(tokenizer, generation), spec)
+        backend = cls(lambda: Engines(spec, path), tokenizer, stop_tokens(tokenizer, generation), spec)
+        for note in backend.encoder.notes(spec.name):
+            log.info("%s", note)
+        return backend
 
     def prompt_tokens(self, conversation: Conversation) -> int:
         return len(self.encoder.encode(conversation, answer="").ids) + self.encoder.thought_room
