@@ -42,7 +42,7 @@ def ask(encoder: ChatEncoder, conversation: Conversation, question: Question, th
     messages = (*conversation, Message("user", question.text))
     opened = encoder.encode(messages, answer=question.prefill, thought=thought)
     whole = [encoder.encode(messages, answer=question.prefill + say, thought=thought).ids for say in question.says]
-    shared = min([_common_prefix(opened.ids, ids) for ids in whole] + [len(ids) - 1 for ids in whole])
+    shared = min([common_prefix(opened.ids, ids) for ids in whole] + [len(ids) - 1 for ids in whole])
     tails = tuple(ids[shared:] for ids in whole)
     for at, tail in enumerate(tails):
         if tail in tails[:at]:
@@ -102,7 +102,8 @@ def _question_start(encoded: Encoded) -> int:
     return encoded.spans[-1][0]
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
     for at, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return at

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from tiny_models import gemma2, llama, plain_model, tiny_model
+from tiny_models import gemma2, gemma3, llama, plain_model, tiny_model
 from transformers import AutoTokenizer
 
 from prefs.chat import Message
@@ -120,3 +121,14 @@ def test_a_model_on_two_devices(tiny_llama):
     assert [kept.device for kept in recorder._kept] == [here, here, there, there, there]
     _, logits = backend._extend(state.fork().select(torch.tensor([1, 0, 1])), [(5,), (6, 7), (8,)])
     assert logits.shape == (3, 1, 49152)
+
+
+def test_a_model_that_also_sees_is_read_as_text_and_installs_nothing(tmp_path, monkeypatch):
+    """TransformerLens would install torchvision with pip where the image processor does not load."""
+    called: list[object] = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **kwargs: called.append(args))
+    spec = tiny_model(tmp_path, gemma3())
+    backend, together = observe(spec)
+    assert not called
+    alone = [backend.observe([row], ASKS, Sampling(1.0, 1.0, 3), CAPTURE)[0] for row in CONVERSATIONS]
+    same(together, alone)

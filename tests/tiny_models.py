@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3Config, LlamaConfig, PreTrainedConfig
 
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import ModelSpec
@@ -34,6 +34,12 @@ def llama() -> PreTrainedConfig:
 def gemma2(sliding_window: int = 24) -> PreTrainedConfig:
     """With its soft caps, and a window shorter than the conversations of the tests."""
     return Gemma2Config(**SIZES, sliding_window=sliding_window, query_pre_attn_scalar=16)
+
+
+def gemma3() -> PreTrainedConfig:
+    """With its image encoder, which no text reaches."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return Gemma3Config(text_config={**SIZES, "sliding_window": 24}, vision_config={**vision, "image_size": 28})
 
 
 def tiny_model(folder: Path, config: PreTrainedConfig) -> ModelSpec:

@@ -88,9 +88,10 @@ def wrap(model: Any, tokenizer: Any, spec: ModelSpec, path: str) -> Any:
         model.set_output_embeddings(_Float32Unembedding.of(unembedding))
     device = model.get_input_embeddings().weight.device
     try:
-        bridge = TransformerBridge.boot_transformers(
-            path, hf_model=model.eval(), tokenizer=tokenizer, dtype=getattr(torch, spec.dtype), device=device
-        )
+        with _no_processor():
+            bridge = TransformerBridge.boot_transformers(
+                path, hf_model=model.eval(), tokenizer=tokenizer, dtype=getattr(torch, spec.dtype), device=device
+            )
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"TransformerLens cannot wrap {spec.name}: {first_line(error)}") from None
     for block in bridge.blocks:
@@ -102,6 +103,23 @@ def wrap(model: Any, tokenizer: Any, spec: ModelSpec, path: str) -> Any:
         with contextlib.suppress(ValueError):  # a family without it
             model.set_attn_implementation("sdpa")
     return bridge
+
+
+@contextmanager
+def _no_processor() -> Iterator[None]:
+    """Keep TransformerLens 4.3 from looking for the image processor of a model that has one (Gemma 3).
+
+    Nothing but text is read here; and where the processor does not load, it installs torchvision with pip, which may
+    bring another torch with it.
+    """
+    from transformer_lens.model_bridge.sources.transformers import source
+
+    own = source.load_modality_processor
+    source.load_modality_processor = lambda *args: None
+    try:
+        yield
+    finally:
+        source.load_modality_processor = own
 
 
 def _use_own_modules(module: nn.Module) -> None:

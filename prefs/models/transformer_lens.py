@@ -41,7 +41,7 @@ from prefs.models.residuals import AllRecorded, Recorder, spots
 from prefs.models.steering import Steered, check, places_of_answer, places_of_completion
 from prefs.models.stops import stop_tokens
 from prefs.models.thoughts import THOUGHT, Thought, joined
-from prefs.options import Asked, ask, option_masses, unasked
+from prefs.options import Asked, ask, common_prefix, option_masses, unasked
 from prefs.sampling import draw, row_uniforms
 
 log = logging.getLogger(__name__)
@@ -464,12 +464,21 @@ def _stops(recorder: Recorder | None) -> bool:
 
 
 def _shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
-    """The tokens before the questions, which are the same for all of them."""
-    first = asked[0]
-    prefix = first.ids[: first.question_start]
+    """The tokens before the questions that are the same for all of them.
+
+    Raises
+    ------
+    UserError
+        If they end before the completion does, so that it would not be the same to all questions.
+    """
+    prefix = asked[0].ids[: asked[0].question_start]
     for other in asked[1:]:
-        if other.ids[: other.question_start] != prefix:
-            raise AssertionError("the chat template changes earlier turns with the question that follows")
+        prefix = prefix[: common_prefix(prefix, other.ids[: other.question_start])]
+    if len(prefix) < max(of_question.spans[-2][1] for of_question in asked):
+        raise UserError(
+            "this model's chat template writes earlier turns in another way with another question after them; rate one"
+            " template a job (-m template=a,b in place of template=[a,b])"
+        )
     return prefix
 
 
