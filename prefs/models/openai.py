@@ -157,9 +157,10 @@ class OpenAIBackend:
         self._warn_of_control_text()
         jobs = [partial(self._choose, conversation, options) for conversation in batch]
         texts, error = self._runner.run(self.server.answers(jobs))
+        choices = [chosen(text or "", options) for text in texts]
         if error is not None:
-            raise error
-        return [chosen(text or "", options) for text in texts]
+            raise _interrupted(error, choices)
+        return choices
 
     def usage(self) -> Usage:
         return self.server.usage()
