@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import gemma2, llama, plain_model, tiny_model
 
-from prefs.chat import Message
+from prefs.chat import Message, Thinking
 from prefs.errors import UserError
 from prefs.models.backend import Ask, CaptureRequest, Question, Sampling, Steering
 from prefs.models.loading import Models
@@ -192,3 +192,24 @@ def test_steering_leaves_the_model_as_it_was(both):
 def test_what_does_not_fit_the_model_is_refused(both, wrong, message):
     with pytest.raises(UserError, match=message):
         both[0].complete([CONVERSATIONS[0][:1]], 0, GREEDY, [wrong])
+
+
+def test_a_thought_is_steered_the_same_when_it_is_drawn_and_when_it_is_answered_after(tmp_path):
+    """The answer's pass runs the thought anew: both must count the newest tokens from the prompt before it."""
+    spec = dataclasses.replace(
+        tiny_model(tmp_path, llama()), thinking=Thinking(open="", close=".", gap="", max_tokens=5, force_close=True)
+    )
+    backend, plain = Models().get(spec), plain_model(spec)
+    steering = (Steering(2, vector(1), -3.0, "last"), Steering(0, vector(2), 2.0, "question"))
+    observed = backend.observe(CONVERSATIONS, [Ask(QUESTIONS[0])], GREEDY, CaptureRequest((4,), ("rating",)), steering)
+    for conversation, observation in zip(CONVERSATIONS, observed, strict=True):
+        score = observation.answers[0].scores[0]
+        asked = ask(backend.encoder, conversation, QUESTIONS[0], score.thought)
+        opened = backend.encoder.open_thought((*conversation, Message("user", QUESTIONS[0].text)))
+        ranges = [(each, token_range(each, len(opened), asked.spans)) for each in steering]
+        assert asked.ids[: len(opened)] == opened
+        assert len(asked.ids) > len(opened) + 2
+        logits, streams = run_plain(plain, asked.ids, ranges)
+        torch.testing.assert_close(observation.answers[0].residual[0], streams[4, -1], atol=1e-4, rtol=1e-4)
+        p = logits[-1].softmax(dim=-1)
+        assert score.mass == pytest.approx([float(p[tail[0]]) for tail in asked.tails], rel=1e-3)

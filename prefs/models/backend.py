@@ -84,9 +84,9 @@ class Steering:
         every token that is run, those generated among them;
     ``last``
         in each forward pass of a generation the newest token, which the next one is predicted from: the last of the
-        prompt, with the opening of the answer, and then every generated token (or token of a scored option);
+        prompt, with the opening of the answer, and then every generated token (of a thought, or a scored option, too);
     ``completion``
-        the text of the turn before the question; for `Backend.complete`, what is generated;
+        the text of the turn before the question; for `Backend.complete`, what is generated, thoughts among it;
     ``question``
         the text of the question.
     """

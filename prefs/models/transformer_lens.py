@@ -7,17 +7,16 @@ values are kept, and each question goes on from there.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
 from prefs.chat import ChatEncoder, Message
 from prefs.errors import UserError
@@ -38,6 +37,7 @@ from prefs.models.bridge import first_line, load_bridge
 from prefs.models.loading import ModelSpec
 from prefs.models.memory import Halving
 from prefs.models.residuals import AllRecorded, Recorder, spots
+from prefs.models.state import State
 from prefs.models.steering import Steered, check, places_of_answer, places_of_completion
 from prefs.models.stops import stop_tokens
 from prefs.models.thoughts import THOUGHT, Thought, joined
@@ -48,29 +48,6 @@ log = logging.getLogger(__name__)
 
 # Sampled answers decoded at once for each row: bounds the copies of a conversation's keys and values.
 SEEDS_AT_ONCE = 4
-
-
-@dataclass(frozen=True)
-class _State:
-    """A batch that has been run so far: its cache, the mask [rows, width] of real tokens, tokens a row, and what its
-    residual stream is steered by. There is no cache before the first pass, nor where none follows it."""
-
-    cache: Cache | None
-    mask: torch.Tensor
-    lengths: torch.Tensor
-    steered: Steered
-
-    def fork(self) -> _State:
-        return replace(self, cache=_fork(self.cache))
-
-    def select(self, rows: torch.Tensor) -> _State:
-        """The state of these rows, in this order; rows may repeat."""
-        if torch.equal(rows, torch.arange(len(self.lengths), device=rows.device)):
-            return self
-        cache = _fork(self.cache)
-        for layer in cache.layers:
-            layer.batch_select_indices(rows.to(getattr(layer, "device", rows.device)))  # type: ignore[attr-defined]
-        return _State(cache, self.mask[rows], self.lengths[rows], self.steered.select(rows))
 
 
 class TransformerLensBackend:
@@ -143,23 +120,22 @@ class TransformerLensBackend:
         if not batch:
             return []
         seeds = [(seed,)] * len(batch)
-        if self.encoder.thinking is None:
-            state, logits = self._start_completion([self.encoder.encode(row, answer="").ids for row in batch], steering)
+        thinks = self.encoder.thinking is not None
+        opened = [
+            self.encoder.open_thought(row) if thinks else self.encoder.encode(row, answer="").ids for row in batch
+        ]
+        steered = Steered.of(steering, [places_of_completion(row) for row in opened], self.device)
+        state, logits = self._start(opened, steered)
+        if not thinks:
             return [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
-        state, logits = self._start_completion([self.encoder.open_thought(row) for row in batch], steering)
         thoughts = [of_row[seed] for of_row in self._think(state, logits, seeds, batch, sampling)]
         after = [
             self.encoder.encode(row, answer="", thought=thought.text).ids
             for row, thought in zip(batch, thoughts, strict=True)
         ]
-        state, logits = self._start_completion(after, steering)
+        state, logits = self._start(after, steered)
         samples = [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
         return [thought.before(sample) for thought, sample in zip(thoughts, samples, strict=True)]
-
-    def _start_completion(
-        self, ids: Sequence[tuple[int, ...]], steering: Sequence[Steering]
-    ) -> tuple[_State, torch.Tensor]:
-        return self._start(ids, Steered.of(steering, [places_of_completion(row) for row in ids], self.device))
 
     def _observe(
         self,
@@ -187,7 +163,15 @@ class TransformerLensBackend:
         at_rating = capture if capture is not None and "rating" in capture.positions else None
         answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
         by_question = [
-            answer(state.fork(), each, of_question, prefixes, batch, sampling, at_rating, steering)
+            answer(
+                replace(state.fork(), steered=self._steered(steering, of_question)),
+                each,
+                of_question,
+                prefixes,
+                batch,
+                sampling,
+                at_rating,
+            )
             for each, of_question in zip(asks, asked, strict=False)
         ]
         residuals = recorder.vectors() if recorder is not None else [{}] * len(batch)
@@ -223,14 +207,13 @@ class TransformerLensBackend:
 
     def _answer(
         self,
-        state: _State,
+        state: State,
         each: Ask,
         asked: Sequence[Asked],
         prefixes: Sequence[tuple[int, ...]],
         batch: Sequence[Conversation],
         sampling: Sampling,
         capture: CaptureRequest | None,
-        steering: Sequence[Steering],
     ) -> list[Answer]:
         """Put one question to a batch whose conversations have been run."""
         if capture is None and not _reads_logits([each]):
@@ -239,7 +222,6 @@ class TransformerLensBackend:
         recorder = None
         if capture is not None:
             recorder = Recorder.of_last(capture.layers, [len(row) for row in rest], stops=not _reads_logits([each]))
-        state = replace(state, steered=self._steered(steering, asked))
         state, logits = self._extend(state, rest, recorder=recorder)
         masses = self._score(state, logits, asked) if each.scores else None
         samples: list[dict[int, Sample]] = [{} for _ in batch]
@@ -261,14 +243,13 @@ class TransformerLensBackend:
 
     def _answer_after_thoughts(
         self,
-        state: _State,
+        state: State,
         each: Ask,
         asked: Sequence[Asked],
         prefixes: Sequence[tuple[int, ...]],
         batch: Sequence[Conversation],
         sampling: Sampling,
         capture: CaptureRequest | None,
-        steering: Sequence[Steering],
     ) -> list[Answer]:
         """Put one question to a batch whose conversations have been run, and let the model think before it answers."""
         seeds = tuple(dict.fromkeys((*each.scores, *each.seeds)))
@@ -278,8 +259,9 @@ class TransformerLensBackend:
             for row, conversation in zip(asked, conversations, strict=True)
         ]
         rest = [row.ids[len(prefix) :] for row, prefix in zip(opened, prefixes, strict=True)]
-        thinking = replace(state.fork(), steered=self._steered(steering, opened))
-        thoughts = self._think(*self._extend(thinking, rest), [seeds] * len(batch), conversations, sampling)
+        # The answer goes on from a thought that was generated, so what is steered is counted from the prompt before it.
+        state = replace(state, steered=self._steered(state.steered.steering, opened))
+        thoughts = self._think(*self._extend(state.fork(), rest), [seeds] * len(batch), conversations, sampling)
         answers = [Answer() for _ in batch]
         for seed in seeds:
             after = [
@@ -288,7 +270,7 @@ class TransformerLensBackend:
             ]
             once = Ask(each.question, (seed,) * (seed in each.seeds), (0,) * (seed in each.scores))
             captured = capture if seed == seeds[0] else None
-            brought = self._answer(state.fork(), once, after, prefixes, batch, sampling, captured, steering)
+            brought = self._answer(state.fork(), once, after, prefixes, batch, sampling, captured)
             answers = [
                 joined(before, of_row[seed].of(answer), seed)
                 for before, of_row, answer in zip(answers, thoughts, brought, strict=True)
@@ -297,7 +279,7 @@ class TransformerLensBackend:
 
     def _think(
         self,
-        state: _State,
+        state: State,
         logits: torch.Tensor,
         seeds: Sequence[tuple[int, ...]],
         conversations: Sequence[Conversation],
@@ -318,7 +300,7 @@ class TransformerLensBackend:
             thoughts[row][seed] = Thought(text, len(ids), stop == end or thinking.force_close)
         return thoughts
 
-    def _score(self, state: _State, logits: torch.Tensor, asked: Sequence[Asked]) -> np.ndarray:
+    def _score(self, state: State, logits: torch.Tensor, asked: Sequence[Asked]) -> np.ndarray:
         """Probability of each whole option string, [rows, options]."""
         first = logits[:, -1].float().log_softmax(dim=-1)
         columns = []
@@ -339,7 +321,7 @@ class TransformerLensBackend:
 
     def _decode(
         self,
-        state: _State,
+        state: State,
         logits: torch.Tensor,
         seeds: Sequence[tuple[int, ...]],
         conversations: Sequence[Conversation],
@@ -355,7 +337,7 @@ class TransformerLensBackend:
 
     def _draw(
         self,
-        state: _State,
+        state: State,
         logits: torch.Tensor,
         seeds: Sequence[tuple[int, ...]],
         conversations: Sequence[Conversation],
@@ -402,23 +384,23 @@ class TransformerLensBackend:
         steered: Steered | None = None,
         recorder: Recorder | None = None,
         cached: bool = True,
-    ) -> tuple[_State, torch.Tensor]:
+    ) -> tuple[State, torch.Tensor]:
         """Run whole sequences from nothing; `cached` unless nothing goes on from them."""
         empty = torch.zeros((len(rows), 0), dtype=torch.long, device=self.device)
         # A pass that stops cannot hand over the cache that the model makes, and so is given one.
         cache = DynamicCache(config=self.bridge.original_model.config) if cached and _stops(recorder) else None
         steered = steered or Steered.of((), [{}] * len(rows), self.device)
-        return self._run(_State(cache, empty, empty.sum(dim=1), steered), rows, 1, recorder, cached)
+        return self._run(State(cache, empty, empty.sum(dim=1), steered), rows, 1, recorder, cached)
 
     def _extend(
-        self, state: _State, rows: Sequence[tuple[int, ...]], keep: int = 1, recorder: Recorder | None = None
-    ) -> tuple[_State, torch.Tensor]:
+        self, state: State, rows: Sequence[tuple[int, ...]], keep: int = 1, recorder: Recorder | None = None
+    ) -> tuple[State, torch.Tensor]:
         """Run more tokens after a state; rows may differ in length. The given state must not be used again."""
         return self._run(state, rows, keep, recorder, cached=True)
 
     def _run(
-        self, state: _State, rows: Sequence[tuple[int, ...]], keep: int, recorder: Recorder | None, cached: bool
-    ) -> tuple[_State, torch.Tensor]:
+        self, state: State, rows: Sequence[tuple[int, ...]], keep: int, recorder: Recorder | None, cached: bool
+    ) -> tuple[State, torch.Tensor]:
         """One forward pass over left-padded rows.
 
         Returns
@@ -448,7 +430,7 @@ class TransformerLensBackend:
                 logits_to_keep=keep,
                 return_type="logits_and_cache",
             )
-        return _State(cache, mask, state.lengths + real.sum(dim=1), state.steered), logits
+        return State(cache, mask, state.lengths + real.sum(dim=1), state.steered), logits
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
@@ -480,16 +462,6 @@ def _shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
             " template a job (-m template=a,b in place of template=[a,b])"
         )
     return prefix
-
-
-def _fork(cache: Cache | None) -> Cache:
-    """A cache that can be extended without changing this one. Growing layers replace their tensors, so these are
-    shared; other kinds write in place and are copied."""
-    assert cache is not None, "a state whose pass kept no cache cannot be gone on from"
-    forked = copy.copy(cache)
-    growing = (DynamicLayer, DynamicSlidingWindowLayer)
-    forked.layers = [copy.copy(x) if type(x) in growing else copy.deepcopy(x) for x in cache.layers]
-    return forked
 
 
 def config_layers(path: str, revision: str | None) -> int:
