@@ -8,7 +8,7 @@ the residual vectors are kept as they pass by. What the store already has is not
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -451,9 +451,20 @@ def _compute(
             budgeted = {key: lengths[row] + QUESTION_ALLOWANCE for key, row in by_key.items()}
             for batch in batches(budgeted, rater.batch_tokens):
                 batch_rows = [by_key[key] for key in batch]
-                if not missing.isdisjoint(batch_rows):
-                    _compute_batch(batch_rows, rows, fit, cells, positions, sampling, backend)
-                    advance(len(missing.intersection(batch_rows)))
+                lacking = missing.intersection(batch_rows)
+                asked = _lacking_alike(lacking, cells) if rater.rows_apart else [batch_rows] if lacking else []
+                for together in asked:
+                    _compute_batch(together, rows, fit, cells, positions, sampling, backend)
+                advance(len(lacking))
+
+
+def _lacking_alike(rows: Collection[int], cells: Mapping[str, _Cell]) -> list[list[int]]:
+    """Rows in groups that lack the same scores and answers: where each is paid for, nothing is asked for twice."""
+    groups: dict[object, list[int]] = {}
+    for row in sorted(rows):
+        lacks = tuple((cell.missing_scores(row), cell.missing_seeds(row)) for cell in cells.values())
+        groups.setdefault(lacks, []).append(row)
+    return list(groups.values())
 
 
 def _compute_batch(

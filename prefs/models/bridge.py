@@ -88,7 +88,7 @@ def wrap(model: Any, tokenizer: Any, spec: ModelSpec, path: str) -> Any:
         model.set_output_embeddings(_Float32Unembedding.of(unembedding))
     device = model.get_input_embeddings().weight.device
     try:
-        with _no_processor():
+        with _installing_nothing():
             bridge = TransformerBridge.boot_transformers(
                 path, hf_model=model.eval(), tokenizer=tokenizer, dtype=getattr(torch, spec.dtype), device=device
             )
@@ -106,20 +106,19 @@ def wrap(model: Any, tokenizer: Any, spec: ModelSpec, path: str) -> Any:
 
 
 @contextmanager
-def _no_processor() -> Iterator[None]:
-    """Keep TransformerLens 4.3 from looking for the image processor of a model that has one (Gemma 3).
+def _installing_nothing() -> Iterator[None]:
+    """Keep TransformerLens 4.3 from installing torchvision with pip, which may bring another torch with it.
 
-    Nothing but text is read here; and where the processor does not load, it installs torchvision with pip, which may
-    bring another torch with it.
+    It does so where the image processor of a model that also sees (Gemma 3) does not load. Only text is read here.
     """
-    from transformer_lens.model_bridge.sources.transformers import source
+    from transformer_lens.model_bridge.sources.transformers import helpers
 
-    own = source.load_modality_processor
-    source.load_modality_processor = lambda *args: None
+    own = helpers._ensure_torchvision
+    helpers._ensure_torchvision = lambda: False
     try:
         yield
     finally:
-        source.load_modality_processor = own
+        helpers._ensure_torchvision = own
 
 
 def _use_own_modules(module: nn.Module) -> None:
