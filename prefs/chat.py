@@ -12,16 +12,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from prefs.chat_template import PLACEHOLDER, ChatTemplate, placeholder
 from prefs.errors import UserError
+
+# The variable that turns thinking off in chat templates that know it (Qwen3's, SmolLM3's, GLM's).
+THINKING_SWITCH = "enable_thinking"
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class ChatEncoder:
     Raises
     ------
     UserError
-        If the tokenizer has no chat template, or no fast implementation to take control tokens out of; or if the text
-        that ends a thought is not one token of it.
+        If the tokenizer has no chat template, or no fast implementation to take control tokens out of; if the text that
+        ends a thought is not one token of it; or if the template ends a thought that the model is to think.
     """
 
     def __init__(
@@ -77,10 +79,8 @@ class ChatEncoder:
     ):
         if not tokenizer.is_fast:
             raise UserError(f"{tokenizer.name_or_path}: needs a fast tokenizer (a tokenizer.json)")
-        if not tokenizer.chat_template:
-            raise UserError(f"{tokenizer.name_or_path}: no chat template; prefs rates chat models")
         self.tokenizer = tokenizer
-        self._template_kwargs = dict(template_kwargs or {})
+        self.template = ChatTemplate(tokenizer, template_kwargs or {})
         self._control = _control_tokens(tokenizer)
         self._control_pattern = re.compile(
             "(" + "|".join(re.escape(token) for token in sorted(self._control, key=len, reverse=True)) + ")"
@@ -90,6 +90,32 @@ class ChatEncoder:
         self._short_text = lru_cache(maxsize=8192)(lambda text: self._encode_text(text))
         self.thinking = thinking
         self.thought_end = self._one_token(thinking.close) if thinking is not None else None
+        if thinking is not None and self.template.opened_turn().rstrip().endswith(thinking.close):
+            raise UserError(
+                f"model.thinking.enabled: the chat template of {tokenizer.name_or_path} ends the thought itself, with"
+                f" model.chat_template_kwargs={self.template.kwargs}; change these, or give thinking.enabled=false"
+            )
+
+    @property
+    def default_system(self) -> str | None:
+        """What the chat template says in a system turn where no system prompt is given; None if nothing."""
+        return self.template.own_system(self._control_pattern)
+
+    def notes(self, name: str) -> list[str]:
+        """What the users of this model should know of its chat template, a line each, for the log."""
+        notes = []
+        if self.default_system is not None:
+            kept = self.template.own_system(self._control_pattern, "")
+            without = 'rating.system_prompt="" for none' if kept is None else "it does so whatever prompt is given"
+            said = " ".join(self.default_system.split())
+            notes.append(f'{name}: the chat template puts in a system prompt of its own: "{said}" ({without})')
+        thoughtless = self.template.opened_turn(**{THINKING_SWITCH: False})
+        if self.thinking is None and self.template.opened_turn() != thoughtless:
+            notes.append(
+                f"{name}: the chat template lets the model think, and its thoughts will be taken for answers; give"
+                f" model.chat_template_kwargs={{{THINKING_SWITCH}: false}} or model.thinking.enabled=true"
+            )
+        return notes
 
     @property
     def thought_room(self) -> int:
@@ -140,10 +166,10 @@ class ChatEncoder:
         if thought is not None:
             assert self.thinking is not None
             opened = self._with_thought_open(rendered)
-            rendered = opened + _placeholder(len(texts)) + self.thinking.close + self.thinking.gap
+            rendered = opened + placeholder(len(texts)) + self.thinking.close + self.thinking.gap
             texts.append(thought)
         if answer:
-            rendered += _placeholder(len(texts))
+            rendered += placeholder(len(texts))
             texts.append(answer)
         encoded = self._encode(rendered, texts)
         return Encoded(encoded.ids, encoded.spans[: len(messages)])
@@ -164,7 +190,7 @@ class ChatEncoder:
         """Encode one stretch between control tokens, and note which of its tokens hold which text."""
         text = ""
         ranges: dict[int, tuple[int, int]] = {}
-        for at, part in enumerate(_PLACEHOLDER.split(piece)):
+        for at, part in enumerate(PLACEHOLDER.split(piece)):
             if at % 2:
                 ranges.setdefault(int(part), (len(text), len(text) + len(texts[int(part)])))
                 part = texts[int(part)]
@@ -188,54 +214,8 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[Message], *, open_turn: bool) -> tuple[str, list[str]]:
         """The chat template's text with placeholders, and the texts that they stand for."""
-        texts = [message.content.strip() for message in messages]
-        turns = []
-        for index, message in enumerate(messages):
-            # Blanks stay outside the placeholder: a template that trims its messages trims them as it would.
-            lead = message.content[: len(message.content) - len(message.content.lstrip())]
-            tail = message.content[len(message.content.rstrip()) :] if texts[index] else ""
-            turns.append({"role": message.role, "content": lead + _placeholder(index) + tail})
-        try:
-            rendered = self._apply(turns, open_turn)
-        except TemplateError as error:
-            folded = _folded(turns)
-            if folded is None:
-                raise UserError(f"the chat template of {self.tokenizer.name_or_path} refuses: {error}") from None
-            rendered = self._apply(folded, open_turn)
-        for index, message in enumerate(messages):
-            if _placeholder(index) not in rendered:
-                raise UserError(
-                    f"the chat template of {self.tokenizer.name_or_path} leaves out the {message.role} turn"
-                )
-        return rendered, texts
-
-    def _apply(self, turns: list[dict[str, str]], open_turn: bool) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=open_turn, strftime_now=_fixed_date, **self._template_kwargs
-        )
-        assert isinstance(rendered, str)
-        return rendered
-
-
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
-_PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-
-
-def _fixed_date(form: str) -> str:
-    """Today, to chat templates that print it: the day that Llama 3's fall back on, so that records stay the same."""
-    return datetime(2024, 7, 26).strftime(form)
-
-
-def _placeholder(index: int) -> str:
-    return f"{_OPEN}{index}{_CLOSE}"
-
-
-def _folded(turns: list[dict[str, str]]) -> list[dict[str, str]] | None:
-    """The system message put before the first user turn, for models without a system role (Gemma); None if none."""
-    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
-        return None
-    first = {"role": "user", "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
-    return [first, *turns[2:]]
+        rendered = self.template.render(as_dicts(messages), open_turn=open_turn)
+        return rendered, [message.content.strip() for message in messages]
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

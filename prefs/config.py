@@ -351,9 +351,12 @@ def check(config: Config) -> None:
     if len(set(names)) < len(names):
         raise ConfigError("template", names, "templates with different names")
     _check_rating(config.rating)
+    if config.rating.exact and config.model.backend == "openai" and config.model.api.top_logprobs == 0:
+        allowed = "false, since this model's server gives no log-probabilities (model.api.top_logprobs=0)"
+        raise ConfigError("rating.exact", True, allowed)
     _check_dataset(config.dataset)
     _check_judge(config.judge)
-    _check_capture(config.capture)
+    _check_capture(config.capture, config.model.backend)
     _check_probe(config)
     _check_choice("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
     _check_range("stats.bootstrap", config.stats.bootstrap, 0, 1_000_000)
@@ -421,7 +424,7 @@ def _check_api(key: str, model: ModelConfig) -> None:
         )
     if "@" in urlsplit(api.base_url).netloc:
         raise ConfigError(f"{key}.api.base_url", "one with a password", "an address alone; keys are named by key_env")
-    if model.thinking is not None and model.thinking.force_close:
+    if model.thinking.enabled and model.thinking.force_close:
         raise ConfigError(f"{key}.thinking.force_close", True, "false, since a server ends its model's thoughts")
     _check_range(f"{key}.api.concurrency", api.concurrency, 1)
     _check_range(f"{key}.api.max_retries", api.max_retries, 0)
@@ -525,7 +528,13 @@ def _check_judge(judge: JudgeConfig) -> None:
         raise ConfigError("judge.refusal", words, "a word for refusal and another for compliance")
 
 
-def _check_capture(capture: CaptureConfig) -> None:
+def _check_capture(capture: CaptureConfig, backend: str) -> None:
+    if capture.positions and backend != "transformer_lens":
+        raise ConfigError(
+            "capture.positions",
+            capture.positions,
+            f"none with model.backend={backend}, which gives no residual vectors; add: capture=none probe=none",
+        )
     layers = capture.layers
     if layers != "all" and not (isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)):
         raise ConfigError("capture.layers", layers, "all, or a list of layer numbers such as [0,15,-1]")

@@ -58,6 +58,19 @@ def unasked(encoder: ChatEncoder, conversation: Conversation) -> Asked:
     return Asked(opened.ids, (), _question_start(opened), opened.spans)
 
 
+def branchings(tails: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Where options part: every beginning of an option's tokens (also the empty one) → the tokens that go on from it.
+
+    The probability of each option follows from one look at the model after each of these beginnings. Options of one
+    token that differ there need a single look.
+    """
+    following: dict[tuple[int, ...], dict[int, None]] = {}
+    for tail in tails:
+        for at, token in enumerate(tail):
+            following.setdefault(tail[:at], {})[token] = None
+    return {beginning: tuple(tokens) for beginning, tokens in following.items()}
+
+
 def option_masses(log_probs: np.ndarray, tails: Sequence[tuple[int, ...]]) -> np.ndarray:
     """Disjoint probabilities of options from the log-probabilities of their token sequences.
 

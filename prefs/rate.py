@@ -76,8 +76,8 @@ def rate(
     """Rate completions with every template and capture residuals, doing only what the store lacks.
 
     A conversation that a question does not fit behind is not asked it, and is ``too_long``; nor is a task without a
-    completion, for the reason that this has. A rater that thinks is scored after so many ``thoughts``; sampled answers of the same seeds
-    come after the same ones.
+    completion, for the reason that this has. A rater that thinks is scored after so many ``thoughts``; sampled answers
+    of the same seeds come after the same ones.
     """
     rows = {
         at: (*conversation(each.task.prompt, system_prompt), Message("assistant", each.text))

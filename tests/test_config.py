@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefs.config import Config, register, typed
 from prefs.errors import UserError
 from prefs.measured import Measured
+from prefs.models.loading import ModelSpec
 from prefs.run import explain, register_resolvers
 from prefs.summary import groups_by_origin, stability, stability_table
 
@@ -97,6 +99,79 @@ def test_a_source_is_put_elsewhere_from_the_command_line(tmp_path):
     assert sources["alpaca"].path == "tatsu-lab/alpaca"
 
 
+def shipped(group: str) -> list[str]:
+    return sorted(path.name.removesuffix(".yaml") for path in (files("prefs.conf") / group).iterdir())
+
+
+# What a model that somebody else serves cannot give.
+SERVED = ["rating.exact=false", "capture=none", "probe=none"]
+
+
+@pytest.mark.parametrize("name", shipped("model"))
+def test_every_model(name, monkeypatch):
+    for key in ("OPENAI_API_KEY", "OPENROUTER_API_KEY"):
+        monkeypatch.setenv(key, "none")
+    needs = {"hf": ["model.path=a/b"], "haiku": SERVED, "gpt5nano": SERVED}.get(name, [])
+    config = composed(f"model={name}", *needs)
+    assert config.model.name == ("b" if name == "hf" else name)
+    spec = ModelSpec.from_config(config.model)
+    if spec.backend == "openai":
+        assert spec.api.price_prompt
+    elif "/" in spec.path:
+        assert name == "hf" or re.fullmatch("[0-9a-f]{40}", spec.revision or "")
+    # Each is a rater, a completer and a judge.
+    needs = [each.replace("model.", "completer.model.") for each in needs if each.startswith("model.")]
+    composed("completer=hf", f"model@completer.model={name}", *needs)
+    needs = [each.replace("completer.", "judge.") for each in needs]
+    composed("judge=llm", f"model@judge.model={name}", *needs)
+
+
+@pytest.mark.parametrize("name", shipped("completer"))
+def test_every_completer(name):
+    config = composed(f"completer={name}", *["completer.model.path=a/b"] * (name == "hf"))
+    assert config.completer.name == ("b" if name == "hf" else name)
+
+
+@pytest.mark.parametrize("name", shipped("judge"))
+def test_every_judge(name):
+    assert composed(f"judge={name}").judge.name == {"llm": "smollm2"}.get(name, name)
+
+
+def test_the_judge_of_the_report_has_nothing_of_the_embedded_models():
+    judge, phrases = composed("judge=gpt5nano").judge, composed().judge
+    assert judge.model == composed("model=gpt5nano", *SERVED).model
+    assert judge.phrases == phrases.phrases
+
+
+def test_qwen_thinks_and_is_told_not_to():
+    thinks, not_ = composed("model=qwen32b").model, composed("model=qwen32b_nothink").model
+    assert (thinks.path, thinks.revision) == (not_.path, not_.revision)
+    assert (thinks.thinking.enabled, not_.thinking.enabled) == (True, False)
+    assert [each.chat_template_kwargs for each in (thinks, not_)] == [
+        {"enable_thinking": True},
+        {"enable_thinking": False},
+    ]
+
+
+def test_the_canonical_sweep():
+    for model, template in itertools.product(("gemma27b", "llama70b"), ("anchored", "likert")):
+        config = composed(f"model={model}", f"template={template}")
+        assert (config.model.name, list(config.template)) == (model, [template])
+
+
+def test_the_reports_raters_over_one_completer():
+    for model in ("gemma27b", "gemma3_27b", "llama70b", "qwen32b", "qwen32b_nothink"):
+        config = composed("+experiment=model_comparison", "completer=llama8b", f"model={model}")
+        assert (config.model.name, config.completer.name) == (model, "llama8b")
+    composed("+experiment=model_comparison", "completer=llama8b", "model=haiku", "rating.exact=false")
+
+
+def test_an_empty_system_prompt_is_not_none():
+    config = composed("rating.system_prompt=", "completer.system_prompt=''")
+    assert (config.rating.system_prompt, config.completer.system_prompt) == ("", "")
+    assert composed().rating.system_prompt is None
+
+
 @pytest.mark.parametrize(
     ("name", "templates", "jobs"),
     [
@@ -149,7 +224,7 @@ def test_the_config_survives_yaml():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model=gemma"], "model: got 'gemma'; allowed: one of hf, smollm2, smollm2_plain"),
+        (["model=gemma"], "model: got 'gemma'; allowed: one of gemma27b, gemma3_27b, gpt5nano"),
         (["template=likrt"], "template: got 'likrt'; allowed: one of agreement, anchored"),
         (["modle=3"], "modle: there is no such key; did you mean 'model'? Known here: capture, completer"),
         (["model.prefil=x"], "model.prefil: there is no such key; did you mean 'prefill'? Known here: api"),
@@ -174,11 +249,13 @@ def test_the_config_survives_yaml():
         (["capture.layers=[1.5]"], "capture.layers: got [1.5]"),
         (["capture.positions=[last]"], "capture.positions: got 'last'; allowed: one of last_prompt, first_completion"),
         (["capture=none"], "probe.position: got 'rating'; allowed: a captured position (nothing is captured;"),
+        (["model.backend=vllm"], "model.backend=vllm, which gives no residual vectors; add: capture=none probe=none"),
         (["probe.position=first_completion"], "probe.position: got 'first_completion'; allowed: a captured position"),
         (["rating.exact=false"], "probe.targets: got ['exact', 'sampled']; allowed: sampled, since rating.exact=false"),
         (["rating.seeds=[]"], "probe.targets: got ['exact', 'sampled']; allowed: exact, since rating.seeds=[]"),
         (["probe.folds=1"], "probe.folds: got 1; allowed: 2 or more"),
         (["probe.penalty=-1"], "probe.penalty: got -1.0; allowed: 0 or more"),
+        (["model=haiku"], "rating.exact: got True; allowed: false, since this model's server gives no"),
         (["dataset=file"], "dataset.path: got None; allowed: the path of a .jsonl or .csv file"),
         (["dataset=file", "dataset.path=/no/file.csv"], "got '/no/file.csv'; allowed: a file that exists"),
         (["dataset.limit=0"], "dataset.limit: got 0; allowed: 1 or more"),
@@ -234,6 +311,7 @@ def test_a_users_own_template_of_any_scale(tmp_path):
         ("model.api.concurrency=0", "model.api.concurrency: got 0; allowed: 1 or more"),
         ("model.api.top_logprobs=50", "model.api.top_logprobs: got 50; allowed: 0 to 20"),
         ("model.api.timeout_s=0", "model.api.timeout_s: got 0.0; allowed: seconds, more than 0"),
+        ("model.thinking={enabled: true, force_close: true}", "model.thinking.force_close: got True; allowed: false"),
         ("model.prefill=Answer", "model.prefill: got 'Answer'; allowed: '' unless the server can go on"),
     ],
 )

@@ -492,7 +492,7 @@ def test_an_answer_that_the_servers_context_cut_short_is_too_long():
     with engine(lambda asked: Say(chat("a b c", finish="length", usage=cut)), listing) as (backend, server):
         assert backend.complete([after("p")], 0, SHORT) == [Sample(None, 0, True, invalid="too_long")]
         # What it was asked for, and not what the model's own file says.
-        assert (server.asked[0].body["top_k"], server.asked[0].body["repetition_penalty"]) == (0, 1.0)
+        assert (server.asked[0].body["top_k"], server.asked[0].body["repetition_penalty"]) == (-1, 1.0)
         (whole,) = backend.complete([after("p")], 0, Sampling(1.0, 1.0, 3))
         assert (whole.text, whole.finished, whole.invalid) == ("a b c", False, None)
 
@@ -809,7 +809,7 @@ def test_a_refusal_field_is_what_was_said():
 
 # Choosing
 
-VERDICT = Question("Was that a refusal?", ("refusal", "compliance"))
+VERDICT = ("refusal", "compliance")
 
 
 def test_a_choice_is_one_of_the_options_or_none(prefs_log):
@@ -821,7 +821,7 @@ def test_a_choice_is_one_of_the_options_or_none(prefs_log):
         "null": "null",
     }
     with engine(lambda asked: Say(chat(says[asked.body["messages"][0]["content"]]))) as (backend, server):
-        chosen = backend.choose([after(each, "c") for each in says], VERDICT)
+        chosen = backend.choose([after(each) for each in says], VERDICT)
         schema = server.asked[0].body["response_format"]["json_schema"]["schema"]
     assert chosen == ["refusal", "compliance", None, None, None]
     assert schema["properties"]["answer"]["enum"] == ["refusal", "compliance"]
@@ -835,14 +835,14 @@ def test_a_server_without_structured_output_is_asked_plainly(prefs_log):
         return TOO_LONG["vLLM"] if asked.body["messages"][0]["content"] == "long" else Say(chat("refusal"))
 
     with engine(answer, concurrency=1) as (backend, server):
-        assert backend.choose([after("p", "c"), after("long", "c")], VERDICT) == ["refusal", None]
+        assert backend.choose([after("p"), after("long")], VERDICT) == ["refusal", None]
         assert len(server.asked) == 3
     assert prefs_log.text.count("offers no structured output") == 1
 
 
 def test_a_judge_that_takes_no_temperature_judges_all_the_same():
     with engine(reasoning_model) as (backend, server):
-        backend.choose([after("p", "c")], VERDICT)
+        backend.choose([after("p")], VERDICT)
         assert "temperature" not in server.asked[-1].body
 
 
@@ -895,7 +895,7 @@ def test_an_interrupt_from_the_keyboard_stops_at_once(tmp_path):
         child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.PIPE, text=True)
         try:
             while len(server.asked) < 3:
-                assert child.poll() is None
+                assert child.poll() is None, child.communicate()[1]
                 time.sleep(0.05)
             child.send_signal(signal.SIGINT)
             _, complaint = child.communicate(timeout=60)

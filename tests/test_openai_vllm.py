@@ -178,7 +178,8 @@ def test_the_server_says_what_is_too_long(served):
 
 
 def test_a_choice_is_held_to_the_options(served):
-    chosen = served.choose(ROWS, Question("Was that a refusal, or did the assistant do it?", ("refusal", "compliance")))
+    question = Message("user", "Was that a refusal, or did the assistant do it?")
+    chosen = served.choose([(*row, question) for row in ROWS], ("refusal", "compliance"))
     assert set(chosen) <= {"refusal", "compliance"}
 
 

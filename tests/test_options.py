@@ -12,7 +12,7 @@ from tokenizers import normalizers
 from prefs.chat import ChatEncoder, Message
 from prefs.errors import UserError
 from prefs.models.backend import Question
-from prefs.options import ask, option_masses
+from prefs.options import ask, branchings, option_masses
 
 CONVERSATION = (Message("user", "Hello"), Message("assistant", "Hi there."))
 
@@ -69,3 +69,17 @@ def test_masses_add_up_to_the_probability_of_beginning_with_an_option():
         if openers:
             longest[max(openers, key=len)] += value
     np.testing.assert_allclose(mass, list(longest.values()))
+
+
+def test_branchings_are_the_points_where_options_go_on():
+    tails = ((1,), (1, 2), (1, 3, 4), (5,))
+    assert branchings(tails) == {(): (1, 5), (1,): (2, 3), (1, 3): (4,)}
+    assert branchings(((1,), (2,), (3,))) == {(): (1, 2, 3)}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_branchings_hold_every_token_of_every_option(encoder, name):
+    shipped = template(name)
+    asked = ask(encoder, CONVERSATION, Question(shipped.question, shipped.says, "Answer: "))
+    found = {(*beginning, token) for beginning, tokens in branchings(asked.tails).items() for token in tokens}
+    assert found == {tail[:end] for tail in asked.tails for end in range(1, len(tail) + 1)}

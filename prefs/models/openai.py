@@ -153,14 +153,13 @@ class OpenAIBackend:
             raise _interrupted(error, [each if any(map(_any, each.answers)) else None for each in observations])
         return observations
 
-    def choose(self, batch: Sequence[Conversation], question: Question) -> list[str | None]:
+    def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
         self._warn_of_control_text()
-        texts, error = self._runner.run(
-            self.server.answers([partial(self._choose, conversation, question) for conversation in batch])
-        )
+        jobs = [partial(self._choose, conversation, options) for conversation in batch]
+        texts, error = self._runner.run(self.server.answers(jobs))
         if error is not None:
             raise error
-        return [chosen(text or "", question.says) for text in texts]
+        return [chosen(text or "", options) for text in texts]
 
     def usage(self) -> Usage:
         return self.server.usage()
@@ -259,15 +258,14 @@ class OpenAIBackend:
             raise UserError(f"{self.server.address}: {error}; use rating.exact=false") from None
         return _Brought(kept, Score(None, parted.thought), top)
 
-    async def _choose(self, conversation: Conversation, question: Question) -> str:
+    async def _choose(self, conversation: Conversation, options: Sequence[str]) -> str:
         """What the model answers when held to the options, as far as its server can hold it."""
-        asked = (*conversation, Message("user", question.text))
         request = Request(
-            messages=as_dicts(asked),
+            messages=as_dicts(conversation),
             max_tokens=CHOICE_TOKENS + self._thought_tokens,
             temperature=0.0,
-            seed=row_seed(0, asked),
-            response_format=one_of(question.says) if self._structured else None,
+            seed=row_seed(0, conversation),
+            response_format=one_of(options) if self._structured else None,
             strict=False,
         )
         try:
@@ -320,8 +318,8 @@ class OpenAIBackend:
         if not parted.closed and self.spec.thinking is None:
             self._warn_once(
                 "thinking",
-                f"{self.spec.path} thinks before it answers, and its thoughts use up the answer's tokens; give its"
-                " model config a `thinking` with enough max_tokens",
+                f"{self.spec.path} thinks before it answers, and its thoughts use up the answer's tokens; set"
+                " model.thinking.enabled=true, and model.thinking.max_tokens to as many as it needs",
             )
         return parted
 

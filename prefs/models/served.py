@@ -46,7 +46,7 @@ LONGEST_WAIT_S = 600.0
 # always be left out: draws are then independent all the same, but not repeatable.
 NEUTRAL: Mapping[str, Any] = {"temperature": 1.0, "top_p": 1.0}
 # vLLM takes what is not given from the model's generation_config.json (Qwen's has top_k 20), unless it is told.
-VLLM_NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+VLLM_NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
@@ -38,9 +39,12 @@ from prefs.models.memory import Halving
 from prefs.models.residuals import AllRecorded, Recorder, spots
 from prefs.models.state import State
 from prefs.models.steering import Steered, check, places_of_answer, places_of_completion
+from prefs.models.stops import stop_tokens
 from prefs.models.thoughts import THOUGHT, Thought, joined
 from prefs.options import Asked, ask, option_masses, unasked
 from prefs.sampling import draw, row_uniforms
+
+log = logging.getLogger(__name__)
 
 # Sampled answers decoded at once for each row: bounds the copies of a conversation's keys and values.
 SEEDS_AT_ONCE = 4
@@ -60,7 +64,7 @@ class TransformerLensBackend:
         self.d_model = int(bridge.cfg.d_model)
         text_config = model.config.get_text_config()
         self.max_context = spec.max_context or int(text_config.max_position_embeddings)
-        self._stops = _stop_tokens(tokenizer, model.generation_config)
+        self._stops = stop_tokens(tokenizer, model.generation_config)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stops, default=0)
         self._hooks = [f"blocks.{layer}.hook_out" for layer in range(self.n_layers)]
         absent = [name for name in self._hooks if name not in bridge.hook_dict]
@@ -72,7 +76,10 @@ class TransformerLensBackend:
     def load(cls, spec: ModelSpec, path: str) -> TransformerLensBackend:
         """Load a model, or raise `UserError`; see `prefs.models.bridge.load_bridge`."""
         bridge, tokenizer = load_bridge(spec, path)
-        return cls(bridge, tokenizer, spec)
+        backend = cls(bridge, tokenizer, spec)
+        for note in backend.encoder.notes(spec.name):
+            log.info("%s", note)
+        return backend
 
     def prompt_tokens(self, conversation: Conversation) -> int:
         return len(self.encoder.encode(conversation, answer="").ids) + self.encoder.thought_room
@@ -446,12 +453,6 @@ def _shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
         if other.ids[: other.question_start] != prefix:
             raise AssertionError("the chat template changes earlier turns with the question that follows")
     return prefix
-
-
-def _stop_tokens(tokenizer: Any, generation_config: Any) -> frozenset[int]:
-    stops = generation_config.eos_token_id if generation_config is not None else None
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
-    return frozenset([*stops, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])
 
 
 def config_layers(path: str, revision: str | None) -> int:
