@@ -16,7 +16,6 @@ from prefs.models.loading import Models
 from prefs.options import ask
 
 CONVERSATIONS = [
-    (Message("user", "Name a river."), Message("assistant", "The Rhine, which flows to the sea.")),
     (Message("user", "Count to three, slowly, and then say why." * 3), Message("assistant", "1")),
     (Message("user", "Hi"), Message("assistant", "Hello! " * 12)),
 ]
