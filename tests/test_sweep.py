@@ -41,7 +41,11 @@ SWEEPS = {
     ),
     "choice, sort and shuffle": (
         ["completer.seed=choice(3,1)", "judge=sort(phrases,none)", "completer.temperature=sort(choice(1.0,0.5))"],
-        {"completer.seed": ("3", "1"), "judge": ("none", "phrases"), "completer.temperature": ("0.5", "1.0")},
+        {
+            "completer.seed": ("3", "1"),
+            "judge": ("gpt5nano", "llm", "none", "phrases"),
+            "completer.temperature": ("0.5", "1.0"),
+        },
         "-completer.seed=1-judge=phrases-completer.temperature=1.0",
     ),
     "quoted values": (
@@ -86,7 +90,7 @@ SWEEPS = {
     "a deleted key": (["~judge", "completer.seed=0,1"], {"completer.seed": ("0", "1")}, "-completer.seed=1"),
     "all of a group": (
         ["judge=glob(*)", "completer.seed=0,1"],
-        {"judge": ("none", "phrases"), "completer.seed": ("0", "1")},
+        {"judge": ("gpt5nano", "llm", "none", "phrases"), "completer.seed": ("0", "1")},
         "-judge=phrases-completer.seed=1",
     ),
 }
