@@ -43,7 +43,7 @@ SWEEPS = {
         ["completer.seed=choice(3,1)", "judge=sort(phrases,none)", "completer.temperature=sort(choice(1.0,0.5))"],
         {
             "completer.seed": ("3", "1"),
-            "judge": ("gpt5nano", "llm", "none", "phrases"),
+            "judge": ("none", "phrases"),
             "completer.temperature": ("0.5", "1.0"),
         },
         "-completer.seed=1-judge=phrases-completer.temperature=1.0",
