@@ -13,8 +13,9 @@ import time
 
 import pytest
 
+from prefs.config import VllmConfig
 from prefs.errors import UserError
-from prefs.models.loading import Models
+from prefs.models.loading import Models, identity
 from prefs.models.vllm_engines import _ctrl_c_gets_through, _environment, _guard, _output_to, _reason, _reason_in
 
 LOG = """\
@@ -50,6 +51,15 @@ def test_vllm_that_is_not_installed_is_one_line(smollm2_fp32):
     with pytest.raises(UserError, match=r"pip install 'prefs\[vllm\]'") as caught:
         Models().get(dataclasses.replace(smollm2_fp32, backend="vllm"))
     assert "\n" not in str(caught.value)
+
+
+def test_engine_arguments_that_change_results_are_part_of_the_model(smollm2_fp32):
+    def known(**arguments):
+        return identity(dataclasses.replace(smollm2_fp32, backend="vllm", vllm=VllmConfig(engine=arguments)))
+
+    assert known(max_num_seqs=8) == identity(smollm2_fp32)
+    assert known(kv_cache_dtype="fp8") != identity(smollm2_fp32)
+    assert known(hf_overrides={"rope_theta": 1.0}) != known(hf_overrides={"rope_theta": 2.0})
 
 
 def test_the_environment_is_put_back(monkeypatch):

@@ -29,6 +29,8 @@ EMBEDDED = "embedded:"
 SERVED = "served"
 # Tokens a batch where the config leaves it to the engine. An engine that cuts its own batches gets long lists.
 BATCH_TOKENS = {"transformer_lens": 8192, "vllm": 262_144, "openai": 65_536}
+# Of vLLM's own arguments, those that change what a model computes.
+VLLM_RESULTS = ("hf_overrides", "kv_cache_dtype", "quantization_config", "load_format", "disable_sliding_window")
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
@@ -186,8 +188,12 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
     from prefs.models import embedded
 
     known: dict[str, Any] = {"dtype": spec.dtype}
-    if spec.backend == "vllm" and spec.vllm.quantization is not None:
-        known["quantization"] = spec.vllm.quantization
+    if spec.backend == "vllm":
+        if spec.vllm.quantization is not None:
+            known["quantization"] = spec.vllm.quantization
+        telling = {name: spec.vllm.engine[name] for name in VLLM_RESULTS if name in spec.vllm.engine}
+        if telling:
+            known["engine"] = telling
     if spec.thinking is not None:
         known["thinking"] = asdict(spec.thinking)
     if json.loads(spec.chat_template_kwargs):
