@@ -1,4 +1,4 @@
-"""What every kind of probe is: a bank of probes at all sites, for all folds, penalties and targets, trained together."""
+"""What every kind of probe is: a bank of them for all sites, folds, penalties and targets, trained together."""
 
 from __future__ import annotations
 

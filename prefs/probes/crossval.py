@@ -151,7 +151,9 @@ def cross_validate(
         )
         draws = Resamples.draw(len(rows), bootstrap, training.seed)
         for column, at in enumerate(members):
-            found[at] = _summarised(targets[at], column, columns, trained, rows, folds[rows], features.sites, training, draws)
+            found[at] = _summarised(
+                targets[at], column, columns, trained, rows, folds[rows], features.sites, training, draws
+            )
     return [found[at] for at in range(len(targets))]
 
 
@@ -212,10 +214,14 @@ class _Subset:
     def __init__(self, whole: Features, rows: np.ndarray) -> None:
         self._whole = whole
         self._rows = rows
-        self.sites, self.n, self.d_model = whole.sites, len(rows), whole.d_model
+        self.n, self.d_model = len(rows), whole.d_model
         place = np.full(whole.n, -1)
         place[rows] = np.arange(len(rows))
         self.order = place[whole.order][place[whole.order] >= 0]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self._whole.sites
 
     def read(self, rows: Sequence[int], sites: slice) -> torch.Tensor:
         return self._whole.read(self._rows[np.asarray(rows)].tolist(), sites)
@@ -314,6 +320,7 @@ def _summarised(
     everyone = trained.chosen.shape[0] - 1
     final = trained.probe(everyone, int(best[-1]), column, target.name)
     directions = [trained.probe(everyone, site, column, target.name).direction() for site in range(len(sites))]
+    pointing = [each for each in directions if each is not None]
     penalty = None
     if training.kind != "mean_difference":
         penalty = float(training.penalties[trained.chosen[everyone, best[-1], column]])
@@ -330,7 +337,7 @@ def _summarised(
         p=None if value is None or not len(chosen_null) else permutation_p(value, chosen_null),
         within=within,
         final=final,
-        final_directions=None if directions[0] is None else torch.stack([each for each in directions if each is not None]),
+        final_directions=torch.stack(pointing) if pointing else None,
         final_penalty=penalty,
         by_fold=[trained.probe(fold, int(best[fold]), column, target.name) for fold in range(everyone)],
     )

@@ -1,4 +1,4 @@
-"""Probes trained by gradient descent: one optimiser for the whole bank, and each probe stopped at its own best epoch."""
+"""Probes trained by gradient descent: one optimiser for the whole bank, each probe at its own best epoch."""
 
 from __future__ import annotations
 

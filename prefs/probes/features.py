@@ -24,7 +24,9 @@ class NotFinite(ValueError):
 class Features(Protocol):
     """Vectors of n tasks at S sites, read a few rows at a time."""
 
-    sites: Sequence[Site]
+    @property
+    def sites(self) -> tuple[Site, ...]: ...
+
     n: int
     d_model: int
     # [n] int64: the rows in the order in which they are quickest to read.
@@ -50,10 +52,14 @@ class Tensors:
             raise ValueError(f"vectors must be [tasks, sites, d_model] floating-point numbers, at least one; got {got}")
         if len(sites) != vectors.shape[1]:
             raise ValueError(f"{len(sites)} sites do not fit vectors {list(vectors.shape)}")
-        self.sites = tuple(sites)
+        self._sites = tuple(sites)
         self.n, _, self.d_model = vectors.shape
         self.order = np.arange(self.n)
         self._vectors = vectors
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self._sites
 
     def read(self, rows: Sequence[int], sites: slice) -> torch.Tensor:
         """As `Features.read`."""
@@ -76,10 +82,14 @@ class Captured:
     def __init__(self, residuals: Sequence[Residuals], rows: Sequence[int]):
         self._residuals = residuals
         self._keys = [[str(each.keys[row]) for row in rows] for each in residuals]
-        self.sites = tuple(Site(layer, each.position) for each in residuals for layer in each.layers)
+        self._sites = tuple(Site(layer, each.position) for each in residuals for layer in each.layers)
         self.n = len(rows)
         self.d_model = residuals[0].vectors.gather(self._keys[0][:1], residuals[0].layers[:1]).shape[-1]
         self.order = np.array(residuals[0].vectors.in_order(self._keys[0]), dtype=np.int64)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self._sites
 
     def read(self, rows: Sequence[int], sites: slice) -> torch.Tensor:
         """As `Features.read`."""

@@ -67,7 +67,7 @@ class Probe:
         return FORMS[self.kind]((vectors.float() - self.mean) / self.scale, self.tensors)
 
     def direction(self) -> torch.Tensor | None:
-        """[d] in the space of captured vectors, of norm 1: along it the prediction rises fastest. None for an ``mlp``."""
+        """[d], of norm 1, in the space of captured vectors: where the prediction rises fastest. None for an ``mlp``."""
         if "weight" not in self.tensors:
             return None
         raw = self.tensors["weight"] / self.scale
