@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from rich.table import Table
@@ -98,59 +100,52 @@ def refusal_lines(frame: pd.DataFrame, rated_by: str) -> Table:
     return table
 
 
-def probe_lines(report: ProbeReport, most: int = 9) -> Table:
-    """The score on held-out tasks by target, position and layer, evenly spaced layers if there are many; then of the
-    site and penalty that each fold's training tasks chose, which is the figure to report, its p, and the ceiling."""
+def probe_lines(report: ProbeReport, most: int = 8) -> Table:
+    """The score on held-out tasks by target, position and layer, evenly spaced layers if there are many."""
     layers = sorted({int(layer) for layer in report.scores["layer"]})
     spaced = layers
     if len(layers) > most:
         spaced = [layers[round(at * (len(layers) - 1) / (most - 1))] for at in range(most)]
-    of = "" if len(spaced) == len(layers) else f"; {len(spaced)} of {len(layers)} layers"
-    table = new_table(f"Probes: {report.metric} on held-out tasks, by target and position{of}", first="layer")
-    lines: dict[str, list[str]] = {str(layer): [] for layer in spaced}
-    below: dict[str, list[str]] = {"chosen by the other folds": [], "p (shuffled targets)": [], "noise ceiling": []}
-    for target, rows in report.scores.groupby("target", sort=False):
-        chosen = report.chosen.set_index("target").loc[str(target)]
-        positions = list(dict.fromkeys(rows["position"]))
-        for at, position in enumerate(positions):
-            table.add_column(f"{target} (n = {chosen['n']})\n{position}", justify="right")
-            by_layer = rows[rows["position"] == position].set_index("layer")["score"]
-            for layer in spaced:
-                lines[str(layer)].append(number(by_layer[layer]))
-            first = at == 0
-            below["chosen by the other folds"].append(_with_interval(chosen, "score") if first else "")
-            below["p (shuffled targets)"].append(number(chosen["p"]) if first else "")
-            below["noise ceiling"].append(number(chosen["ceiling"]) if first else "")
-    for name, cells in lines.items():
-        table.add_row(name, *cells)
-    table.add_section()
-    for name, cells in below.items():
-        table.add_row(name, *cells)
+    of = "" if len(spaced) == len(layers) else f" ({len(spaced)} of {len(layers)})"
+    table = new_table(f"Probes: {report.metric} on held-out tasks, by layer{of}", first="target, position")
+    for layer in spaced:
+        table.add_column(str(layer), justify="right")
+    scores = {(row["target"], row["position"], row["layer"]): row["score"] for row in report.scores.to_dict("records")}
+    for target, position in dict.fromkeys((target, position) for target, position, _ in scores):
+        cells = [number(scores[target, position, layer]) for layer in spaced]
+        table.add_row(f"{target}, {position}", *cells)
+    return table
+
+
+def chosen_lines(report: ProbeReport) -> Table:
+    """The figures to report: held-out predictions of the probes that each fold's training tasks chose."""
+    table = new_table("Probes whose layer, position and penalty were chosen by the other folds", first="target")
+    for name in ("n", f"{report.metric} [95 %]", "p", "ceiling", "position, layer"):
+        table.add_column(name, justify="right")
+    for row in report.chosen.to_dict("records"):
+        p, ceiling = number(row["p"]), number(row["ceiling"])
+        place = f"{row['position']}, {row['layer']}"
+        table.add_row(row["target"], str(row["n"]), _with_interval(row, "score"), p, ceiling, place)
     return table
 
 
 def control_lines(report: ProbeReport) -> Table:
     """What the probes are compared with, by target."""
-    table = new_table(f"Controls: {report.metric} [95 %] on the same held-out tasks", first="control")
+    table = new_table(f"Controls: {report.metric} on the same held-out tasks", first="control")
     targets = list(dict.fromkeys(report.controls["target"]))
     for target in targets:
         table.add_column(target, justify="right")
-    chosen = report.chosen.set_index("target")
-    table.add_row("probe", *(_with_interval(chosen.loc[target], "score") for target in targets), style="bold")
-    by_control = report.controls.set_index(["control", "target"])
+    table.add_row("probe", *(number(row["score"]) for row in report.chosen.to_dict("records")), style="bold")
+    by_control = {(row["control"], row["target"]): row for row in report.controls.to_dict("records")}
     for control in dict.fromkeys(report.controls["control"]):
-        cells = [
-            _with_interval(by_control.loc[(control, target)], "score") if (control, target) in by_control.index else ""
-            for target in targets
-        ]
-        table.add_row(control, *cells)
+        rows = [by_control.get((control, target)) for target in targets]
+        table.add_row(control, *("" if row is None else number(row["score"]) for row in rows))
     return table
 
 
-def _with_interval(row: pd.Series, name: str) -> str:
-    if pd.isna(row[f"{name}_low"]):
-        return number(row[name])
-    return f"{number(row[name])} [{number(row[f'{name}_low'])}, {number(row[f'{name}_high'])}]"
+def _with_interval(row: Mapping[Any, Any], name: str) -> str:
+    value, low, high = (float(row[each]) for each in (name, f"{name}_low", f"{name}_high"))
+    return number(value) if math.isnan(low) else f"{number(value)} [{number(low)}, {number(high)}]"
 
 
 def _weight(origin: str) -> str | None:
@@ -266,14 +261,11 @@ def _thought_remarks(ratings: Ratings) -> list[str]:
 def _probe_remarks(report: ProbeReport) -> list[str]:
     said = []
     nothing = 0.5 if report.metric == AUC else 0.0
-    controls = report.controls.set_index(["target", "control"])["score"]
+    controls = {(row["target"], row["control"]): float(row["score"]) for row in report.controls.to_dict("records")}
     for row in report.chosen.to_dict("records"):
         target, best, p = row["target"], row["score"], row["p"]
-        beaten = {
-            control: float(controls[target, control])
-            for control in ("origin mean", "length", "words (TF-IDF)", "sentence embedding")
-            if (target, control) in controls.index and controls[target, control] >= best
-        }
+        blind = ("origin mean", "length", "words (TF-IDF)", "sentence embedding")
+        beaten = {name: controls[target, name] for name in blind if controls.get((target, name), -math.inf) >= best}
         if pd.isna(best):
             said.append(f"Probe on {target}: undefined ({row['score_reason']}).")
         elif best <= nothing or p > 0.05:

@@ -241,7 +241,7 @@ def _report(
     rated_by = "exact mean" if measured.exact is not None else f"mean of {len(ratings.seeds)} seeds"
     lines.append(closing.refusal_lines(tables["refusals"], rated_by))
     if isinstance(probed, ProbeReport):
-        lines += [closing.probe_lines(probed), closing.control_lines(probed)]
+        lines += [closing.probe_lines(probed), closing.chosen_lines(probed), closing.control_lines(probed)]
     title = f"{rater.name} · {ratings.template.name} · {config.dataset.name} · completions by {config.completer.name}"
     said = closing.remarks(ratings, rows, tables["refusals"], probed)
     if "judges" in cell.of_job:

@@ -231,7 +231,7 @@ class _Texts:
 
     @classmethod
     def of(cls, subject: Subject, rows: np.ndarray) -> _Texts:
-        return cls([subject.prompts[row] for row in rows], [subject.completions[row] for row in rows])
+        return cls([subject.prompts[int(row)] for row in rows], [subject.completions[int(row)] for row in rows])
 
     @property
     def both(self) -> list[str]:
@@ -349,7 +349,7 @@ def _measures(scores: Scores, main: Estimate) -> dict[str, object]:
 
 def _scores(results: Sequence[CrossValidated], features: Features, controls: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    of_origin = controls[controls["control"] == "origin mean"].set_index("target")["score"]
+    of_origin = {row["target"]: row["score"] for row in controls.to_dict("records") if row["control"] == "origin mean"}
     for result in results:
         low, high = result.null_band()
         for at, site in enumerate(features.sites):

@@ -37,6 +37,8 @@ class ProbeBank(lightning.LightningModule):
     scale: torch.Tensor
     criterion: torch.Tensor
     chosen: torch.Tensor
+    group: torch.Tensor
+    validation: torch.Tensor
 
     def __init__(self, sites: Sequence[Site], d_model: int, targets: int, splits: Splits, penalties: int) -> None:
         super().__init__()

@@ -121,7 +121,7 @@ class ProbeData(lightning.LightningDataModule):
             self._rows,
             batch_size=self._batch_size,
             sampler=sampler,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             generator=generator or torch.Generator().manual_seed(self._seed),
         )
 

@@ -38,6 +38,10 @@ class DescentBank(ProbeBank):
     Losses are summed over the bank, so that no probe's gradient depends on another's. Weights are [F, S, P, T, ...].
     """
 
+    penalties: torch.Tensor
+    center: torch.Tensor
+    spread: torch.Tensor
+    stale: torch.Tensor
     # Which parameters the penalty pulls to 0.
     decayed: tuple[str, ...] = ("weight",)
 
@@ -238,6 +242,7 @@ class OrdinalBank(DescentBank):
     """
 
     form = "ordinal"
+    values: torch.Tensor
 
     def __init__(self, *args: Any, values: torch.Tensor, **kwargs: Any) -> None:
         self._options = len(values)

@@ -20,6 +20,7 @@ class MeanDifferenceBank(ProbeBank):
     """
 
     form = "linear"
+    middle: torch.Tensor
 
     def __init__(
         self, sites: Sequence[Site], d_model: int, targets: torch.Tensor, splits: Splits, moments: Moments

@@ -49,6 +49,10 @@ class RidgeBank(ProbeBank):
     """
 
     form = "linear"
+    all_weight: torch.Tensor
+    all_bias: torch.Tensor
+    shift: torch.Tensor
+    unit: torch.Tensor
 
     def __init__(
         self,
@@ -118,7 +122,7 @@ class RidgeBank(ProbeBank):
         if self.dual:
             rows, x, y = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
             self._rows = []
-            if strategy.world_size > 1:
+            if self.trainer.world_size > 1:
                 rows, x, y = self._gathered(rows, x, y)
             solve = _Dual(self, rows, x, y)
         else:
@@ -129,9 +133,9 @@ class RidgeBank(ProbeBank):
         # What other devices solve is left at 0, to be added up.
         for part in self._solved():
             part.zero_()
-        for fit, site in jobs[strategy.global_rank :: strategy.world_size]:
+        for fit, site in jobs[self.trainer.global_rank :: self.trainer.world_size]:
             solve(fit, site)
-        if strategy.world_size > 1:
+        if self.trainer.world_size > 1:
             for part in self._solved():
                 part.copy_(strategy.reduce(part.clone(), reduce_op="sum"))
 
