@@ -158,22 +158,23 @@ def origins_held_out(path: Path, *, title: str, table: pd.DataFrame, metric: str
             rows[name].to_numpy(dtype=float) for name in ("score", "score_low", "score_high", "within")
         )
         x = np.arange(len(origins)) + (2 * at - len(targets) + 0.5) * width
-        axes.bar(x, score, 0.92 * width, color=colour, label=f"{target}: trained on other origins only")
+        axes.bar(x, score, 0.92 * width, color=colour, label=f"{_short(target)}: trained on other origins only")
         reach = np.nan_to_num(np.clip(np.stack([score - low, high - score]), 0, None))
         axes.errorbar(x, score, yerr=reach, fmt="none", ecolor="black", capsize=3)
         axes.bar(
             x + width, within, 0.92 * width, facecolor="white", edgecolor=colour, hatch="///",
-            label=f"{target}: trained on this origin too (k-fold)",
+            label=f"{_short(target)}: trained on this origin too (k-fold)",
         )  # fmt: skip
         for place, value, reason in zip(x, score, rows["reason"], strict=True):
             if np.isnan(value) and isinstance(reason, str):
-                axes.text(place, 0.02, reason, rotation=90, ha="center", va="bottom", fontsize="x-small")
+                axes.text(place, 0.02, _short(reason), rotation=90, ha="center", va="bottom", fontsize="x-small")
         for place, value in [*zip(x, score, strict=True), *zip(x + width, within, strict=True)]:
             if value < bottom:  # the bar goes on below the axes
                 shown, box = f"{value:.1f}".replace("-", "−"), {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 axes.text(place, bottom + 0.02, shown, ha="center", va="bottom", fontsize="x-small", bbox=box)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylim(bottom, 1.05)
+    axes.set_xlim(-0.5, max(len(origins), 1) - 0.5)  # where an origin has nothing but a reason, too
     counts = table.groupby("origin", sort=False)["n"].agg(lambda n: _counted(n.to_numpy(dtype=float)))
     axes.set_xticks(np.arange(len(origins)), [f"{_short(origin)}\n{counts[origin]}" for origin in origins])
     axes.set_ylabel(f"{metric} on tasks not trained on")
