@@ -144,7 +144,7 @@ def _probe_line(axes: Axes, rows: pd.DataFrame, target: str, label: str, colour:
 def origins_held_out(path: Path, *, title: str, table: pd.DataFrame, metric: str = "R²") -> Path:
     """Score on each origin by a probe that trained on none of its tasks, beside that within k folds (hatched).
 
-    ``table`` has columns target, origin, n, score, score_low, score_high, within, reason; where there is no score the
+    ``table`` has columns target, origin, n, score, score_low, score_high, within, score_reason; where there is no score the
     reason is written in its place.
     """
     origins, targets = (list(dict.fromkeys(table[name])) for name in ("origin", "target"))
@@ -165,7 +165,7 @@ def origins_held_out(path: Path, *, title: str, table: pd.DataFrame, metric: str
             x + width, within, 0.92 * width, facecolor="white", edgecolor=colour, hatch="///",
             label=f"{_short(target)}: trained on this origin too (k-fold)",
         )  # fmt: skip
-        for place, value, reason in zip(x, score, rows["reason"], strict=True):
+        for place, value, reason in zip(x, score, rows["score_reason"], strict=True):
             if np.isnan(value) and isinstance(reason, str):
                 axes.text(place, 0.02, _short(reason), rotation=90, ha="center", va="bottom", fontsize="x-small")
         for place, value in [*zip(x, score, strict=True), *zip(x + width, within, strict=True)]:

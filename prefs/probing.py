@@ -326,7 +326,9 @@ def _origins(
         predictions = held_out_origins(features, result.target, origins, training, values=scale, show_progress=True)
         within = np.full(len(y), np.nan)
         within[result.rows] = result.predictions
-        for origin in dict.fromkeys(origins) if predictions is not None else ():
+        if predictions is None:
+            continue
+        for origin in dict.fromkeys(origins):
             mine = np.flatnonzero((named == origin) & result.target.observed)
             some = Resamples(draws.times[:, mine])
             out, inside = score(
