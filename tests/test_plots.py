@@ -112,7 +112,7 @@ def held_out() -> pd.DataFrame:
         ("seed", "MATH", 29, -7.31, -9.0, -6.0, -0.1, None),
         ("seed", "WILDCHAT", 20, 0.1, None, None, 0.3, None),
     ]
-    table = pd.DataFrame(rows, columns=["target", "origin", "n", *numbers, "reason"])
+    table = pd.DataFrame(rows, columns=["target", "origin", "n", *numbers, "score_reason"])
     return table.astype(dict.fromkeys(numbers, float))
 
 
