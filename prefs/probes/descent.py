@@ -79,7 +79,7 @@ class DescentBank(ProbeBank):
         return {"weight": torch.zeros(*self.shape, self.d_model), "bias": torch.zeros(self.shape)}
 
     def outputs(self, z: torch.Tensor) -> torch.Tensor:
-        """Scores [F, b, S, P, T] from standardised features [F, b, S, d]."""
+        """Scores [F, b, S, P, T] from features [b, S, d] as `_standardised` gives them."""
         return self._product(z, self.parts["weight"]) + self.parts["bias"][:, None]
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -90,16 +90,22 @@ class DescentBank(ProbeBank):
         """What targets are centred on and divided by while training, [F, 1, 1, T] each."""
         return torch.zeros(self.splits.fits, 1, 1, self.targets), torch.ones(self.splits.fits, 1, 1, self.targets)
 
-    @staticmethod
-    def _product(z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[F, b, S, P, T] = z [F, b, S, d] . weight [F, S, P, T, d]."""
-        fits, count, penalties, targets, d = weight.shape
-        flat = weight.reshape(fits * count, penalties * targets, d)
-        out = torch.bmm(z.transpose(1, 2).reshape(fits * count, -1, d), flat.transpose(1, 2))
-        return out.reshape(fits, count, -1, penalties, targets).transpose(1, 2)
-
     def _standardised(self, features: torch.Tensor) -> torch.Tensor:
-        return (features.to(self.mean)[None] - self.mean[:, None]) / self.scale[:, None]
+        """[b, S, d], by the moments of the last fit; `_product` makes up for what those of the others differ."""
+        return (features.to(self.mean) - self.mean[-1]) / self.scale[-1]
+
+    def _product(self, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[F, b, S, P, T] = each fit's standardised features . weight [F, S, P, T, d].
+
+        With z standardised by (m, s) and a fit by (m', s'), its features are z s/s' + (m - m')/s'. The factor goes to
+        the weights and the rest into a constant, as there are far fewer weights than features of a batch times fits.
+        """
+        fits, count, penalties, targets, d = weight.shape
+        factor = (self.scale[-1] / self.scale)[:, :, None, None]
+        offset = ((self.mean[-1] - self.mean) / self.scale)[:, :, None, None]
+        flat = (weight * factor).transpose(0, 1).reshape(count, fits * penalties * targets, d)
+        out = torch.bmm(z.transpose(0, 1), flat.transpose(1, 2)).reshape(count, -1, fits, penalties, targets)
+        return out.permute(2, 1, 0, 3, 4) + (weight * offset).sum(-1)[:, None]
 
     def _seen(self, batch: ProbeBatch, *, validation: bool) -> torch.Tensor:
         """[F, b] bool: the rows of a batch that each fit trains on, or validates with."""

@@ -168,7 +168,7 @@ def _width(features: Features, targets: torch.Tensor, splits: Splits, training: 
     else:
         inputs = training.descent.hidden * (d + 2) if training.kind == "mlp" else d + 8
         # The parameters, their gradients, the optimiser's two moments, and the best.
-        numbers = 5 * fits * len(training.penalties) * t * inputs + 2 * fits * training.batch_size * d
+        numbers = 6 * fits * len(training.penalties) * t * inputs + 2 * training.batch_size * d
     return max(1, min(len(features.sites), GROUP_BYTES // (8 * numbers)))
 
 
