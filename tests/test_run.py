@@ -139,7 +139,8 @@ def test_a_second_run_computes_nothing_and_finds_the_same(uninterrupted, tmp_pat
     assert tables(run_folder(tmp_path)) == tables(folder)
 
 
-@pytest.mark.parametrize("stage", [pytest.param("completions", marks=pytest.mark.slow), "scores"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["completions", "scores"])
 def test_kill_9_and_relaunch(uninterrupted, tmp_path, stage):
     folder, _, _ = uninterrupted
     killed, store = tmp_path / "killed", tmp_path / "store"
