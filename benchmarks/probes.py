@@ -118,11 +118,11 @@ def ridge(given: argparse.Namespace) -> None:
 
         return run
 
-    def nested(inner: int | None, count: int) -> Callable[[], None]:
+    def nested(inner: int, count: int) -> Callable[[], None]:
         def run() -> None:
             alphas = [penalty * n * (k - 1) / k for penalty in PENALTIES]
             for layer in range(count):
-                pipe = make_pipeline(StandardScaler(), RidgeCV(alphas, cv=inner))
+                pipe = make_pipeline(StandardScaler(), RidgeCV(alphas, cv=inner or None))
                 cross_val_score(pipe, wide[layer], y, cv=PredefinedSplit(folds), scoring="r2")
 
         return run
@@ -134,7 +134,7 @@ def ridge(given: argparse.Namespace) -> None:
         ("scikit-learn, a loop over Ridge, float64", timed(given.clock, 1, loop(np.float64)), 1),
         ("scikit-learn, a loop over Ridge, float32", timed(given.clock, 1, loop(np.float32)), 1),
         ("scikit-learn, RidgeCV (5 folds) in cross_val_score", timed(given.clock, 1, nested(5, few)), layers / few),
-        ("scikit-learn, RidgeCV (leave one out) in cross_val_score", timed(given.clock, 1, nested(None, few)), layers / few),
+        ("scikit-learn, RidgeCV (its own) in cross_val_score", timed(given.clock, 1, nested(0, few)), layers / few),
     ]  # fmt: skip
     print(f"{layers} layers x {n:,} tasks x {d}, {k} folds x {len(PENALTIES)} penalties, {given.clock} time;")
     print(f"RidgeCV on {few} layers, scaled to {layers}\n")

@@ -264,7 +264,7 @@ class ProbeControlsConfig:
 
 @dataclass
 class ProbeConfig:
-    """Probes from residual vectors to ratings, at all captured layers and at ``positions`` (null: all captured).
+    """Probes from residual vectors to ratings, at captured ``layers`` (or all) and ``positions`` (null: all).
 
     ``penalties`` are tried one by one, and chosen by the training folds: of ``ridge`` the weight of the squared norm on
     standardised features, of the kinds that descend decoupled weight decay. ``threshold`` is what a ``good`` rating
@@ -275,6 +275,7 @@ class ProbeConfig:
     name: str = MISSING
     kind: str = "ridge"
     positions: list[str] | None = None
+    layers: Any = "all"
     targets: list[str] = field(default_factory=list)
     threshold: Any = "midpoint"
     penalties: list[float] = field(default_factory=list)
@@ -569,12 +570,16 @@ def _check_capture(capture: CaptureConfig, backend: str) -> None:
             f"none with model.backend={backend}, which gives no residual vectors; add: capture=none probe=none",
         )
     layers = capture.layers
-    if layers != "all" and not (isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)):
+    if layers != "all" and not _is_layers(layers):
         raise ConfigError("capture.layers", layers, "all, or a list of layer numbers such as [0,15,-1]")
     for position in capture.positions:
         _check_choice("capture.positions", position, POSITIONS)
     if len(set(capture.positions)) < len(capture.positions):
         raise ConfigError("capture.positions", capture.positions, "each position once")
+
+
+def _is_layers(layers: object) -> bool:
+    return isinstance(layers, list) and bool(layers) and all(type(layer) is int for layer in layers)
 
 
 def _check_probe(config: Config) -> None:
@@ -590,6 +595,8 @@ def _check_probe(config: Config) -> None:
             raise ConfigError(
                 "probe.positions", position, f"a captured position ({', '.join(config.capture.positions)})"
             )
+    if probe.layers != "all" and not _is_layers(probe.layers):
+        raise ConfigError("probe.layers", probe.layers, "all, or a list of captured layers such as [0,15,-1]")
     if probe.positions == []:
         raise ConfigError("probe.positions", [], "at least one position, or null for all captured")
     _check_targets(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from prefs import closing, plots
 from prefs.complete import complete
-from prefs.config import CaptureConfig, Config
+from prefs.config import Config
 from prefs.errors import ConfigError
 from prefs.files import write_table
 from prefs.jobs import Doings, Spent
@@ -68,7 +68,7 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
     rater = ModelSpec.from_config(config.model)
     completer = ModelSpec.from_config(config.completer.model) if config.completer.model else rater
     templates = {key: Template.from_config(each) for key, each in config.template.items()}
-    capture = _capture_plan(config.capture, rater)
+    capture = _capture_plan(config, rater)
     judging = ModelSpec.from_config(config.judge.model) if config.judge.model else None
     specs = [spec for spec in (rater, completer, judging) if spec is not None]
     models.keep_only(specs)
@@ -183,21 +183,30 @@ class _Cell:
     of_job: Mapping[str, pd.DataFrame]
 
 
-def _capture_plan(config: CaptureConfig, rater: ModelSpec) -> CapturePlan | None:
+def _capture_plan(config: Config, rater: ModelSpec) -> CapturePlan | None:
     """The layers and positions wanted, checked against the model's config before its weights are loaded."""
-    if not config.positions:
+    capture = config.capture
+    if not capture.positions:
         return None
     from prefs.models.transformer_lens import config_layers
 
     count = config_layers(model_folder(rater), rater.revision)
-    if config.layers == "all":
-        layers = tuple(range(count))
-    else:
-        for layer in config.layers:
-            if not -count <= layer < count:
-                raise ConfigError("capture.layers", layer, f"all, or from {-count} to {count - 1} ({rater.name})")
-        layers = tuple(dict.fromkeys(layer % count for layer in config.layers))
-    return CapturePlan(layers, tuple(config.positions), config.dtype.value)
+    layers = _numbered("capture.layers", capture.layers, count, range(count), rater)
+    if config.probe.kind != "none":
+        _numbered("probe.layers", config.probe.layers, count, layers, rater)
+    return CapturePlan(layers, tuple(capture.positions), capture.dtype.value)
+
+
+def _numbered(key: str, wanted: Any, count: int, there: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
+    """Layers by their numbers from 0, of those that are there."""
+    if wanted == "all":
+        return tuple(there)
+    for layer in wanted:
+        if not -count <= layer < count:
+            raise ConfigError(key, layer, f"all, or from {-count} to {count - 1} ({rater.name})")
+        if layer % count not in there:
+            raise ConfigError(key, layer, f"a layer that is captured ({', '.join(map(str, there))})")
+    return tuple(dict.fromkeys(layer % count for layer in wanted))
 
 
 def _report(
@@ -223,7 +232,7 @@ def _report(
         tables["exact"] = exact_table(measured)
     if ratings.thoughts is not None:
         tables["exact_by_thought"] = thoughts_table(ratings)
-    residuals = _residuals(config, rated, cell.key)
+    residuals = _residuals(config, rated, cell.key, rater)
     probed = None
     if config.probe.kind != "none":
         probed = probe(_subject(cell, residuals), config.probe, config.stats.bootstrap, earlier)
@@ -289,10 +298,17 @@ def _save_probes(
         track.artifact(f"probe-{rater.name}-{cell.key}-{key}", "probe", paths, {**shown, "target": key})
 
 
-def _residuals(config: Config, rated: Rated, key: str) -> list[Residuals]:
+def _residuals(config: Config, rated: Rated, key: str, rater: ModelSpec) -> list[Residuals]:
     """Of the positions probed, in their order; ``rating`` is the template's own."""
     found = {**rated.residuals, **({"rating": rated.rating_residuals[key]} if key in rated.rating_residuals else {})}
-    return [found[position] for position in config.probe.positions or config.capture.positions]
+    chosen = [found[position] for position in config.probe.positions or config.capture.positions]
+    if config.probe.layers == "all":
+        return chosen
+    from prefs.models.transformer_lens import config_layers
+
+    count = config_layers(model_folder(rater), rater.revision)
+    layers = _numbered("probe.layers", config.probe.layers, count, chosen[0].layers, rater)
+    return [replace(each, layers=layers) for each in chosen]
 
 
 def completions_table(completions: list[Completion], refused: list[bool | None]) -> pd.DataFrame:

@@ -144,8 +144,8 @@ def _probe_line(axes: Axes, rows: pd.DataFrame, target: str, label: str, colour:
 def origins_held_out(path: Path, *, title: str, table: pd.DataFrame, metric: str = "R²") -> Path:
     """Score on each origin by a probe that trained on none of its tasks, beside that within k folds (hatched).
 
-    ``table`` has columns target, origin, n, score, score_low, score_high, within, score_reason; where there is no score the
-    reason is written in its place.
+    ``table`` has columns target, origin, n, score, score_low, score_high, within, score_reason; where there is no score
+    the reason is written in its place.
     """
     origins, targets = (list(dict.fromkeys(table[name])) for name in ("origin", "target"))
     bars = max(1, 2 * len(targets))

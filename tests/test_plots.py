@@ -149,7 +149,9 @@ def test_no_origin_with_a_score(drawn):
     table = held_out().iloc[[1]]
     assert texts(drawn(plots.origins_held_out, table=table)) == ["few tasks"]
     drawn(plots.origins_held_out, table=table.iloc[:0])
-    drawn(plots.origins_held_out, table=table.assign(origin=HOSTILE[0], target=HOSTILE[1], score_reason=HOSTILE[2] * 99))
+    drawn(
+        plots.origins_held_out, table=table.assign(origin=HOSTILE[0], target=HOSTILE[1], score_reason=HOSTILE[2] * 99)
+    )
 
 
 def test_predicted_against_measured(drawn):
