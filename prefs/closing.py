@@ -100,7 +100,7 @@ def refusal_lines(frame: pd.DataFrame, rated_by: str) -> Table:
     return table
 
 
-def probe_lines(report: ProbeReport, most: int = 8) -> Table:
+def probe_lines(report: ProbeReport, most: int = 6) -> Table:
     """The score on held-out tasks by target, position and layer, evenly spaced layers if there are many."""
     layers = sorted({int(layer) for layer in report.scores["layer"]})
     spaced = layers
