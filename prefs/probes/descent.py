@@ -16,6 +16,9 @@ from prefs.probes.data import Moments, ProbeBatch
 from prefs.probes.folds import Splits
 from prefs.probes.probe import Site, option_probabilities
 
+# No option's share starts nearer to 0 or 1 than this, where a logit has no bounds.
+LEAST_SHARE = 1e-3
+
 
 @dataclass(frozen=True)
 class Descent:
@@ -66,7 +69,7 @@ class DescentBank(ProbeBank):
         center, spread = self._target_units(targets)
         self.register_buffer("center", center)
         self.register_buffer("spread", spread)
-        self.parts = torch.nn.ParameterDict(self.initial(torch.Generator().manual_seed(descent.seed)))
+        self.parts = torch.nn.ParameterDict(self.initial(targets, torch.Generator().manual_seed(descent.seed)))
         self.best = torch.nn.ParameterDict(
             {name: torch.nn.Parameter(part.detach().clone(), requires_grad=False) for name, part in self.parts.items()}
         )
@@ -74,9 +77,14 @@ class DescentBank(ProbeBank):
         self._total: torch.Tensor | None = None
         self._count: torch.Tensor | None = None
 
-    def initial(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Where the parameters start."""
+    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Where the parameters start: at what predicts the mean of a fit's training tasks, whatever the features."""
         return {"weight": torch.zeros(*self.shape, self.d_model), "bias": torch.zeros(self.shape)}
+
+    def _training_means(self, targets: torch.Tensor) -> torch.Tensor:
+        """[F, T] (or [F, T, V]) means of each fit's training tasks."""
+        rows = [self.splits.training(fit) & ~self.splits.validation for fit in range(self.splits.fits)]
+        return torch.stack([targets[torch.as_tensor(mine)].double().mean(0) for mine in rows])
 
     def outputs(self, z: torch.Tensor) -> torch.Tensor:
         """Scores [F, b, S, P, T] from features [b, S, d] as `_standardised` gives them."""
@@ -194,13 +202,10 @@ class _Regression(DescentBank):
     """Squared error of targets in units of their SD over the training tasks."""
 
     def _target_units(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        center, spread = [], []
-        for fit in range(self.splits.fits):
-            y = targets[torch.as_tensor(self.splits.training(fit) & ~self.splits.validation)].double()
-            center.append(y.mean(0))
-            spread.append(y.std(0, correction=0))
-        both = [torch.stack(each)[:, None, None].to(self.mean) for each in (center, spread)]
-        return both[0], torch.where(both[1] > 0, both[1], 1.0)
+        center = self._training_means(targets)
+        spread = (self._training_means(targets.double().square()) - center.square()).clamp(min=0).sqrt()
+        spread = torch.where(spread > 1e-9 * center.abs(), spread, 1.0)
+        return center[:, None, None].to(self.mean), spread[:, None, None].to(self.mean)
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         wanted = (targets.to(outputs)[None, :, None, None] - self.center[:, None]) / self.spread[:, None]
@@ -226,6 +231,11 @@ class LogisticBank(DescentBank):
     """Logistic regression of a target that is 0 or 1; cross-entropy."""
 
     form = "logistic"
+
+    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        start = super().initial(targets, generator)
+        odds = self._training_means(targets).clamp(LEAST_SHARE, 1 - LEAST_SHARE).logit()
+        return start | {"bias": odds[:, None, None].expand(self.shape).to(self.mean).clone()}
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         wanted = targets.to(outputs)[None, :, None, None].expand_as(outputs)
@@ -255,12 +265,17 @@ class OrdinalBank(DescentBank):
         super().__init__(*args, **kwargs)
         self.register_buffer("values", values.to(self.mean))
 
-    def initial(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         # Thresholds are the first and the softplus of the steps from one to the next, so that they rise.
+        below = self._training_means(targets).cumsum(-1)[..., :-1]
+        thresholds = below.clamp(LEAST_SHARE, 1 - LEAST_SHARE).logit()
+        steps = thresholds.diff(dim=-1).clamp(min=LEAST_SHARE)
+        steps = steps + (-(-steps).expm1()).log()  # softplus, turned round
+        first = thresholds[:, None, None, :, 0].expand(self.shape)
         return {
             "weight": torch.zeros(*self.shape, self.d_model),
-            "first": torch.full(self.shape, -1.0),
-            "steps": torch.full((*self.shape, self._options - 2), 0.5),
+            "first": first.to(self.mean).clone(),
+            "steps": steps[:, None, None].expand(*self.shape, -1).to(self.mean).clone(),
         }
 
     def outputs(self, z: torch.Tensor) -> torch.Tensor:
@@ -284,7 +299,7 @@ class MlpBank(_Regression):
     form = "mlp"
     decayed = ("hidden_weight", "out_weight")
 
-    def initial(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         h, d = self.descent.hidden, self.d_model
         return {
             "hidden_weight": torch.randn(*self.shape, h, d, generator=generator) / math.sqrt(d),

@@ -206,6 +206,8 @@ def _fit(bank: ProbeBank, data: ProbeData, training: Training, logger: Logger | 
             # Sums need each task once: the sampler of several devices would repeat some to even out their shares.
             use_distributed_sampler=descends,
             limit_val_batches=None if descends else 0,
+            # Validated before the first step too: a probe that only gets worse stays where it began, at the mean.
+            num_sanity_val_steps=-1 if descends else 0,
         )
         trainer.fit(bank, datamodule=data)
 
@@ -228,7 +230,6 @@ def _trainer(training: Training, logger: Logger | None, **arguments: Any) -> lig
         "enable_checkpointing": False,
         "enable_model_summary": False,
         "enable_progress_bar": False,
-        "num_sanity_val_steps": 0,
         # Closed forms are solved in float64: small penalties are lost beside the rounding of float32 sums.
         "precision": "32-true" if training.kind in DESCENDING else "64-true",
         **arguments,
