@@ -18,9 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prefs.config import Config, register, typed
 from prefs.errors import UserError
+from prefs.lines import explain
 from prefs.measured import Measured
 from prefs.models.loading import ModelSpec
-from prefs.run import explain, register_resolvers
+from prefs.run import register_resolvers
 from prefs.summary import groups_by_origin, stability, stability_table
 
 
