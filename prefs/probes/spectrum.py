@@ -30,7 +30,7 @@ def spectrum(matrix: torch.Tensor) -> Spectrum:
 
     On the CPU to tridiagonal form, which costs a sixth of an eigendecomposition; elsewhere to its eigenvalues.
     """
-    return _Tridiagonal(matrix) if matrix.device.type == "cpu" else _Diagonal(matrix)
+    return _Tridiagonal(matrix) if matrix.device.type == "cpu" and len(matrix) > 1 else _Diagonal(matrix)
 
 
 class _Tridiagonal:
