@@ -109,9 +109,14 @@ def test_targets_of_different_tasks_are_each_cross_validated_on_their_own():
     y = planted(x, 1, 0.3)
     holes = np.where(np.arange(80) % 7 == 3, np.nan, y)
     found = cross_validate(
-        features(x), [target(y), target(holes, "sampled"), target(np.zeros(80), "single")], np.arange(80) % 4, ORIGINS[:80],
-        TRAINING, permutations=0, bootstrap=0,
-    )  # fmt: skip
+        features(x),
+        [target(y), target(holes, "sampled"), target(np.zeros(80), "single")],
+        np.arange(80) % 4,
+        ORIGINS[:80],
+        TRAINING,
+        permutations=0,
+        bootstrap=0,
+    )
     assert [type(each) for each in found] == [CrossValidated, CrossValidated, Nothing]
     assert (len(found[0].rows), len(found[1].rows)) == (80, 69)
     alone = validated(x[np.isfinite(holes)], holes[np.isfinite(holes)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from probe_data import features, planted, vectors
+from probe_data import features, fit, planted, vectors
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -73,7 +73,7 @@ def test_ordinal_predicts_the_distribution_that_made_the_ratings():
     below = expit(np.array([-2.0, 0.0, 1.0]) - score[:, None])
     p = np.diff(np.concatenate([np.zeros((400, 1)), below, np.ones((400, 1))], axis=1), axis=1)
     expected = p @ np.array([1, 2, 3, 5])
-    assert np.abs(found.out_of_fold[:, 0, 0] - expected).mean() < 0.15
+    assert np.abs(found.out_of_fold[:, 0, 0] - expected).mean() < 0.2
     thresholds = found.probe(4, 0, 0, "rating").tensors["thresholds"]
     assert (thresholds.diff() > 0).all()
 
@@ -111,8 +111,6 @@ def test_steps_are_those_of_adamw_with_each_penalty_as_its_decay():
     penalties, moments = (0.0, 5.0), data.moments(without_validation=True)
     descent = Descent(learning_rate=1e-2, patience=99)
     bank = LinearBank(data.features.sites, 5, data.targets, splits, penalties, moments, descent)
-    from probe_data import fit
-
     fit(bank, data, max_epochs=25, precision="32-true")
     rows = torch.tensor(~splits.validation)  # of the last fit, which holds out none
     z = ((x[:, 0].double() - moments.mean[2, 0]) / moments.scale[2, 0])[rows].float()
@@ -127,9 +125,8 @@ def test_steps_are_those_of_adamw_with_each_penalty_as_its_decay():
             optimizer.zero_grad()
             (layer(z)[:, 0] - wanted).square().mean().backward()
             optimizer.step()
-        # The bank decays after the step and PyTorch before it: a factor of 1 - rate * penalty at most.
-        ours = bank.parts["weight"][2, 0, at, 0].detach()
-        torch.testing.assert_close(ours, layer.weight[0].detach() * (1 - 1e-2 * penalty), rtol=0.02, atol=2e-3)
+        torch.testing.assert_close(bank.parts["weight"][2, 0, at, 0], layer.weight[0], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(bank.parts["bias"][2, 0, at, 0], layer.bias[0], rtol=1e-3, atol=1e-5)
 
 
 def test_held_out_and_validation_tasks_train_nothing():
@@ -145,8 +142,6 @@ def test_held_out_and_validation_tasks_train_nothing():
 
 
 def trained_weights(x: torch.Tensor, y: np.ndarray, splits: Splits) -> torch.Tensor:
-    from probe_data import fit
-
     data = ProbeData(features(x), slice(0, 1), torch.tensor(y), splits, batch_size=16, seed=3)
     bank = LinearBank(
         data.features.sites, 5, data.targets, splits, (0.1,), data.moments(without_validation=True), QUICK

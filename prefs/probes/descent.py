@@ -129,14 +129,13 @@ class DescentBank(ProbeBank):
         self.log("probe/loss", total.detach() / math.prod(self.shape))
         return total
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step; then the penalty, which PyTorch's optimisers know only as one number for a whole parameter."""
-        super().optimizer_step(*args, **kwargs)
-        with torch.no_grad():
-            keep = 1 - self.descent.learning_rate * self.penalties
-            for name in self.decayed:
-                part = self.parts[name]
-                part.mul_(keep.reshape(1, 1, -1, *[1] * (part.ndim - 3)))
+    @torch.no_grad()
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Decay by each probe's penalty, as AdamW does before its step: it knows one number for a whole parameter."""
+        keep = 1 - self.descent.learning_rate * self.penalties
+        for name in self.decayed:
+            part = self.parts[name]
+            part.mul_(keep.reshape(1, 1, -1, *[1] * (part.ndim - 3)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW or SGD, without their own decay."""
