@@ -97,6 +97,11 @@ class ChatEncoder:
             )
 
     @property
+    def control_ids(self) -> frozenset[int]:
+        """The tokens that only the chat template can write, and no text."""
+        return frozenset(self._control.values())
+
+    @property
     def default_system(self) -> str | None:
         """What the chat template says in a system turn where no system prompt is given; None if nothing."""
         return self.template.own_system(self._control_pattern)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
 from prefs.measured import DIRECT
-from prefs.probing import NoProbe, ProbeReport
+from prefs.probing import AUC, NoProbe, ProbeReport
 from prefs.records import Ratings
 from prefs.statistics.refusal import MIN_GROUP
 from prefs.summary import Stability
@@ -99,22 +100,52 @@ def refusal_lines(frame: pd.DataFrame, rated_by: str) -> Table:
     return table
 
 
-def probe_lines(report: ProbeReport, most: int = 11) -> Table:
-    """Held-out R² by layer, evenly spaced layers if there are many, with baseline and ceiling."""
-    spaced = report.layers
-    if len(spaced) > most:
-        spaced = tuple(report.layers[round(at * (len(report.layers) - 1) / (most - 1))] for at in range(most))
-    of = "" if len(spaced) == len(report.layers) else f"; {len(spaced)} of {len(report.layers)} layers"
-    table = new_table(f"Probe at {report.position}: R² on held-out tasks, by target{of}", first="layer")
-    targets = {str(target): rows for target, rows in report.scores.groupby("target", sort=False)}
-    for target, rows in targets.items():
-        table.add_column(f"{target} (n = {rows['n'].iloc[0]})", justify="right")
+def probe_lines(report: ProbeReport, most: int = 6) -> Table:
+    """The score on held-out tasks by target, position and layer, evenly spaced layers if there are many."""
+    layers = sorted({int(layer) for layer in report.scores["layer"]})
+    spaced = layers
+    if len(layers) > most:
+        spaced = [layers[round(at * (len(layers) - 1) / (most - 1))] for at in range(most)]
+    of = "" if len(spaced) == len(layers) else f" ({len(spaced)} of {len(layers)})"
+    table = new_table(f"Probes: {report.metric} on held-out tasks, by layer{of}", first="target, position")
     for layer in spaced:
-        table.add_row(str(layer), *(number(rows.set_index("layer")["r2"][layer]) for rows in targets.values()))
-    table.add_section()
-    for name, column in (("origin-mean baseline", "baseline_r2"), ("noise ceiling", "ceiling_r2")):
-        table.add_row(name, *(number(rows[column].iloc[0]) for rows in targets.values()))
+        table.add_column(str(layer), justify="right")
+    scores = {(row["target"], row["position"], row["layer"]): row["score"] for row in report.scores.to_dict("records")}
+    for target, position in dict.fromkeys((target, position) for target, position, _ in scores):
+        cells = [number(scores[target, position, layer]) for layer in spaced]
+        table.add_row(f"{target}, {position}", *cells)
     return table
+
+
+def chosen_lines(report: ProbeReport) -> Table:
+    """The figures to report: held-out predictions of the probes that each fold's training tasks chose."""
+    table = new_table("Probes whose layer, position and penalty were chosen by the other folds", first="target")
+    for name in ("n", f"{report.metric} [95 %]", "p", "ceiling", "position, layer"):
+        table.add_column(name, justify="right")
+    for row in report.chosen.to_dict("records"):
+        p, ceiling = number(row["p"]), number(row["ceiling"])
+        place = f"{row['position']}, {row['layer']}"
+        table.add_row(row["target"], str(row["n"]), _with_interval(row, "score"), p, ceiling, place)
+    return table
+
+
+def control_lines(report: ProbeReport) -> Table:
+    """What the probes are compared with, by target."""
+    table = new_table(f"Controls: {report.metric} on the same held-out tasks", first="control")
+    targets = list(dict.fromkeys(report.controls["target"]))
+    for target in targets:
+        table.add_column(target, justify="right")
+    table.add_row("probe", *(number(row["score"]) for row in report.chosen.to_dict("records")), style="bold")
+    by_control = {(row["control"], row["target"]): row for row in report.controls.to_dict("records")}
+    for control in dict.fromkeys(report.controls["control"]):
+        rows = [by_control.get((control, target)) for target in targets]
+        table.add_row(control, *("" if row is None else number(row["score"]) for row in rows))
+    return table
+
+
+def _with_interval(row: Mapping[Any, Any], name: str) -> str:
+    value, low, high = (float(row[each]) for each in (name, f"{name}_low", f"{name}_high"))
+    return number(value) if math.isnan(low) else f"{number(value)} [{number(low)}, {number(high)}]"
 
 
 def _weight(origin: str) -> str | None:
@@ -229,24 +260,33 @@ def _thought_remarks(ratings: Ratings) -> list[str]:
 
 def _probe_remarks(report: ProbeReport) -> list[str]:
     said = []
-    for target, rows in report.scores.groupby("target", sort=False):
-        best, baseline = float(rows["r2"].to_numpy().max()), float(rows["baseline_r2"].iloc[0])
-        if math.isnan(best):
-            said.append(f"Probe on {target}: undefined ({rows['r2_reason'].iloc[0]}).")
-        elif best <= 0:
-            said.append(f"Probe on {target}: no layer predicts held-out tasks better than their mean does.")
-        elif best <= baseline:
+    nothing = 0.5 if report.metric == AUC else 0.0
+    controls = {(row["target"], row["control"]): float(row["score"]) for row in report.controls.to_dict("records")}
+    for row in report.chosen.to_dict("records"):
+        target, best, p = row["target"], row["score"], row["p"]
+        blind = ("origin mean", "length", "words (TF-IDF)", "sentence embedding")
+        beaten = {name: controls[target, name] for name in blind if controls.get((target, name), -math.inf) >= best}
+        if pd.isna(best):
+            said.append(f"Probe on {target}: undefined ({row['score_reason']}).")
+        elif best <= nothing or p > 0.05:
+            shuffled = "" if pd.isna(p) else f" (p = {number(p)} against shuffled targets)"
+            said.append(f"Probe on {target}: it predicts held-out tasks no better than chance does{shuffled}.")
+        elif beaten:
+            control = max(beaten, key=lambda name: beaten[name])
             said.append(
-                f"Probe on {target}: no layer beats the origin-mean baseline ({number(baseline)}); knowing the data set"
-                " a task comes from predicts its rating as well."
+                f"Probe on {target}: it does not beat the control by {control} ({number(beaten[control])}), which never"
+                " looks into the model."
             )
+        elif best > row["ceiling"] + 0.05:
+            said.append(
+                f"Probe on {target}: {number(best)} is above the noise ceiling {number(row['ceiling'])}, which is an"
+                " estimate too; do not believe more than the ceiling."
+            )
+    said += [f"No probe on {each.target.name}: {each.reason}." for each in report.nothing]
     if report.left_out:
-        said.append(
-            f"{report.left_out} tasks have no vector at {report.position} (empty or too long) and are not probed."
-        )
-    if not report.fitted.converged:
-        said.append("Some probes did not converge; raise probe.max_epochs.")
-    return said
+        positions = ", ".join(each.position for each in report.subject.residuals)
+        said.append(f"{report.left_out} tasks lack a vector at {positions} (empty or too long) and are not probed.")
+    return [*said, *report.without]
 
 
 def _all_last(rows: Sequence[Stability]) -> list[Stability]:

@@ -22,6 +22,8 @@ from prefs.comparison.cautions import cautions, unfinished
 from prefs.comparison.cells import Sweep, align, read_sweep
 from prefs.comparison.figures import draw
 from prefs.comparison.page import comparison_page
+from prefs.comparison.probe_tables import probe_cosines, probe_table, probe_transfer
+from prefs.comparison.probed import Probed, read_probes
 from prefs.comparison.tables import (
     Block,
     agreement,
@@ -99,6 +101,9 @@ def compare(folders: Sequence[Path], out: Path | None = None, wandb_mode: str | 
         for row in compared.tables["cells"].to_dict("records"):
             cell = f"{row['cell']}/{row['origin']}"
             track.metrics({f"compare/{name}/{cell}": row[name] for name in SUMMARY if pd.notna(row[name])})
+        for row in compared.tables["probes"].to_dict("records") if "probes" in compared.tables else ():
+            if pd.notna(row["score"]):
+                track.metrics({f"compare/probe/{row['cell']}/{row['target']}": row["score"]})
         for name, table in compared.tables.items():
             track.table(name, table)
         for name, path in compared.figures.items():
@@ -123,18 +128,40 @@ def _compare(folders: Sequence[Path], found: Sweep, out: Path, stats: StatsConfi
         "variance": variances.table,
         "refusals": refusals_of_cells(blocks),
     }
+    probed, damaged = read_probes(found)
+    of_probes, without = _probe_tables(probed, found, stats)
+    tables |= of_probes
     for name, table in tables.items():
         write_table(table, out / name)
-    figures = draw(out / "figures", blocks, tables)
+    figures = draw(out / "figures", blocks, probed, tables)
     left_out = unfinished(folders, found)
+    doubles = [
+        f"{cell.job.folder}/{cell.key}{' (but for its probes)' * any(each.cell is cell for each in probed)}"
+        for cell in found.doubles
+    ]
     remarks = [
         *([left_out] if left_out else []),
-        *([f"Measured again by a later job, and left out: {', '.join(found.doubles)}."] if found.doubles else []),
+        *([f"Measured again by a later job, and left out: {', '.join(doubles)}."] if doubles else []),
         *([alignment] if alignment else []),
         *cautions(found.cells, blocks, tables),
         *variances.remarks,
+        *damaged,
+        *without,
     ]
     return Comparison(blocks, tables, figures, tuple(remarks))
+
+
+def _probe_tables(
+    probed: Sequence[Probed], found: Sweep, stats: StatsConfig
+) -> tuple[dict[str, pd.DataFrame], tuple[str, ...]]:
+    """The tables that there is something for, and what was left out."""
+    cosines, without = probe_cosines(probed)
+    tables = {
+        "probes": probe_table(probed),
+        "probe_cosines": cosines,
+        "probe_transfer": probe_transfer(probed, found.cells, resamples=stats.bootstrap, seed=stats.seed),
+    }
+    return {name: table for name, table in tables.items() if len(table)}, without
 
 
 def _print(found: Sweep, compared: Comparison, out: Path, page: Path, synced: dict[str, Path]) -> None:
@@ -142,6 +169,8 @@ def _print(found: Sweep, compared: Comparison, out: Path, page: Path, synced: di
     lines = [cell_lines(compared.tables["cells"])]
     if compared.tables["variance"]["share"].notna().to_numpy().any():
         lines.append(variance_lines(compared.tables["variance"]))
+    if "probes" in compared.tables:
+        lines.append(probe_lines(compared.tables["probes"]))
     counts = (len(found.cells), "cell"), (len(found.jobs), "job")
     title = "Comparison · " + " of ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
     show(console, title=title, tables=lines, said=compared.remarks)
@@ -188,6 +217,34 @@ def variance_lines(frame: pd.DataFrame) -> Table:
             if not pd.isna(row["share_low"]):
                 share += f" [{number(row['share_low'])}, {number(row['share_high'])}]"
             table.add_row(str(row["source"]), share, str(row["holds"]))
+    return table
+
+
+def probe_lines(frame: pd.DataFrame) -> Table:
+    """Each cell's probes by target, beside the best control that never looks into the model."""
+    metrics = " or ".join(dict.fromkeys(frame["metric"]))
+    table = new_table(f"Probes: {metrics} on held-out tasks; site and penalty chosen by the other folds", first="cell")
+    for name in ("n", f"{metrics} [95 %]", "p", "ceiling"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("best control")
+    table.add_column("position, layer")
+    for cell, rows in frame.groupby("cell", sort=False):
+        table.add_row(str(cell), style="bold")
+        for row in rows.to_dict("records"):
+            score = number(row["score"])
+            if not pd.isna(row["score_low"]):
+                score += f" [{number(row['score_low'])}, {number(row['score_high'])}]"
+            best = row["best_control"]
+            table.add_row(
+                f"  {row['target']}",
+                f"{row['n']}",
+                score,
+                number(row["p"]),
+                number(row["ceiling"]),
+                MISSING if pd.isna(best) else f"{number(row['best_control_score'])} {best}",
+                f"{row['position']}, {row['layer']}",
+            )
+    table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 18
     return table
 
 

@@ -21,6 +21,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from prefs.errors import ConfigError
 
 POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
+PROBES = ("ridge", "linear", "logistic", "ordinal", "mlp", "mean_difference", "none")
+NUMBER_TARGETS = ("exact", "sampled", "single")
+BINARY_TARGETS = ("good", "refused")
 BACKENDS = ("transformer_lens", "vllm", "openai")
 PLACE = re.compile(r"https?://.+|\w[\w.-]*(/\w[\w.-]*)?")  # of a data set: a URL, or a name on the hub
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -246,17 +249,48 @@ class CaptureConfig:
 
 
 @dataclass
+class ProbeControlsConfig:
+    """What probes are compared with. ``permutations``: shuffled targets, trained like the true one (0: no null).
+
+    ``embedding_model`` is a folder or hub name that sentence-transformers loads; it is used where that is installed.
+    """
+
+    permutations: int = 100
+    random_directions: int = 100
+    texts: bool = True
+    held_out_origins: bool = True
+    embedding_model: str | None = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass
 class ProbeConfig:
-    """A probe from one position's residual vector to the rating."""
+    """Probes from residual vectors to ratings, at captured ``layers`` (or all) and ``positions`` (null: all).
+
+    ``penalties`` are tried one by one, and chosen by the training folds: of ``ridge`` the weight of the squared norm on
+    standardised features, of the kinds that descend decoupled weight decay. ``threshold`` is what a ``good`` rating
+    lies above: midpoint, median or a number. ``trainer`` are arguments of Lightning's Trainer, as Lightning spells
+    them.
+    """
 
     name: str = MISSING
-    kind: str = "linear"
-    position: str = "rating"
+    kind: str = "ridge"
+    positions: list[str] | None = None
+    layers: Any = "all"
     targets: list[str] = field(default_factory=list)
-    penalty: float = 1.0
+    threshold: Any = "midpoint"
+    penalties: list[float] = field(default_factory=list)
     folds: int = 5
-    max_epochs: int = 100
     seed: int = 0
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    momentum: float = 0.9
+    batch_size: int = 64
+    max_epochs: int = 200
+    patience: int = 10
+    min_delta: float = 0.0
+    hidden: int = 32
+    controls: ProbeControlsConfig = field(default_factory=ProbeControlsConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -536,7 +570,7 @@ def _check_capture(capture: CaptureConfig, backend: str) -> None:
             f"none with model.backend={backend}, which gives no residual vectors; add: capture=none probe=none",
         )
     layers = capture.layers
-    if layers != "all" and not (isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)):
+    if layers != "all" and not _is_layers(layers):
         raise ConfigError("capture.layers", layers, "all, or a list of layer numbers such as [0,15,-1]")
     for position in capture.positions:
         _check_choice("capture.positions", position, POSITIONS)
@@ -544,24 +578,65 @@ def _check_capture(capture: CaptureConfig, backend: str) -> None:
         raise ConfigError("capture.positions", capture.positions, "each position once")
 
 
+def _is_layers(layers: object) -> bool:
+    return isinstance(layers, list) and bool(layers) and all(type(layer) is int for layer in layers)
+
+
 def _check_probe(config: Config) -> None:
     probe = config.probe
-    _check_choice("probe.kind", probe.kind, ("linear", "none"))
+    _check_choice("probe.kind", probe.kind, PROBES)
     if probe.kind == "none":
         return
-    _check_choice("probe.position", probe.position, POSITIONS)
-    if probe.position not in config.capture.positions:
-        captured = ", ".join(config.capture.positions) or "nothing is captured; use capture=residual or probe=none"
-        raise ConfigError("probe.position", probe.position, f"a captured position ({captured})")
-    if not probe.targets:
-        raise ConfigError("probe.targets", [], "exact, sampled or both")
-    for target in probe.targets:
-        _check_choice("probe.targets", target, ("exact", "sampled"))
-    if "exact" in probe.targets and not config.rating.exact:
-        raise ConfigError("probe.targets", probe.targets, "sampled, since rating.exact=false")
-    if "sampled" in probe.targets and not config.rating.seeds:
-        raise ConfigError("probe.targets", probe.targets, "exact, since rating.seeds=[]")
+    if not config.capture.positions:
+        raise ConfigError("probe.kind", probe.kind, "none, since nothing is captured; or capture=residual")
+    for position in probe.positions or []:
+        _check_choice("probe.positions", position, POSITIONS)
+        if position not in config.capture.positions:
+            raise ConfigError(
+                "probe.positions", position, f"a captured position ({', '.join(config.capture.positions)})"
+            )
+    if probe.layers != "all" and not _is_layers(probe.layers):
+        raise ConfigError("probe.layers", probe.layers, "all, or a list of captured layers such as [0,15,-1]")
+    if probe.positions == []:
+        raise ConfigError("probe.positions", [], "at least one position, or null for all captured")
+    _check_targets(config)
     _check_range("probe.folds", probe.folds, 2)
     _check_range("probe.max_epochs", probe.max_epochs, 1)
-    if not (math.isfinite(probe.penalty) and probe.penalty >= 0):
-        raise ConfigError("probe.penalty", probe.penalty, "0 or more")
+    _check_range("probe.batch_size", probe.batch_size, 1)
+    _check_range("probe.patience", probe.patience, 1)
+    _check_range("probe.hidden", probe.hidden, 1)
+    _check_range("probe.controls.permutations", probe.controls.permutations, 0, 100_000)
+    _check_range("probe.controls.random_directions", probe.controls.random_directions, 0, 100_000)
+    _check_seeds("probe.seed", [probe.seed])
+    _check_choice("probe.optimizer", probe.optimizer, ("adamw", "sgd"))
+    if not (math.isfinite(probe.learning_rate) and probe.learning_rate > 0):
+        raise ConfigError("probe.learning_rate", probe.learning_rate, "more than 0")
+    if not (math.isfinite(probe.min_delta) and probe.min_delta >= 0):
+        raise ConfigError("probe.min_delta", probe.min_delta, "0 or more")
+    if not 0 <= probe.momentum < 1:
+        raise ConfigError("probe.momentum", probe.momentum, "0 or more, less than 1")
+    above = "more than 0" if probe.kind == "ridge" else "0 or more"
+    wrong = [p for p in probe.penalties if not (math.isfinite(p) and (p > 0 or (p == 0 and probe.kind != "ridge")))]
+    if wrong or (not probe.penalties and probe.kind != "mean_difference"):
+        raise ConfigError("probe.penalties", wrong or [], f"at least one number, each {above}")
+    if probe.threshold not in ("midpoint", "median") and not (
+        isinstance(probe.threshold, int | float) and math.isfinite(probe.threshold)
+    ):
+        raise ConfigError("probe.threshold", probe.threshold, "midpoint, median or a number")
+
+
+def _check_targets(config: Config) -> None:
+    probe = config.probe
+    allowed = BINARY_TARGETS if probe.kind == "logistic" else NUMBER_TARGETS
+    if not probe.targets:
+        raise ConfigError("probe.targets", [], f"at least one of {', '.join(allowed)}")
+    for target in probe.targets:
+        _check_choice("probe.targets", target, allowed)
+        if target == "exact" and not config.rating.exact:
+            raise ConfigError("probe.targets", probe.targets, "sampled or single, since rating.exact=false")
+        if target in ("sampled", "single") and not config.rating.seeds:
+            raise ConfigError("probe.targets", probe.targets, "exact, since rating.seeds=[]")
+        if target == "refused" and config.judge.kind == "none":
+            raise ConfigError("probe.targets", probe.targets, "good, since judge=none")
+    if len(set(probe.targets)) < len(probe.targets):
+        raise ConfigError("probe.targets", probe.targets, "each target once")

@@ -115,7 +115,7 @@ def _open_hub(name: str, source: SourceConfig, config: str | None) -> Dataset:
 
     pinned = source.revision is not None and COMMIT.fullmatch(source.revision) is not None
     builder = _cached(source.path, config, source.revision) if pinned else None
-    if builder is None and not _reachable():
+    if builder is None and not reachable():
         latest = _cached(source.path, config, None)
         if latest is None or pinned:
             raise _out_of_reach(name, source.path, source.revision, latest)
@@ -150,7 +150,7 @@ def _cached(path: str, config: str | None, revision: str | None) -> DatasetBuild
     return builder
 
 
-def _reachable() -> bool:
+def reachable() -> bool:
     """Whether the hub answers at all, found out in seconds: the library itself would retry for half a minute."""
     from datasets import config as settings
     from huggingface_hub import constants, get_session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from prefs import closing, plots
 from prefs.complete import complete
-from prefs.config import CaptureConfig, Config
+from prefs.config import Config
 from prefs.errors import ConfigError
 from prefs.files import write_table
 from prefs.jobs import Doings, Spent
@@ -23,7 +23,7 @@ from prefs.judge import Judged, judge
 from prefs.measured import Measured
 from prefs.models.backend import Sampling, Usage
 from prefs.models.loading import Models, ModelSpec, identity, model_folder
-from prefs.probing import NoProbe, ProbeReport, features_digest, probe
+from prefs.probing import AUC, NoProbe, ProbeReport, Subject, features_digest, probe
 from prefs.rate import CapturePlan, rate
 from prefs.records import Completion, Rated, Ratings, Residuals
 from prefs.store import Store
@@ -68,7 +68,7 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
     rater = ModelSpec.from_config(config.model)
     completer = ModelSpec.from_config(config.completer.model) if config.completer.model else rater
     templates = {key: Template.from_config(each) for key, each in config.template.items()}
-    capture = _capture_plan(config.capture, rater)
+    capture = _capture_plan(config, rater)
     judging = ModelSpec.from_config(config.judge.model) if config.judge.model else None
     specs = [spec for spec in (rater, completer, judging) if spec is not None]
     models.keep_only(specs)
@@ -86,13 +86,16 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
     # Task ids and origins are the user's text: nothing in them is markup.
     console = Console(markup=False, highlight=False, emoji=False)
     synced: dict[str, Path] = {}
+    probed: list[ProbeReport] = []
     for at, (key, ratings) in enumerate(rated.ratings.items()):
         name = f"{rater.name}-{key}{place.suffix}"
         with tracker(
             config.wandb, name=name, group=place.group, folder=place.folder, run_config=plain_config, another=at > 0
         ) as track:
             cell = _Cell(key, ratings, ratings.measured(judged.refused), groups, place.folder / key, tables)
-            _report(config, cell, rated, rater, track, console)
+            report = _report(config, cell, rated, rater, track, console, probed, plain_config)
+            if isinstance(report, ProbeReport):
+                probed.append(report)
             track.metrics({f"usage/{each.model}/{name}": value for each in doings.spent for name, value in costs(each)})
         if track.offline and track.folder is not None:
             synced[name] = track.folder
@@ -180,24 +183,42 @@ class _Cell:
     of_job: Mapping[str, pd.DataFrame]
 
 
-def _capture_plan(config: CaptureConfig, rater: ModelSpec) -> CapturePlan | None:
+def _capture_plan(config: Config, rater: ModelSpec) -> CapturePlan | None:
     """The layers and positions wanted, checked against the model's config before its weights are loaded."""
-    if not config.positions:
+    capture = config.capture
+    if not capture.positions:
         return None
     from prefs.models.transformer_lens import config_layers
 
     count = config_layers(model_folder(rater), rater.revision)
-    if config.layers == "all":
-        layers = tuple(range(count))
-    else:
-        for layer in config.layers:
-            if not -count <= layer < count:
-                raise ConfigError("capture.layers", layer, f"all, or from {-count} to {count - 1} ({rater.name})")
-        layers = tuple(dict.fromkeys(layer % count for layer in config.layers))
-    return CapturePlan(layers, tuple(config.positions), config.dtype.value)
+    layers = _numbered("capture.layers", capture.layers, count, range(count), rater)
+    if config.probe.kind != "none":
+        _numbered("probe.layers", config.probe.layers, count, layers, rater)
+    return CapturePlan(layers, tuple(capture.positions), capture.dtype.value)
 
 
-def _report(config: Config, cell: _Cell, rated: Rated, rater: ModelSpec, track: Tracker, console: Console) -> None:
+def _numbered(key: str, wanted: Any, count: int, there: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
+    """Layers by their numbers from 0, of those that are there."""
+    if wanted == "all":
+        return tuple(there)
+    for layer in wanted:
+        if not -count <= layer < count:
+            raise ConfigError(key, layer, f"all, or from {-count} to {count - 1} ({rater.name})")
+        if layer % count not in there:
+            raise ConfigError(key, layer, f"a layer that is captured ({', '.join(map(str, there))})")
+    return tuple(dict.fromkeys(layer % count for layer in wanted))
+
+
+def _report(
+    config: Config,
+    cell: _Cell,
+    rated: Rated,
+    rater: ModelSpec,
+    track: Tracker,
+    console: Console,
+    earlier: Sequence[ProbeReport],
+    plain_config: Mapping[str, Any],
+) -> ProbeReport | NoProbe | None:
     """One cell: statistics, probe, tables, figures, W&B and the closing table."""
     ratings, measured = cell.ratings, cell.measured
     rows = stability(measured, cell.groups, config.stats.target_r)
@@ -211,45 +232,83 @@ def _report(config: Config, cell: _Cell, rated: Rated, rater: ModelSpec, track: 
         tables["exact"] = exact_table(measured)
     if ratings.thoughts is not None:
         tables["exact_by_thought"] = thoughts_table(ratings)
-    residuals = _residuals(config, rated, cell.key)
+    residuals = _residuals(config, rated, cell.key, rater)
     probed = None
-    if config.probe.kind != "none" and residuals is not None:
-        probed = probe(measured, ratings.sampling, residuals, config.probe)
+    if config.probe.kind != "none":
+        probed = probe(_subject(cell, residuals), config.probe, config.stats.bootstrap, earlier)
     if isinstance(probed, ProbeReport):
-        tables |= {"probe": probed.scores, "probe_predictions": probed.predictions}
+        tables |= probed.tables
     for name, table in tables.items():
         write_table(table, cell.folder / name)
     title = f"{rater.name}, {ratings.template.name}"
     figures = draw_figures(cell.folder / "figures", tables, probed, seeds=len(ratings.seeds), title=title)
     _track(track, {**tables, **cell.of_job}, figures)
     if isinstance(probed, ProbeReport):
-        metadata = {
-            "model": identity(rater),
-            "template": ratings.template.name,
-            "dataset": config.dataset.name,
-            "tasks": features_digest(residuals) if residuals else None,
-            "config": asdict(config.probe),
-        }
-        paths = probed.save(cell.folder / "probe", metadata)
-        shown = {name: value for name, value in metadata.items() if name != "config"}
-        track.artifact(f"probe-{rater.name}-{cell.key}", "probe", paths, shown)
+        _save_probes(config, cell, probed, residuals, rater, track, plain_config)
     lines = [closing.sampled_lines(rows)] if ratings.seeds else []
     lines += [closing.exact_lines(rows)] if measured.exact is not None else []
     rated_by = "exact mean" if measured.exact is not None else f"mean of {len(ratings.seeds)} seeds"
     lines.append(closing.refusal_lines(tables["refusals"], rated_by))
     if isinstance(probed, ProbeReport):
-        lines.append(closing.probe_lines(probed))
+        lines += [closing.probe_lines(probed), closing.chosen_lines(probed), closing.control_lines(probed)]
     title = f"{rater.name} · {ratings.template.name} · {config.dataset.name} · completions by {config.completer.name}"
     said = closing.remarks(ratings, rows, tables["refusals"], probed)
     if "judges" in cell.of_job:
         said.append(closing.judges_remark(cell.of_job["judges"], config.judge.name))
     show(console, title=title, tables=lines, said=said)
+    return probed
 
 
-def _residuals(config: Config, rated: Rated, key: str) -> Residuals | None:
-    if config.probe.position == "rating":
-        return rated.rating_residuals.get(key)
-    return rated.residuals.get(config.probe.position)
+def _subject(cell: _Cell, residuals: Sequence[Residuals]) -> Subject:
+    completions = cell.ratings.completions
+    return Subject(
+        name=cell.key,
+        measured=cell.measured,
+        sampling=cell.ratings.sampling,
+        prompts=[each.task.prompt for each in completions],
+        completions=[each.text or "" for each in completions],
+        residuals=residuals,
+    )
+
+
+def _save_probes(
+    config: Config,
+    cell: _Cell,
+    probed: ProbeReport,
+    residuals: Sequence[Residuals],
+    rater: ModelSpec,
+    track: Tracker,
+    plain_config: Mapping[str, Any],
+) -> None:
+    """Each target's probe with its card, in the run folder and as an artifact."""
+    values = cell.measured.values
+    scale = {"low": 0.0, "high": 1.0} if probed.metric == AUC else {"low": min(values), "high": max(values)}
+    card = {
+        "model": identity(rater),
+        "model_config": plain_config["model"],
+        "template": plain_config["template"][cell.key] | {"prefill": cell.ratings.question.prefill},
+        "system_prompt": config.rating.system_prompt,
+        "dataset": config.dataset.name,
+        "scale": scale,
+        "tasks": features_digest(residuals),
+        "config": plain_config["probe"],
+    }
+    shown = {name: card[name] for name in ("model", "dataset", "tasks")} | {"template": cell.ratings.template.name}
+    for key, paths in probed.save(cell.folder / "probe", card).items():
+        track.artifact(f"probe-{rater.name}-{cell.key}-{key}", "probe", paths, {**shown, "target": key})
+
+
+def _residuals(config: Config, rated: Rated, key: str, rater: ModelSpec) -> list[Residuals]:
+    """Of the positions probed, in their order; ``rating`` is the template's own."""
+    found = {**rated.residuals, **({"rating": rated.rating_residuals[key]} if key in rated.rating_residuals else {})}
+    chosen = [found[position] for position in config.probe.positions or config.capture.positions]
+    if config.probe.layers == "all":
+        return chosen
+    from prefs.models.transformer_lens import config_layers
+
+    count = config_layers(model_folder(rater), rater.revision)
+    layers = _numbered("probe.layers", config.probe.layers, count, chosen[0].layers, rater)
+    return [replace(each, layers=layers) for each in chosen]
 
 
 def completions_table(completions: list[Completion], refused: list[bool | None]) -> pd.DataFrame:
@@ -341,10 +400,31 @@ def draw_figures(
         ),
     ]
     if isinstance(probed, ProbeReport):
+        figures += _probe_figures(folder, probed, title)
+    return figures
+
+
+def _probe_figures(folder: Path, probed: ProbeReport, title: str) -> list[Path]:
+    figures = [
+        plots.probe_by_layer(
+            folder / "probe_by_layer.png", title=f"Probes by layer: {title}", table=probed.scores, metric=probed.metric
+        ),
+        plots.predicted_against_measured(
+            folder / "probe_predictions.png", title=f"Held-out predictions: {title}", table=probed.predictions
+        ),
+    ]
+    if len(probed.origins):
         figures.append(
-            plots.probe_by_layer(
-                folder / "probe_r2.png", title=f"Probe at {probed.position}: {title}", table=probed.scores
+            plots.origins_held_out(
+                folder / "probe_origins.png",
+                title=f"Probes on an origin never trained on: {title}",
+                table=probed.origins,
+                metric=probed.metric,
             )
+        )
+    if len(probed.transfer):
+        figures.append(
+            plots.transfer(folder / "probe_transfer.png", title=f"Probe transfer: {title}", table=probed.transfer)
         )
     return figures
 
@@ -359,13 +439,15 @@ def _track(track: Tracker, tables: Mapping[str, pd.DataFrame], figures: list[Pat
             }
             track.metrics(numbers)
     if "probe" in tables:
-        wide = tables["probe"].pivot(index="layer", columns="target", values="r2")
-        wide.columns = [f"probe/r2/{target}" for target in wide.columns]
+        wide = tables["probe"].pivot(index="layer", columns=["position", "target"], values="score")
+        wide.columns = [f"probe/{position}/{target}" for position, target in wide.columns]
         track.series("probe/layer", wide.rename_axis("probe/layer").reset_index())
-        first = tables["probe"].drop_duplicates("target")
-        for name in ("baseline_r2", "ceiling_r2"):
-            values = {f"probe/{name}/{row['target']}": row[name] for row in first.to_dict("records")}
-            track.metrics({key: value for key, value in values.items() if pd.notna(value)})
+        for row in tables["probe_chosen"].to_dict("records"):
+            names = ("score", "r2", "pearson", "auc", "p", "ceiling", "layer")
+            track.metrics({f"probe/chosen/{name}/{row['target']}": row[name] for name in names if pd.notna(row[name])})
+        for row in tables["probe_controls"].to_dict("records"):
+            if pd.notna(row["score"]):
+                track.metrics({f"probe/control/{row['control']}/{row['target']}": row["score"]})
     for name, table in tables.items():
         if name != "probe_predictions":  # large, and in the run folder
             track.table(name, table)

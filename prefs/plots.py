@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from prefs.errors import UserError
 
 # Okabe & Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D")
 DPI = 150
 # Origins and options are the user's text: a dollar sign in them is no formula.
 as_written = rc_context({"text.parse_math": False})
@@ -82,36 +85,170 @@ def cross_seed_by_origin(path: Path, *, title: str, table: pd.DataFrame) -> Path
 
 
 @as_written
-def probe_by_layer(path: Path, *, title: str, table: pd.DataFrame) -> Path:
-    """Held-out R² by layer for each target, with its noise ceiling (dashed) and origin-mean baseline (dotted).
+def probe_by_layer(path: Path, *, title: str, table: pd.DataFrame, metric: str = "R²") -> Path:
+    """Held-out score by layer, a panel for each position and a line for each target, with its 95 % interval.
 
-    ``table`` has columns target, layer, n, r2, baseline_r2, ceiling_r2.
+    Beside it stand the noise ceiling (dashed), what the origin alone gives (dotted) and where 95 % of shuffled targets
+    score (grey). ``table`` has columns target, position, layer, n, score, score_low, score_high, null_low, null_high,
+    ceiling, origin_mean; any number may be NaN.
     """
-    figure, axes = _figure(width=7.5)
-    lowest = 0.0
-    for at, (target, rows) in enumerate(table.groupby("target", sort=False)):
-        colour = COLOURS[at % len(COLOURS)]
-        layers, r2 = rows["layer"].to_numpy(dtype=int), rows["r2"].to_numpy(dtype=float)
-        axes.plot(layers, r2, marker="o", markersize=3, color=colour, label=f"{target} (n = {rows['n'].iloc[0]})")
-        for column, style, name in (
-            ("ceiling_r2", "--", "noise ceiling"),
-            ("baseline_r2", ":", "origin-mean baseline"),
-        ):
-            level = float(rows[column].astype(float).iloc[0])
-            if not np.isnan(level):
-                axes.axhline(
-                    level, linestyle=style, color=colour, linewidth=1.2, label=f"{target}: {name}, {level:.2f}"
-                )
-        if not np.isnan(r2).all():
-            lowest = min(lowest, float(np.nanmin(r2)))
-    axes.axhline(0, color="black", linewidth=0.8)
-    # A probe can be arbitrarily worse than the mean; what matters is between 0 and 1.
-    axes.set_ylim(max(lowest * 1.1, -1.0) - 0.05, 1.05)
-    axes.set_xlabel("layer (residual stream after the block)")
-    axes.set_ylabel("held-out R²")
-    axes.set_title(title)
-    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    positions = list(dict.fromkeys(table["position"])) or [""]
+    colours = {target: COLOURS[at % len(COLOURS)] for at, target in enumerate(dict.fromkeys(table["target"]))}
+    labels = {
+        target: f"{target} ({_counted(rows['n'].to_numpy(dtype=float))})"
+        for target, rows in table.groupby("target", sort=False)
+    }
+    columns = 2 if len(positions) == 4 else min(len(positions), 3)
+    lines = -(-len(positions) // columns)
+    below = 0.24 * (2 * len(colours) + 1)  # for the legend
+    figure = Figure(figsize=(max(7.5, 4.2 * columns), 3.4 * lines + below + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Axes | None = None
+    for at, position in enumerate(positions):
+        axes = figure.add_subplot(lines, columns, at + 1, sharey=axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        here = table.loc[table["position"] == position, :]
+        for target, rows in here.groupby("target", sort=False):
+            _probe_line(axes, rows.sort_values("layer"), str(target), labels[target], colours[target])
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(str(position), fontsize="medium")
+        axes.set_xlabel("layer (residual stream after the block)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if at % columns == 0:
+            axes.set_ylabel(f"held-out {metric}")
+    if axes is not None:
+        axes.set_ylim(_lowest(table["score"].to_numpy(dtype=float)), 1.05)
+    figure.suptitle(title)
+    _legend(figure, columns=2)
     return _save(figure, path)
+
+
+def _probe_line(axes: Axes, rows: pd.DataFrame, target: str, label: str, colour: str) -> None:
+    layers = rows["layer"].to_numpy(dtype=int)
+    number = {name: rows[name].to_numpy(dtype=float) for name in rows.columns.difference(["target", "position"])}
+    if not np.isnan(number["null_low"]).all():
+        axes.fill_between(
+            layers, number["null_low"], number["null_high"], color="grey", alpha=0.15, linewidth=0,
+            label="95 % of shuffled targets",
+        )  # fmt: skip
+    axes.fill_between(layers, number["score_low"], number["score_high"], color=colour, alpha=0.2, linewidth=0)
+    axes.plot(layers, number["score"], marker="o", markersize=3, color=colour, label=label)
+    for column, style, name in (("ceiling", "--", "noise ceiling"), ("origin_mean", ":", "mean of the origin")):
+        levels = number[column][~np.isnan(number[column])]
+        if len(levels):
+            text = f"{target}: {name}, {levels[0]:.2f}"
+            axes.axhline(levels[0], linestyle=style, color=colour, linewidth=1.2, label=text)
+
+
+@as_written
+def origins_held_out(path: Path, *, title: str, table: pd.DataFrame, metric: str = "R²") -> Path:
+    """Score on each origin by a probe that trained on none of its tasks, beside that within k folds (hatched).
+
+    ``table`` has columns target, origin, n, score, score_low, score_high, within, score_reason; where there is no score
+    the reason is written in its place.
+    """
+    origins, targets = (list(dict.fromkeys(table[name])) for name in ("origin", "target"))
+    bars = max(1, 2 * len(targets))
+    figure, axes = _figure(width=max(6.0, (0.3 * bars + 0.5) * len(origins) + 1.5), height=4.8)
+    bottom, width = _lowest(table[["score", "within"]].to_numpy(dtype=float)), 0.8 / bars
+    for at, target in enumerate(targets):
+        colour = COLOURS[at % len(COLOURS)]
+        rows = table.loc[table["target"] == target, :].set_index("origin").reindex(origins)
+        score, low, high, within = (
+            rows[name].to_numpy(dtype=float) for name in ("score", "score_low", "score_high", "within")
+        )
+        x = np.arange(len(origins)) + (2 * at - len(targets) + 0.5) * width
+        axes.bar(x, score, 0.92 * width, color=colour, label=f"{_short(target)}: trained on other origins only")
+        reach = np.nan_to_num(np.clip(np.stack([score - low, high - score]), 0, None))
+        axes.errorbar(x, score, yerr=reach, fmt="none", ecolor="black", capsize=3)
+        axes.bar(
+            x + width, within, 0.92 * width, facecolor="white", edgecolor=colour, hatch="///",
+            label=f"{_short(target)}: trained on this origin too (k-fold)",
+        )  # fmt: skip
+        for place, value, reason in zip(x, score, rows["score_reason"], strict=True):
+            if np.isnan(value) and isinstance(reason, str):
+                axes.text(place, 0.02, _short(reason), rotation=90, ha="center", va="bottom", fontsize="x-small")
+        for place, value in [*zip(x, score, strict=True), *zip(x + width, within, strict=True)]:
+            if value < bottom:  # the bar goes on below the axes
+                shown, box = f"{value:.1f}".replace("-", "−"), {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                axes.text(place, bottom + 0.02, shown, ha="center", va="bottom", fontsize="x-small", bbox=box)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylim(bottom, 1.05)
+    axes.set_xlim(-0.5, max(len(origins), 1) - 0.5)  # where an origin has nothing but a reason, too
+    counts = table.groupby("origin", sort=False)["n"].agg(lambda n: _counted(n.to_numpy(dtype=float)))
+    axes.set_xticks(np.arange(len(origins)), [f"{_short(origin)}\n{counts[origin]}" for origin in origins])
+    axes.set_ylabel(f"{metric} on tasks not trained on")
+    axes.set_title(title)
+    _legend(figure)
+    return _save(figure, path)
+
+
+@as_written
+def predicted_against_measured(path: Path, *, title: str, table: pd.DataFrame) -> Path:
+    """Held-out prediction of each task against its target, a panel for each target, coloured by origin.
+
+    ``table`` has columns target, origin, measured, predicted; rows with a NaN are left out.
+    """
+    targets, origins = (list(dict.fromkeys(table[name])) for name in ("target", "origin"))
+    table = table.loc[np.isfinite(table[["measured", "predicted"]].to_numpy(dtype=float)).all(axis=1), :]
+    panels = targets or [""]
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = Figure(
+        figsize=(max(6.0, 4.0 * columns), 4.1 * lines + 0.24 * -(-len(origins) // 3) + 0.5), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    for at, target in enumerate(panels):
+        axes = figure.add_subplot(lines, columns, at + 1)
+        axes.spines[["top", "right"]].set_visible(False)
+        rows = table.loc[table["target"] == target, :]
+        measured, predicted = (rows[name].to_numpy(dtype=float) for name in ("measured", "predicted"))
+        # Many points: small and light, so that where they are dense is seen.
+        crowd = np.clip(len(rows) / 200, 1, 50)
+        for number, origin in enumerate(origins):
+            of_origin = (rows["origin"] == origin).to_numpy()
+            axes.scatter(
+                measured[of_origin], predicted[of_origin], s=18 / crowd**0.5, alpha=max(0.3, 0.8 / crowd**0.5),
+                color=COLOURS[number % len(COLOURS)], marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
+                linewidths=0, rasterized=True, label=f"\u200b{_short(origin)}",
+            )  # fmt: skip
+        if len(rows):
+            ends = [min(measured.min(), predicted.min()), max(measured.max(), predicted.max())]
+            axes.plot(ends, ends, color="black", linewidth=0.8, zorder=0.5)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_title(f"{target}\n{_fit(measured, predicted)}", fontsize="medium")
+        axes.set_xlabel("measured")
+        if at % columns == 0:
+            axes.set_ylabel("predicted by a probe that did not see the task")
+    figure.suptitle(title)
+    for handle in _legend(figure, columns=3):
+        handle.set(alpha=1.0, sizes=[24.0])
+    return _save(figure, path)
+
+
+def _fit(measured: np.ndarray, predicted: np.ndarray) -> str:
+    """R² and r, or a dash for what is not defined."""
+    varied = [len(values) > 2 and np.ptp(values) > 1e-9 * np.abs(values).max() for values in (measured, predicted)]
+    r2 = r = "–"
+    if varied[0]:
+        r2 = f"{1 - ((measured - predicted) ** 2).sum() / ((measured - measured.mean()) ** 2).sum():.2f}"
+    if all(varied):
+        r = f"{np.corrcoef(measured, predicted)[0, 1]:.2f}"
+    return f"R² = {r2}, r = {r}, n = {len(measured)}"
+
+
+@as_written
+def transfer(path: Path, *, title: str, table: pd.DataFrame) -> Path:
+    """Correlation of predictions and targets where a probe of one cell reads another's activations.
+
+    ``table`` has columns trained_on, tested_on, r, one row a pair; pairs that are not there are left open.
+    """
+    wide = table.pivot(index="trained_on", columns="tested_on", values="r")
+    names = {name: list(dict.fromkeys(table[name])) for name in ("trained_on", "tested_on")}
+    wide = wide.reindex(index=names["trained_on"], columns=names["tested_on"])
+    return matrices(
+        path, title=title, panels={"": wide}, label="r of prediction and target", sides=("trained on", "tested on")
+    )
 
 
 @as_written
@@ -148,10 +285,20 @@ def stability_bars(path: Path, *, title: str, table: pd.DataFrame) -> Path:
 
 
 @as_written
-def matrices(path: Path, *, title: str, panels: Mapping[str, pd.DataFrame]) -> Path:
-    """Correlation matrices side by side, the numbers written in. Each panel is a square frame named on both sides."""
+def matrices(
+    path: Path,
+    *,
+    title: str,
+    panels: Mapping[str, pd.DataFrame],
+    label: str = "Pearson r over tasks",
+    sides: tuple[str, str] = ("", ""),
+) -> Path:
+    """Correlation matrices side by side, the numbers written in.
+
+    Each panel is a frame named on both sides; `sides` says what its rows and columns are, `label` what the colours.
+    """
     names = list(panels)
-    size = max(len(frame) for frame in panels.values())
+    size = max(max(frame.shape) for frame in panels.values())
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     side = 1.9 + 0.62 * size
@@ -163,9 +310,13 @@ def matrices(path: Path, *, title: str, panels: Mapping[str, pd.DataFrame]) -> P
         axes = figure.add_subplot(rows, columns, at + 1)
         values = frame.to_numpy(dtype=float)
         image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
-        ticks = np.arange(len(frame))
-        axes.set_xticks(ticks, [str(each) for each in frame.columns], rotation=45, ha="right", fontsize="small")
-        axes.set_yticks(ticks, [str(each) for each in frame.index], fontsize="small")
+        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(
+            np.arange(frame.shape[1]), [_short(each) for each in frame.columns], fontsize="small", **slanted
+        )
+        axes.set_yticks(np.arange(frame.shape[0]), [_short(each) for each in frame.index], fontsize="small")
+        axes.set_ylabel(sides[0])
+        axes.set_xlabel(sides[1])
         for (row, column), value in np.ndenumerate(values):
             colour = "white" if abs(value) > 0.6 else "black"
             text = "–" if np.isnan(value) else f"{value:.2f}"
@@ -173,7 +324,7 @@ def matrices(path: Path, *, title: str, panels: Mapping[str, pd.DataFrame]) -> P
         if name:
             axes.set_title(name, fontsize="medium")
     if image is not None:
-        figure.colorbar(image, ax=figure.axes, shrink=0.6, label="Pearson r over tasks")
+        figure.colorbar(image, ax=figure.axes, shrink=0.6, label=label)
     figure.suptitle(title)
     return _save(figure, path)
 
@@ -235,9 +386,36 @@ def _option(say: str, value: float) -> str:
     return say if say == f"{value:g}" else f"{say}\n({value:g})"
 
 
+def _short(name: object) -> str:
+    return text if len(text := str(name)) <= 48 else f"{text[:47]}…"
+
+
+def _counted(n: np.ndarray) -> str:
+    """How many tasks, of how many there are in each row."""
+    low, high = (0, 0) if np.isnan(n).all() else (int(np.nanmin(n)), int(np.nanmax(n)))
+    return f"n = {low}" if low == high else f"n = {low}–{high}"
+
+
+def _lowest(scores: np.ndarray) -> float:
+    """Where an axis of scores begins: one can be arbitrarily worse than the mean; what matters is between 0 and 1."""
+    return max(float(np.min(scores[np.isfinite(scores)], initial=0.0)) * 1.1, -1.0) - 0.05
+
+
+def _legend(figure: Figure, columns: int = 1) -> list[Artist]:
+    """One legend below all panels, each label once; returns its handles."""
+    named: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    legend = figure.legend(
+        list(named.values()), list(named), fontsize="small", loc="outside lower center", ncols=columns, frameon=False
+    )
+    return [handle for handle in legend.legend_handles if handle is not None]
+
+
 def _name_ticks(axes: Axes, names: Iterable[str]) -> None:
     """Names below the bars, slanted where they would run into each other."""
-    names = [name if len(name) <= 48 else f"{name[:47]}…" for name in map(str, names)]
+    names = [_short(name) for name in names]
     slanted = max((len(name) for name in names), default=0) > 14
     axes.set_xticks(np.arange(len(names)), names, rotation=25 if slanted else 0, ha="right" if slanted else "center")
 

@@ -143,7 +143,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("prefs", package_path=""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_printable,
+        finalize=printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -152,7 +152,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _printable(value: Any) -> Any:
+def printable(value: Any) -> Any:
     """Show what HTML cannot hold: ␀ for NUL, � for what has no picture. Applied to all that the template prints."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value

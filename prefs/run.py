@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +12,24 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
-from prefs.config import missing_value, register, typed
-from prefs.errors import ConfigError, UserError
+from prefs.config import register, typed
+from prefs.errors import UserError
 from prefs.jobs import FILE as JOB
 from prefs.jobs import recorded
+from prefs.lines import explain, one_line_errors
 from prefs.sweep import name_suffix, noting_sweeps, sweep_name, swept
 
 if TYPE_CHECKING:
     from prefs.models.loading import Models
 
 log = logging.getLogger("prefs")
+
+INTERRUPTED = "what was computed is in the store; the same command goes on from there"
 
 
 def main() -> None:
@@ -42,37 +42,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Hydra prints errors in its own way unless this is set; then they come up to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with _one_line_errors(enabled=not wants_traceback), _compared():
+    with one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED), _compared():
         hydra.main(version_base="1.3", config_path="pkg://prefs.conf", config_name="config")(_job(wants_traceback))()
-
-
-@contextmanager
-def _one_line_errors(*, enabled: bool) -> Iterator[None]:
-    """Turn what the user can mend into one line and exit code 2; other errors keep their traceback."""
-    try:
-        yield
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if not enabled:
-            raise
-        sys.stderr.write(f"prefs: {explain(error)}\n")
-        sys.exit(2)
-    except (AssertionError, AttributeError) as error:
-        if not (enabled and _within_omegaconf(error)):
-            raise
-        sys.stderr.write(
-            "prefs: an override goes into a part of the config that is null; choose that part first"
-            " (completer=smollm2 completer.model.name=mine, say)\n"
-        )
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("prefs: interrupted; what was computed is in the store; the same command goes on from there\n")
-        sys.exit(130)
-
-
-def _within_omegaconf(error: Exception) -> bool:
-    """Whether an error came up inside OmegaConf, which has no exception of its own for a key below a null."""
-    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return str(innermost.f_globals.get("__name__", "")).startswith("omegaconf")
 
 
 @contextmanager
@@ -127,7 +98,7 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
 
     def job(cfg: DictConfig) -> None:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
-        with _named_failure() if sweep else _one_line_errors(enabled=not wants_traceback):
+        with _named_failure() if sweep else one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED):
             hydra_config, plain = HydraConfig.get(), _plain(cfg)
             folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
             group, suffix = None, ""
@@ -155,38 +126,6 @@ def _plain(cfg: DictConfig) -> dict[str, object]:
         container = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def explain(error: Exception) -> str:
-    """One line for an error of Hydra or OmegaConf: the key, what it got and what is allowed."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return str(ConfigError(group, option, sorted(error.options)))
-    needed = re.search(r"Missing mandatory value: (\S+)", str(error))
-    if needed:
-        return str(missing_value(needed[1]))
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-        return _unknown_key(cause)
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return f"{cause.full_key}: {_one_line(str(cause.msg or cause).splitlines()[0])}"
-    return _one_line(str(error))
-
-
-def _unknown_key(error: OmegaConfBaseException) -> str:
-    known = sorted(getattr(error.object_type, "__dataclass_fields__", {}))
-    key = str(error.full_key)
-    line = f"{key}: there is no such key"
-    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-    if close:
-        line += f"; did you mean {close[0]!r}?"
-    return line + (f" Known here: {', '.join(known)}" if known else "")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":

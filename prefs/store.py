@@ -222,6 +222,15 @@ class Vectors(_Collection):
         tensors = {f"layer.{layer}": vectors[:, at].contiguous() for at, layer in enumerate(layers)} if keys else {}
         self._write(save(tensors, metadata={"prefs": canonical(meta)}))
 
+    def in_order(self, keys: Sequence[str]) -> list[int]:
+        """Indices of the keys in the order in which their vectors lie in the parts; every key must be there."""
+
+        def place(at: int) -> tuple[str, int]:
+            part, row = self._where[keys[at]][0]
+            return part.path.name, row
+
+        return sorted(range(len(keys)), key=place)
+
     def gather(self, keys: Sequence[str], layers: Sequence[int]) -> torch.Tensor:
         """Vectors [keys, layers, d_model] in their stored dtype; every key must be there at every layer."""
         wanted: dict[tuple[Path, tuple[int, ...]], list[tuple[int, int]]] = {}
@@ -236,9 +245,11 @@ class Vectors(_Collection):
         gathered: torch.Tensor | None = None
         for (path, here), rows in wanted.items():
             outs, ins = (list(numbers) for numbers in zip(*rows, strict=True))
+            first, last = min(ins), max(ins)
+            ins = [row - first for row in ins]
             with safe_open(path, framework="pt") as part:
                 for layer in here:
-                    tensor = part.get_tensor(f"layer.{layer}")
+                    tensor = part.get_slice(f"layer.{layer}")[first : last + 1]
                     if gathered is None:
                         gathered = torch.empty((len(keys), len(layers), tensor.shape[1]), dtype=tensor.dtype)
                     gathered[outs, layers.index(layer)] = tensor[ins]

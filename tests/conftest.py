@@ -6,23 +6,34 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as prefs.run does, before torch is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 import yaml
 from omegaconf import OmegaConf
 
-from prefs.chat import ChatEncoder
 from prefs.config import TemplateConfig
-from prefs.models.device import resolve_dtype
 from prefs.models.embedded import smollm2_folder
-from prefs.models.loading import Models, ModelSpec
-from prefs.models.transformer_lens import TransformerLensBackend
 from prefs.templates import Template
 
+# What loads torch is imported where it is used: the process that hands out the tests to the workers runs none.
+if TYPE_CHECKING:
+    from prefs.chat import ChatEncoder
+    from prefs.models.loading import Models, ModelSpec
+    from prefs.models.transformer_lens import TransformerLensBackend
+
 TEMPLATES = ("binary", "likert", "agreement", "stated", "anchored", "anchored_precise")
+# Files are handed to the workers in this order, so that none is left with a long one at the end.
+LONGEST_FIRST = ("test_run", "test_transformer_lens", "test_thinking", "test_rate", "test_hub", "test_comparison")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: at for at, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def template(name: str) -> Template:
@@ -36,6 +47,8 @@ def template(name: str) -> Template:
 
 @pytest.fixture(scope="session")
 def smollm2_fp32() -> ModelSpec:
+    from prefs.models.loading import ModelSpec
+
     return ModelSpec(
         name="smollm2",
         path="embedded:smollm2",
@@ -49,16 +62,24 @@ def smollm2_fp32() -> ModelSpec:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_fp32: ModelSpec) -> ModelSpec:
     """In the precision that users get on this machine: bfloat16 where it is fast."""
+    import torch
+
+    from prefs.models.device import resolve_dtype
+
     return dataclasses.replace(smollm2_fp32, dtype=resolve_dtype("auto", torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")
 def models() -> Models:
+    from prefs.models.loading import Models
+
     return Models()
 
 
 @pytest.fixture(scope="session")
 def backend(models: Models, smollm2_fp32: ModelSpec) -> TransformerLensBackend:
+    from prefs.models.transformer_lens import TransformerLensBackend
+
     loaded = models.get(smollm2_fp32)
     assert isinstance(loaded, TransformerLensBackend)
     return loaded
@@ -73,6 +94,8 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer) -> ChatEncoder:
+    from prefs.chat import ChatEncoder
+
     return ChatEncoder(tokenizer)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hydra import compose, initialize_config_module
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins import basic_sweeper
@@ -20,20 +21,22 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf, open_dict
 
-from prefs.config import JudgeConfig, TemplateConfig, register
+from prefs.config import JudgeConfig, ProbeConfig, TemplateConfig, register
 from prefs.files import write_table
 from prefs.job import answers_table, completions_table, exact_table, thoughts_table
 from prefs.jobs import Work, recorded
 from prefs.judge import judge
+from prefs.measured import Measured
 from prefs.models.backend import Question, Sampling
 from prefs.models.loading import Models
-from prefs.records import Answer, Completion, Ratings, Thoughts
+from prefs.probing import NoProbe, Subject, probe
+from prefs.records import Answer, Completion, Ratings, Residuals, Thoughts
 from prefs.run import register_resolvers
 from prefs.store import Store
 from prefs.tasks import Task
 from prefs.templates import Invalid, Template
 
-# Beside what a test gives: no figure or probe of a job is simulated, and few resamples are quick.
+# Beside what a test gives: no figure of a job is simulated, and no probe if not asked for; few resamples are quick.
 ALWAYS = ("completer=smollm2", "capture=none", "probe=none", "stats.bootstrap=20", "wandb.mode=disabled")
 NO_ANSWER = "Hmm."
 
@@ -58,7 +61,9 @@ def config(*overrides: str) -> Mapping[str, Any]:
     register()
     register_resolvers()
     with initialize_config_module("prefs.conf", version_base="1.3"):
-        composed = compose("config", overrides=[*ALWAYS, *overrides])
+        given = {each.partition("=")[0] for each in overrides}
+        always = [each for each in ALWAYS if each.partition("=")[0] not in given]
+        composed = compose("config", overrides=[*always, *overrides])
     plain = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
@@ -90,12 +95,14 @@ def simulate(
     draw: int = 0,
     config_only: Sequence[str] = (),
     error: BaseException | None = None,
+    vectors: Mapping[str, np.ndarray] | None = None,
 ) -> Simulated:
     """Write the folder of a job whose templates `mass` gives the probabilities of.
 
     Probabilities [T, K, V] are of a rater that thinks, after each of K thoughts. ``draw`` is the seed of the sampled
     answers; `config_only` are overrides that the job's record does not name; with an `error` the job ends by it instead
-    of writing anything.
+    of writing anything. ``vectors`` [T, L, d] are what was captured at position ``rating`` of each template, of which
+    probes are trained where the config wants them.
     """
     keys = f"template=[{','.join(mass)}]"
     plain = config(keys, *config_only, *overrides)
@@ -118,11 +125,47 @@ def simulate(
                 write_table(exact_table(measured), folder / key / "exact")
             if ratings.thoughts is not None:
                 write_table(thoughts_table(ratings), folder / key / "exact_by_thought")
+            if vectors is not None:
+                _probe(folder, plain, key, completions, ratings.sampling, measured, vectors[key])
             sampled[key] = measured.sampled
             doings.work.append(
                 Work(f"ratings, {ratings.template.name}", 1, len(completions) * (len(seeds) + exact) - 1)
             )
     return Simulated(folder, sampled, mass)
+
+
+def _probe(
+    folder: Path,
+    plain: Mapping[str, Any],
+    key: str,
+    completions: Sequence[Completion],
+    sampling: Sampling,
+    measured: Measured,
+    vectors: np.ndarray,
+) -> None:
+    """Probes of one template, trained and written as a job does it."""
+    layers = vectors.shape[1]
+    captured = Store(folder / "store").vectors("residuals", {"template": key})
+    keys = [captured.key(task=task) for task in measured.tasks]
+    captured.append(keys, range(layers), torch.tensor(vectors, dtype=torch.float32), ())
+    captured.refresh()
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ProbeConfig), plain["probe"]))
+    assert isinstance(settings, ProbeConfig)
+    subject = Subject(
+        name=key,
+        measured=measured,
+        sampling=sampling,
+        prompts=[each.task.prompt for each in completions],
+        completions=[each.text or "" for each in completions],
+        residuals=[Residuals("rating", tuple(range(layers)), keys, captured)],
+    )
+    found = probe(subject, settings, plain["stats"]["bootstrap"], [])
+    if isinstance(found, NoProbe):
+        return
+    for name, table in found.tables.items():
+        write_table(table, folder / key / name)
+    identity = {"id": plain["model"]["path"], "revision": plain["model"]["revision"], "dtype": plain["model"]["dtype"]}
+    found.save(folder / key / "probe", {"model": identity, "config": plain["probe"]})
 
 
 def _ratings(

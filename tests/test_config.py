@@ -18,9 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prefs.config import Config, register, typed
 from prefs.errors import UserError
+from prefs.lines import explain
 from prefs.measured import Measured
 from prefs.models.loading import ModelSpec
-from prefs.run import explain, register_resolvers
+from prefs.run import register_resolvers
 from prefs.summary import groups_by_origin, stability, stability_table
 
 
@@ -248,13 +249,22 @@ def test_the_config_survives_yaml():
         (["capture.layers=[]"], "capture.layers: got []"),
         (["capture.layers=[1.5]"], "capture.layers: got [1.5]"),
         (["capture.positions=[last]"], "capture.positions: got 'last'; allowed: one of last_prompt, first_completion"),
-        (["capture=none"], "probe.position: got 'rating'; allowed: a captured position (nothing is captured;"),
+        (["capture=none"], "probe.kind: got 'ridge'; allowed: none, since nothing is captured; or capture=residual"),
         (["model.backend=vllm"], "model.backend=vllm, which gives no residual vectors; add: capture=none probe=none"),
-        (["probe.position=first_completion"], "probe.position: got 'first_completion'; allowed: a captured position"),
-        (["rating.exact=false"], "probe.targets: got ['exact', 'sampled']; allowed: sampled, since rating.exact=false"),
-        (["rating.seeds=[]"], "probe.targets: got ['exact', 'sampled']; allowed: exact, since rating.seeds=[]"),
+        (["probe.positions=[first_completion]"], "probe.positions: got 'first_completion'; allowed: a captured"),
+        (["probe.positions=[]"], "probe.positions: got []; allowed: at least one position, or null for all captured"),
+        (["rating.exact=false"], "probe.targets: got ['exact', 'sampled', 'single']; allowed: sampled or single"),
+        (["rating.seeds=[]"], "probe.targets: got ['exact', 'sampled', 'single']; allowed: exact, since rating"),
+        (["probe.targets=[good]"], "probe.targets: got 'good'; allowed: one of exact, sampled, single"),
+        (["probe=logistic", "probe.targets=[exact]"], "probe.targets: got 'exact'; allowed: one of good, refused"),
+        (["probe=logistic", "probe.targets=[refused]", "judge=none"], "probe.targets: got ['refused']; allowed: good"),
+        (["probe=logistic", "probe.threshold=middle"], "probe.threshold: got 'middle'; allowed: midpoint, median or a"),
         (["probe.folds=1"], "probe.folds: got 1; allowed: 2 or more"),
-        (["probe.penalty=-1"], "probe.penalty: got -1.0; allowed: 0 or more"),
+        (["probe.penalties=[1,-1]"], "probe.penalties: got [-1.0]; allowed: at least one number, each more than 0"),
+        (["probe.penalties=[]"], "probe.penalties: got []; allowed: at least one number, each more than 0"),
+        (["probe=linear", "probe.learning_rate=0"], "probe.learning_rate: got 0.0; allowed: more than 0"),
+        (["probe=linear", "probe.optimizer=adam"], "probe.optimizer: got 'adam'; allowed: one of adamw, sgd"),
+        (["probe.controls.permutations=-1"], "probe.controls.permutations: got -1; allowed: 0 to 100000"),
         (["model=haiku"], "rating.exact: got True; allowed: false, since this model's server gives no"),
         (["dataset=file"], "dataset.path: got None; allowed: the path of a .jsonl or .csv file"),
         (["dataset=file", "dataset.path=/no/file.csv"], "got '/no/file.csv'; allowed: a file that exists"),

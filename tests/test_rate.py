@@ -121,9 +121,10 @@ def test_more_seeds_templates_and_layers_add_to_what_is_there(store, spec_fp32, 
 
 
 def test_templates_together_equal_templates_apart(store, tmp_path, spec_fp32, models):
-    together = run(store, spec_fp32, models, names=("anchored", "likert"))[1]
+    options = {"tasks": TASKS[:3], "capture": None}
+    together = run(store, spec_fp32, models, names=("anchored", "likert"), **options)[1]
     for name in ("anchored", "likert"):
-        apart = run(Store.open(str(tmp_path / name)), spec_fp32, models, names=(name,))[1]
+        apart = run(Store.open(str(tmp_path / name)), spec_fp32, models, names=(name,), **options)[1]
         np.testing.assert_allclose(together.ratings[name].mass, apart.ratings[name].mass, rtol=1e-3, atol=1e-7)
         assert together.ratings[name].answers == apart.ratings[name].answers
 

@@ -17,7 +17,7 @@ import offline_wandb
 import pandas as pd
 import pytest
 
-from prefs.probes import load_probe
+from prefs.probes.card import load_probe
 
 SMALL = [
     "dataset.limit=12",
@@ -26,9 +26,12 @@ SMALL = [
     "rating.max_new_tokens=4",
     "capture.layers=[0,14,29]",
     "probe.folds=3",
+    "probe.penalties=[0.1,10]",
+    "probe.controls.permutations=19",
     "model.batch_tokens=700",
 ]
-TABLES = ("ratings", "exact", "stability", "distribution", "refusals", "probe", "probe_predictions")
+PROBES = ("probe", "probe_chosen", "probe_controls", "probe_origins", "probe_transfer", "probe_predictions")
+TABLES = ("ratings", "exact", "stability", "distribution", "refusals", *PROBES)
 
 
 def environment(store: Path) -> dict[str, str]:
@@ -70,7 +73,7 @@ def uninterrupted(tmp_path_factory) -> tuple[Path, Path, str]:
 
 def test_the_closing_table(uninterrupted):
     folder, store, printed = uninterrupted
-    for part in ("Sampled ratings", "Exact ratings", "Refusal × rating", "Probe at rating", "noise ceiling"):
+    for part in ("Sampled ratings", "Exact ratings", "Refusal × rating", "Probes: R² on held-out tasks", "Controls"):
         assert part in printed
     for origin in ("BAILBENCH", "WILDCHAT", "ALPACA", "MATH", "ALL"):
         assert origin in printed
@@ -95,23 +98,26 @@ def test_the_tables_are_right_for_what_the_store_holds(uninterrupted):
     wide = ratings.pivot(index="task", columns="seed", values="value")
     pairs = wide.corr(min_periods=3).to_numpy()[np.triu_indices(3, k=1)]
     assert stability.loc["ALL", "cross_seed_r"] == pytest.approx(np.nanmean(pairs))
-    predictions = read["probe_predictions"].query("target == 'exact' and layer == 29")
+    predictions = read["probe_predictions"].query("target == 'exact'")
     residual = ((predictions["measured"] - predictions["predicted"]) ** 2).sum()
     total = ((predictions["measured"] - predictions["measured"].mean()) ** 2).sum()
-    row = read["probe"].query("target == 'exact' and layer == 29").iloc[0]
-    assert row["r2"] == pytest.approx(1 - residual / total)
-    assert row["ceiling_r2"] == 1
+    row = read["probe_chosen"].query("target == 'exact'").iloc[0]
+    assert row["score"] == row["r2"] == pytest.approx(1 - residual / total)
+    assert row["ceiling"] == 1
+    assert len(read["probe"]) == 3 * 2 * 3  # targets, positions, layers
 
 
 def test_figures_and_probe_are_there(uninterrupted):
     folder, _, _ = uninterrupted
-    for name in ("ratings_by_origin", "cross_seed_r", "probe_r2"):
+    for name in ("ratings_by_origin", "cross_seed_r", "probe_by_layer", "probe_origins", "probe_transfer"):
         png = (folder / "anchored_precise" / "figures" / f"{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG")
-    probe = load_probe(folder / "anchored_precise" / "probe")
-    assert probe.layers == (0, 14, 29)
-    assert probe.metadata["model"]["id"] == "embedded:smollm2"
-    assert probe.metadata["position"] == "rating"
+    saved = load_probe(folder / "anchored_precise" / "probe" / "exact")
+    assert {(site.layer, site.position) for site in saved.sites} == {
+        (layer, position) for layer in (0, 14, 29) for position in ("mean_completion", "rating")
+    }
+    assert saved.card["model"]["id"] == "embedded:smollm2"
+    assert saved.probe.d_model == 576
 
 
 def test_wandb_has_it_all_offline(uninterrupted):
@@ -125,10 +131,11 @@ def test_wandb_has_it_all_offline(uninterrupted):
     assert logs.summary["stability/valid_mass/MATH"] == pytest.approx(stability.loc["MATH", "valid_mass"])
     layers = [row for row in logs.history if "probe/layer" in row]
     assert [row["probe/layer"] for row in layers] == [0, 14, 29]
-    assert all("probe/r2/exact" in row for row in layers)
+    assert all("probe/rating/exact" in row for row in layers)
+    assert "probe/chosen/score/exact" in logs.summary
     logged_keys = {key for row in logs.history for key in row}
-    assert {"tables/stability", "tables/ratings", "figures/probe_r2"} <= logged_keys
-    assert ("probe", "probe-smollm2-anchored_precise") in logs.artifacts
+    assert {"tables/stability", "tables/ratings", "figures/probe_by_layer"} <= logged_keys
+    assert ("probe", "probe-smollm2-anchored_precise-exact") in logs.artifacts
 
 
 def test_a_second_run_computes_nothing_and_finds_the_same(uninterrupted, tmp_path):
@@ -139,7 +146,8 @@ def test_a_second_run_computes_nothing_and_finds_the_same(uninterrupted, tmp_pat
     assert tables(run_folder(tmp_path)) == tables(folder)
 
 
-@pytest.mark.parametrize("stage", [pytest.param("completions", marks=pytest.mark.slow), "scores"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["completions", "scores"])
 def test_kill_9_and_relaunch(uninterrupted, tmp_path, stage):
     folder, _, _ = uninterrupted
     killed, store = tmp_path / "killed", tmp_path / "store"
@@ -244,6 +252,10 @@ def test_a_sweep_goes_on_after_a_job_that_fails(uninterrupted, tmp_path):
         (["model.nme=x"], "prefs: model.nme: there is no such key; did you mean 'name'?"),
         (["rating.seeds=[1,1]"], "prefs: rating.seeds: got [1, 1]"),
         (["capture.layers=[30]"], "prefs: capture.layers: got 30; allowed: all, or from -30 to 29"),
+        (
+            ["capture.layers=[3,7]", "probe.layers=[8]"],
+            "prefs: probe.layers: got 8; allowed: a layer that is captured (3, 7)",
+        ),
         (["dataset=file", "dataset.path=tasks.jsonl"], "tasks.jsonl:2: the `prompt` is empty"),
     ],
 )
@@ -339,6 +351,8 @@ def test_help_config_and_completion(tmp_path):
 
 def test_the_probe_card_is_json_a_stranger_can_read(uninterrupted):
     folder, _, _ = uninterrupted
-    card = json.loads((folder / "anchored_precise" / "probe" / "probe.json").read_text())
-    assert card["targets"] == ["exact", "mean of 3 seeds"]
-    assert {row["layer"] for row in card["metadata"]["scores"]} == {0, 14, 29}
+    card = json.loads((folder / "anchored_precise" / "probe" / "sampled" / "probe.json").read_text())
+    assert (card["target"], card["metric"], card["dataset"]) == ("mean of 3 seeds", "R²", "mini")
+    chosen = pd.read_csv(folder / "anchored_precise" / "probe_chosen.csv").set_index("target").loc["mean of 3 seeds"]
+    assert card["metrics"]["score"] == pytest.approx(chosen["score"])
+    assert (card["layer"], card["position"]) == (chosen["layer"], chosen["position"])

@@ -24,7 +24,7 @@ ROWS = [
     (Message("user", "Name a colour."), Message("assistant", "Blue")),
     (Message("user", "Write two lines about rain, please."), Message("assistant", "Rain falls.\nIt is wet.")),
 ]
-TASKS = [Task(f"t{n}", f"Count to {n}.") for n in range(3)]
+TASKS = [Task(f"t{n}", f"Count to {n}.") for n in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +137,13 @@ def test_thoughts_go_through_the_store(tmp_path, thinkers, thinker_spec):
     assert ratings.thoughts.seeds == (7,)
     assert [row[0].thought for row in ratings.answers] == [row[0] for row in ratings.thoughts.texts]
     np.testing.assert_array_equal(ratings.mass, ratings.thoughts.mass[:, 0])
-    assert ratings.measured([None] * 3).kind == "after one thought"
+    assert ratings.measured([None] * len(TASKS)).kind == "after one thought"
     more = rate(completions, thinker_spec, templates, SAMPLING, thoughts=3, models=thinkers, **options)
     assert more.work[0].computed == 2 * len(TASKS)  # the scores after two more thoughts, and no answer
     ratings = more.ratings["anchored"]
     assert ratings.thoughts.seeds == (7, 1, 0)
     np.testing.assert_allclose(ratings.mass, ratings.thoughts.mass.mean(axis=1))
-    measured = ratings.measured([None] * 3)
+    measured = ratings.measured([None] * len(TASKS))
     assert measured.kind == "mixture of 3 thoughts"
     assert (measured.exact.between > 0).all()
     again = rate(completions, thinker_spec, templates, SAMPLING, thoughts=3, models=Models(), **options)

@@ -15,6 +15,9 @@ from prefs.jobs import FAILED, FINISHED
 from prefs.tasks import ALL
 from prefs.terminal import number
 
+# The ceiling on R² below which a target is called noise, and how many probes one line names.
+NOISE, MOST = 0.1, 6
+
 
 def unfinished(folders: Sequence[Path], found: Sweep) -> str | None:
     """One line on the jobs that the comparison is without, named."""
@@ -59,6 +62,8 @@ def cautions(cells: Sequence[Cell], blocks: Sequence[Block], tables: Mapping[str
             )
     said += _own_completions(blocks)
     said += _odd_templates(tables)
+    if "probes" in tables:
+        said += probe_cautions(tables["probes"])
     return said
 
 
@@ -91,3 +96,41 @@ def _odd_templates(tables: Mapping[str, pd.DataFrame]) -> list[str]:
                 f" most {number(max(agreements[name]))}): it measures something else."
             )
     return said
+
+
+def probe_cautions(table: pd.DataFrame) -> list[str]:
+    """Which probes are not to be believed, and why: each is named once, for the first reason that holds."""
+    noise, chance, blind, above = [], [], [], []
+    for row in table.to_dict("records"):
+        name, score, ceiling = f"{row['cell']}: {row['target']}", row["score"], row["ceiling"]
+        if ceiling < NOISE:
+            noise.append(f"{name} ({number(ceiling)})")
+        elif pd.isna(score) or score <= (0.5 if row["metric"] == "AUC" else 0.0) or row["p"] > 0.05:
+            chance.append(f"{name} ({number(score)})")
+        elif row["best_control_score"] >= score:
+            blind.append(f"{name} ({row['best_control']} {number(row['best_control_score'])})")
+        elif score > ceiling + 0.05:
+            above.append(f"{name} ({number(score)} of {number(ceiling)})")
+    said = []
+    if noise:
+        said.append(
+            f"Targets that are mostly noise (the best R² that any probe can reach is under {number(NOISE)}):"
+            f" {_some(noise)}. What their probes score, and where they point, says next to nothing."
+        )
+    if chance:
+        said.append(
+            f"Probes that predict held-out tasks no better than chance does: {_some(chance)}. Cosines with them and"
+            " their transfer mean nothing."
+        )
+    if blind:
+        said.append(f"Probes that do not beat a control that never looks into the model: {_some(blind)}.")
+    if above:
+        said.append(
+            f"Probes that score above the noise ceiling, which is an estimate too: {_some(above)}. Do not believe more"
+            " than the ceiling."
+        )
+    return said
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")

@@ -86,9 +86,9 @@ class Cell:
     @cached_property
     def facts(self) -> dict[str, str]:
         """Everything that makes this cell what it is, as flat config keys; the rater's and template's names apart."""
-        flat = _flat({**self.job.config, "template": self.job.config["template"][self.key]})
-        flat.pop("model.name", None)
-        return {key: value for key, value in flat.items() if not key.startswith(ASIDE)}
+        facts = flat({**self.job.config, "template": self.job.config["template"][self.key]})
+        facts.pop("model.name", None)
+        return {key: value for key, value in facts.items() if not key.startswith(ASIDE)}
 
     def tasks(self) -> list[tuple[str, str]]:
         """What makes each task the same in another cell."""
@@ -117,12 +117,12 @@ class Sweep:
     jobs
         All jobs that began, in order.
     doubles
-        Cells left out because a later job measured the same.
+        Cells left out because a later job measured the same. Their probes may be others.
     """
 
     cells: tuple[Cell, ...]
     jobs: tuple[Job, ...]
-    doubles: tuple[str, ...]
+    doubles: tuple[Cell, ...]
 
     def work(self) -> list[Work]:
         """What all jobs reused and computed, by stage."""
@@ -163,16 +163,17 @@ def read_sweep(folders: Sequence[Path]) -> Sweep:
             raise UserError(f"{folder}: no jobs here (no {FILE}); give the folder of a run or a multirun")
         jobs += [read_job(path.parent) for path in found if path.parent not in {job.folder for job in jobs}]
     cells: dict[str, Cell] = {}
-    doubles = []
+    doubles: list[Cell] = []
     for job in jobs:
         for key in job.config["template"] if job.status == FINISHED else ():
             cell = _read_cell(job, key)
             same = json.dumps([cell.rater, cell.key, cell.facts], sort_keys=True)
             if same in cells:
-                doubles.append(f"{cells[same].job.folder}/{key}")
-                del cells[same]
+                doubles.append(cells.pop(same))
             cells[same] = cell
-    return Sweep(_told_apart(list(cells.values())), tuple(jobs), tuple(doubles))
+    # A double has the facts of the cell that took its place, and so its name.
+    named = _told_apart([*cells.values(), *doubles])
+    return Sweep(named[: len(cells)], tuple(jobs), named[len(cells) :])
 
 
 def common_tasks(cells: Sequence[Cell]) -> list[tuple[str, str]]:
@@ -214,18 +215,18 @@ def align(cells: Sequence[Cell]) -> tuple[list[list[Cell]], str | None]:
 def _read_cell(job: Job, key: str) -> Cell:
     folder = job.folder / key
     options = job.config["template"][key]["options"]
-    texts = _read(job.folder / "completions.parquet", "task", "origin", "prompt", "completion", "refused")
-    answers = _read(folder / "ratings.parquet", "task", "seed", "answer", "value", "invalid")
+    texts = read_table(job.folder / "completions.parquet", "task", "origin", "prompt", "completion", "refused")
+    answers = read_table(folder / "ratings.parquet", "task", "seed", "answer", "value", "invalid")
     seeds = list(job.config["rating"]["seeds"])
     wide = answers.pivot(index="task", columns="seed", values="value").reindex(index=texts["task"], columns=seeds)
     mass = by_thought = None
     thinks = bool(job.config["model"]["thinking"]["enabled"])
     masses = [f"p({option['say']})" for option in options]
     if job.config["rating"]["exact"]:
-        exact = _read(folder / "exact.parquet", "task", *masses).set_index("task").reindex(texts["task"])
+        exact = read_table(folder / "exact.parquet", "task", *masses).set_index("task").reindex(texts["task"])
         mass = exact[masses].to_numpy(dtype=float)
     if mass is not None and thinks:
-        each = _read(folder / "exact_by_thought.parquet", "task", "thought_seed", *masses).set_index("task")
+        each = read_table(folder / "exact_by_thought.parquet", "task", "thought_seed", *masses).set_index("task")
         by_task = each.loc[list(texts["task"]), masses].to_numpy(dtype=float)
         by_thought = by_task.reshape(len(texts), -1, len(options))
     return Cell(
@@ -249,7 +250,7 @@ def _read_cell(job: Job, key: str) -> Cell:
     )
 
 
-def _read(path: Path, *columns: str) -> pd.DataFrame:
+def read_table(path: Path, *columns: str) -> pd.DataFrame:
     """A job's table, with the columns that are needed of it.
 
     Raises
@@ -269,17 +270,26 @@ def _read(path: Path, *columns: str) -> pd.DataFrame:
 
 def _told_apart(cells: list[Cell]) -> tuple[Cell, ...]:
     """Give each cell the config keys that tell it from others of the same rater and template, and no more."""
-    keys = {key for cell in cells for key in cell.facts}
+    extras = telling([(cell.rater, cell.key) for cell in cells], [cell.facts for cell in cells], FIRST)
+    return tuple(replace(cell, extra=extra) for cell, extra in zip(cells, extras, strict=True))
+
+
+def telling(
+    names: Sequence[tuple[str, ...]], facts: Sequence[Mapping[str, str]], first: Sequence[str]
+) -> list[dict[str, str]]:
+    """What tells apart things that have the same name: of each the same few config keys, with its values in short.
+
+    Keys in `first` are looked at before the others.
+    """
     extra: list[str] = []
-    for key in [*FIRST, *sorted(keys.difference(FIRST))]:
+    for key in [*first, *sorted({key for each in facts for key in each}.difference(first))]:
         groups: dict[tuple[str, ...], set[str | None]] = {}
-        for cell in cells:
-            known = (cell.rater, cell.key, *(cell.facts.get(each, "") for each in extra))
-            groups.setdefault(known, set()).add(cell.facts.get(key))
+        for name, each in zip(names, facts, strict=True):
+            groups.setdefault((*name, *(each.get(known, "") for known in extra)), set()).add(each.get(key))
         if any(len(values) > 1 for values in groups.values()):
             extra.append(key)
-    shown = {key: _shown({cell.facts.get(key, "none") for cell in cells}) for key in extra}
-    return tuple(replace(cell, extra={key: shown[key][cell.facts.get(key, "none")] for key in extra}) for cell in cells)
+    shown = {key: _shown({each.get(key, "none") for each in facts}) for key in extra}
+    return [{key: shown[key][each.get(key, "none")] for key in extra} for each in facts]
 
 
 def also_different(cells: Sequence[Cell]) -> list[str]:
@@ -289,13 +299,13 @@ def also_different(cells: Sequence[Cell]) -> list[str]:
     return sorted(key for key in keys if len({cell.facts.get(key) for cell in cells}) > 1)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """A nested config as dotted keys; lists stay whole."""
     if isinstance(value, Mapping) and value:
         return {
             key: each
             for name, inner in value.items()
-            for key, each in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+            for key, each in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
         }
     return {prefix: "none" if value is None else value if isinstance(value, str) else json.dumps(value)}
 

@@ -9,17 +9,23 @@ from pathlib import Path
 import pandas as pd
 
 from prefs import plots
+from prefs.comparison.probe_tables import cosine_matrices
+from prefs.comparison.probed import Probed
 from prefs.comparison.tables import Block, agreement_matrices, refused_distribution
 from prefs.summary import by_origin
 from prefs.tasks import ALL
 
 # Figures of single cells, beyond which they crowd out the rest.
 MOST_CELLS = 12
+# Names at a side of a matrix, beyond which nobody reads it.
+MOST_NAMES = 24
 # Characters of a file's name, its ending apart.
 LONGEST = 100
 
 
-def draw(folder: Path, blocks: Sequence[Block], tables: Mapping[str, pd.DataFrame]) -> dict[str, Path]:
+def draw(
+    folder: Path, blocks: Sequence[Block], probed: Sequence[Probed], tables: Mapping[str, pd.DataFrame]
+) -> dict[str, Path]:
     """The report's figures, each where there is something to show."""
     figures: dict[str, Path] = {}
     by = tables["stability_by"]
@@ -60,6 +66,28 @@ def draw(folder: Path, blocks: Sequence[Block], tables: Mapping[str, pd.DataFram
                 folder / f"{_plain(name)}.png",
                 title=f"Ratings of refused tasks and of the others: {cell.name}",
                 table=by_origin(refused_distribution(cell)),
+            )
+    return figures | _of_probes(folder, probed, tables)
+
+
+def _of_probes(folder: Path, probed: Sequence[Probed], tables: Mapping[str, pd.DataFrame]) -> dict[str, Path]:
+    figures: dict[str, Path] = {}
+    if "probe_cosines" in tables:
+        panels = cosine_matrices(tables["probe_cosines"], probed, MOST_NAMES)
+        if panels:
+            figures["probe_cosines"] = plots.matrices(
+                folder / "probe_cosines.png",
+                title="Cosine similarity of probes",
+                panels=panels,
+                label="cosine of the directions",
+            )
+    if "probe_transfer" in tables:
+        table = tables["probe_transfer"]
+        if max(len(set(table[side])) for side in ("trained_on", "tested_on")) <= MOST_NAMES:
+            figures["probe_transfer"] = plots.transfer(
+                folder / "probe_transfer.png",
+                title="Held-out predictions of a cell's probe against every cell's ratings",
+                table=table.drop_duplicates(["trained_on", "tested_on"]),
             )
     return figures
 

@@ -12,6 +12,7 @@ import yaml
 
 from prefs import sweep
 from prefs.comparison.cells import Cell, Sweep
+from prefs.comparison.figures import MOST_NAMES
 from prefs.comparison.tables import Block
 from prefs.report import Config, Example, Figure, Rated, Report, Section, Table
 from prefs.summary import by_origin
@@ -89,6 +90,7 @@ def comparison_page(
             drawn("refused_"),
             (Table("Refusal × rating", _present(tables["refusals"])),),
         ),
+        *_probe_sections(tables, drawn("probe_")),
         Section(
             "Jobs",
             "",
@@ -114,6 +116,53 @@ def comparison_page(
             for job in found.jobs
         ),
     )
+
+
+def _probe_sections(tables: Mapping[str, pd.DataFrame], figures: tuple[Figure, ...]) -> list[Section]:
+    """One section, where any cell has probes."""
+    if "probes" not in tables:
+        return []
+    shown = [
+        Table(
+            "Probes by cell and target",
+            tables["probes"].drop(columns=["rater", "template"]),
+            "p is that of each row by itself: of twenty probes of nothing one is expected at .05. No score can be above"
+            " the ceiling but by chance. Controls stand in columns of their own; the best control is the best of those"
+            " that never look into the model.",
+        )
+    ]
+    if "probe_cosines" in tables:
+        table = tables["probe_cosines"]
+        shown.append(
+            Table(
+                "Cosines at the site shown",
+                table.loc[table["shown"], :].drop(columns="shown"),
+                "One layer and position a model: the one that most of its probes chose. Directions there are those of"
+                " the probes of all tasks at that place, whether or not it is the one a probe chose. The position"
+                " 'rating' of two templates is two places of text but the same space. Probes of different models have"
+                " no space in common and are not compared. random_sd is 1/√d, the standard deviation of the cosine of"
+                " two random directions; probes that share nothing but their activations can be further apart or"
+                " closer. All layers and positions are in probe_cosines.csv.",
+            )
+        )
+    if "probe_transfer" in tables:
+        shown.append(
+            Table(
+                "Transfer",
+                tables["probe_transfer"],
+                "The probe reads the row's model on the row's text (trained_on) and is scored against the column's"
+                " ratings (tested_on), on the tasks that both have, each predicted by a probe that did not train on it."
+                " On the diagonal is the probe's own held-out r. ratings_r is the r of the two cells' ratings: what"
+                " predicting the row's ratings without error would reach. A probe read on another cell's activations is"
+                " in each job's own probe_transfer.csv.",
+            )
+        )
+    note = (
+        "Scores are of held-out tasks, by probes whose layer, position and penalty were chosen by the other folds: R²,"
+        " or AUC for targets of yes and no. A cosine or a transfer is worth no more than the worse of its two probes."
+        f" Matrices of more than {MOST_NAMES} names are not drawn, or with one target a cell."
+    )
+    return [Section("Probes", note, figures, tuple(shown))]
 
 
 def _present(table: pd.DataFrame) -> pd.DataFrame:

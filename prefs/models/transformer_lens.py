@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from transformers.cache_utils import DynamicCache
 
 from prefs.chat import ChatEncoder, Message
+from prefs.config import POSITIONS
 from prefs.errors import UserError
 from prefs.models.backend import (
     Answer,
@@ -41,6 +42,7 @@ from prefs.models.state import State
 from prefs.models.steering import Steered, check, places_of_answer, places_of_completion
 from prefs.models.stops import stop_tokens
 from prefs.models.thoughts import THOUGHT, Thought, joined
+from prefs.models.token_stream import TokenStream, owners, token_texts
 from prefs.options import Asked, ask, common_prefix, option_masses, unasked
 from prefs.sampling import draw, row_uniforms
 
@@ -113,6 +115,53 @@ class TransformerLensBackend:
         return self._halving.run(
             lambda rows: self._observe(rows, asks, sampling, capture, steering), batch, tokens=self.conversation_tokens
         )
+
+    @torch.inference_mode()
+    def residual_stream(
+        self, conversation: Conversation, layer: int, question: Question | None = None, thought: str | None = None
+    ) -> TokenStream:
+        """The residual stream after block `layer` at every token of one conversation, from one pass over it.
+
+        Parameters
+        ----------
+        conversation
+            Ends with the completion, as for `observe`; an empty one stands for the opened assistant's turn.
+        question
+            Put to it, with the opening of the answer. Without it, the conversation ends with the completion's text.
+        thought
+            What a thinking model thought before its answer to the question.
+
+        Raises
+        ------
+        UserError
+            If the model has no such layer, or the conversation does not fit into memory.
+        """
+        if layer not in range(self.n_layers):
+            raise UserError(f"{self.spec.name} has layers 0 to {self.n_layers - 1}, and no layer {layer}")
+        if question is None:
+            asked = unasked(self.encoder, conversation)
+            asked = replace(asked, ids=asked.ids[: asked.spans[-2][1]])
+        else:
+            asked = ask(self.encoder, conversation, question, thought)
+        (vectors,) = self._halving.run(
+            lambda rows: [self._every_token(row.ids, layer) for row in rows], [asked], tokens=lambda row: len(row.ids)
+        )
+        at_rating = {} if question is None else {"rating": (len(asked.ids) - 1, len(asked.ids))}
+        control = self.encoder.control_ids
+        return TokenStream(
+            tokens=token_texts(self.encoder.tokenizer, asked.ids),
+            control=tuple(token in control for token in asked.ids),
+            roles=owners(len(asked.ids), asked.spans, [*(message.role for message in conversation), "user"]),
+            ranges=spots(asked, POSITIONS) | at_rating,
+            vectors=vectors,
+        )
+
+    def _every_token(self, ids: tuple[int, ...], layer: int) -> torch.Tensor:
+        """[tokens, d_model] after a block."""
+        recorder = Recorder([layer], [{str(at): (at, at + 1) for at in range(len(ids))}], [len(ids)], stops=True)
+        self._start([ids], recorder=recorder, cached=False)
+        (by_token,) = recorder.vectors()
+        return torch.cat([by_token[str(at)] for at in range(len(ids))])
 
     def _complete(
         self, batch: Sequence[Conversation], seed: int, sampling: Sampling, steering: Sequence[Steering]

@@ -1,148 +1,212 @@
-"""What probes are trained on: captured vectors, targets and folds, checked once, as one full batch."""
+"""What a bank of probes is trained on, as Lightning wants it: batches of vectors, read when they are needed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import lightning
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+
+from prefs.probes.features import Features
+from prefs.probes.folds import Splits
+
+# Numbers of one batch of whole-data passes, [rows, sites, d_model]: 128 MiB in float32.
+BATCH_NUMBERS = 2**25
+# Features of up to this many bytes are kept in memory after they were read once, for training in many epochs.
+CACHE_BYTES = 2**31
+# Rows whose mean and SD are the reference from which sums of squares are taken, so that they do not cancel.
+REFERENCE_ROWS = 512
 
 
 class ProbeBatch(NamedTuple):
-    """All the tasks at once.
+    """Some tasks: ``rows`` [b] are their numbers, ``features`` [b, S, d] as stored, ``targets`` [b, T] or [b, T, V]."""
 
-    ``features`` [n, L, d]; ``targets`` [T, n] with 0 where a target is missing; ``train`` [T, F, n] is 1 where fit f of
-    target t trains on the task and 0 where it does not. All float64 once on the device.
-    """
-
+    rows: torch.Tensor
     features: torch.Tensor
     targets: torch.Tensor
-    train: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the training tasks of each fit, for standardising with: none knows anything of its held-out tasks.
+    """``mean`` and ``scale`` (population SD, 1 where a feature is constant) of each fit's training tasks.
 
-    ``mean`` and ``scale`` [T, L, F, d] of the features (``scale`` is the population SD, 1 where a feature is constant);
-    ``target_mean`` [T, F], NaN where a target has no training task.
+    [F, S, d] float64; none knows anything of the tasks that its fit holds out.
     """
 
     mean: torch.Tensor
     scale: torch.Tensor
-    target_mean: torch.Tensor
 
 
 class ProbeData(lightning.LightningDataModule):
-    """Captured vectors with their targets and folds; fit f of the k + 1 holds out fold f, and the last holds out none.
+    """Vectors of some sites with the targets of the same tasks.
 
     Parameters
     ----------
     features
-        [n, L, d], bfloat16 or float32 (any floating type), never copied here.
+        Of n tasks.
+    sites
+        Which of their sites.
     targets
-        [n, T]; NaN where a task has no such target, which leaves the task out for that target.
-    folds
-        [n], integers from 0 to k - 1, with k of 2 or more.
+        [n, T] numbers, or [n, T, V] shares of V options.
+    splits
+        Of the n tasks.
+    batch_size
+        Rows of a batch in random order; None: as many as `BATCH_NUMBERS` allows, in the order of the store.
     seed
-        Of the loader. There is one batch, so it has no order to draw; the loader takes a number from PyTorch's global
-        generator unless it has one of its own.
+        Of the random order.
 
     Raises
     ------
     ValueError
-        If the shapes do not agree, a fold is empty, a feature is NaN or infinite, or a target is infinite.
+        If the shapes do not agree or a target is not finite.
     """
 
-    def __init__(self, features: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        features: Features,
+        sites: slice,
+        targets: torch.Tensor,
+        splits: Splits,
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        _check(features, targets, folds)
+        if len(targets) != features.n or splits.n != features.n or targets.ndim not in (2, 3) or 0 in targets.shape:
+            raise ValueError(
+                f"vectors of {features.n} tasks do not fit targets {list(targets.shape)} and {splits.n} groups"
+            )
+        if not targets.isfinite().all():
+            raise ValueError("a target is NaN or infinite: leave its task out")
         self.features = features
-        self.folds = folds.long()
-        self.k = int(folds.max()) + 1
-        observed = ~targets.isnan().T
-        self.targets = targets.T.double().masked_fill(~observed, 0.0)
-        held_out = torch.stack([folds == fold for fold in range(self.k)] + [torch.zeros_like(folds, dtype=torch.bool)])
-        self.train = (observed[:, None, :] & ~held_out[None]).double()
-        self._generator = torch.Generator().manual_seed(seed)
+        self.sites = sites
+        self.targets = targets
+        self.splits = splits
+        self.d_model = features.d_model
+        self.count = len(features.sites[sites])
+        whole = features.n * self.count * self.d_model
+        rows = max(1, BATCH_NUMBERS // (self.count * self.d_model))
+        self._shuffled = batch_size is not None
+        self._rows = _Rows(features, sites, targets, cached=self._shuffled and 2 * whole <= CACHE_BYTES)
+        self._batch_size = min(features.n, rows if batch_size is None else batch_size)
+        self._seed = seed
 
     def train_dataloader(self) -> DataLoader[ProbeBatch]:
-        """One batch with everything: the optimiser needs the whole objective, and a copy of it for nothing."""
-        whole = _Whole(ProbeBatch(self.features, self.targets, self.train))
-        return DataLoader(whole, batch_size=None, generator=self._generator)
+        """All tasks, each once; a bank leaves out for each fit what this holds out.
 
-    def on_after_batch_transfer(self, batch: ProbeBatch, dataloader_idx: int) -> ProbeBatch:
-        """Widen on the device, where it is cheap, so that what travels is the captured type."""
-        return batch._replace(features=batch.features.double())
-
-    def moments(self) -> Moments:
-        """Mean and SD of every fit's training tasks, from one pass over the features for each target.
-
-        The moments of each fold are taken once and those of a fit put together from its training folds, by
-        Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance", equation 2.1b for k parts.
+        Passes for sums are shared out here among devices: Lightning's own sampler repeats tasks to even out shares.
         """
-        parts = [self._target_moments(target) for target in range(len(self.targets))]
-        count = self.train.sum(-1)
-        target_mean = (self.train * self.targets[:, None, :]).sum(-1) / count
-        mean, scale = (torch.stack(part) for part in zip(*parts, strict=True))
-        return Moments(mean=mean, scale=scale, target_mean=target_mean)
+        if not self._shuffled:
+            rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+            return self._loader(_InOrder(self.features.order[rank::world]))
+        generator = torch.Generator().manual_seed(self._seed)
+        return self._loader(RandomSampler(self._rows, generator=generator), generator)
 
-    def _target_moments(self, target: int) -> tuple[torch.Tensor, torch.Tensor]:
-        everyone = self.train[target, -1].bool()
-        folds = [self.features[everyone & (self.folds == fold)].double() for fold in range(self.k)]
-        counts = torch.tensor([float(len(rows)) for rows in folds], dtype=torch.float64)
-        means = torch.stack([rows.sum(0) / max(len(rows), 1) for rows in folds])
-        squares = torch.stack([(rows - mean).square().sum(0) for rows, mean in zip(folds, means, strict=True)])
+    def val_dataloader(self) -> DataLoader[ProbeBatch]:
+        """The validation tasks."""
+        order = self.features.order
+        return self._loader(_InOrder(order[self.splits.validation[order]]))
 
-        fit_means, fit_scales = [], []
-        for fit in range(self.k + 1):
-            kept = [fold for fold in range(self.k) if fold != fit]
-            weight, n = counts[kept, None, None], counts[kept].sum().clamp(min=1)
-            mean = (weight * means[kept]).sum(0) / n
-            variance = (squares[kept] + weight * (means[kept] - mean).square()).sum(0) / n
-            sd = variance.sqrt()
-            # A constant feature has an SD of rounding error and not of 0: dividing by it would make noise of it.
-            constant = sd <= n * torch.finfo(torch.float64).eps * mean.abs()
-            fit_means.append(mean)
-            fit_scales.append(sd.masked_fill(constant, 1.0))
-        return torch.stack(fit_means, dim=1), torch.stack(fit_scales, dim=1)
+    def predict_dataloader(self) -> DataLoader[ProbeBatch]:
+        """All tasks in the order of the store."""
+        return self._loader(_InOrder(self.features.order))
+
+    def _loader(self, sampler: Sampler[int], generator: torch.Generator | None = None) -> DataLoader[ProbeBatch]:
+        # The loader draws a number from PyTorch's global generator unless it is given one.
+        return DataLoader(
+            self._rows,
+            batch_size=self._batch_size,
+            sampler=sampler,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            generator=generator or torch.Generator().manual_seed(self._seed),
+        )
+
+    def reference(self) -> Moments:
+        """Mean and scale [1, S, d] of the first rows: near enough to take sums of squares from."""
+        first = self.features.read(self.features.order[:REFERENCE_ROWS].tolist(), self.sites).double()
+        mean = first.mean(0)
+        return Moments(mean[None], scale_of((first - mean).square().mean(0), mean, len(first))[None])
+
+    def moments(self, *, without_validation: bool) -> Moments:
+        """Mean and scale of every fit's training tasks, in one pass.
+
+        The moments of each group are taken once and those of a fit put together from its training groups, by Chan,
+        Golub and LeVeque (1983), "Algorithms for computing the sample variance", equation 2.1b for k parts.
+        """
+        k, shape = self.splits.k, (self.count, self.d_model)
+        start = self.reference()
+        count = torch.zeros(k, dtype=torch.float64)
+        total, squares = (torch.zeros(k, *shape, dtype=torch.float64) for _ in range(2))
+        group, left_out = torch.as_tensor(self.splits.group), torch.as_tensor(self.splits.validation)
+        for batch in self.predict_dataloader():
+            shifted = (batch.features.double() - start.mean[0]) / start.scale[0]
+            for each in range(k):
+                mine = group[batch.rows] == each
+                if without_validation:
+                    mine &= ~left_out[batch.rows]
+                count[each] += mine.sum()
+                total[each] += shifted[mine].sum(0)
+                squares[each] += shifted[mine].square().sum(0)
+        keep = 1 - torch.eye(k + 1, k, dtype=torch.float64)
+        n = (keep @ count)[:, None, None]
+        mean = torch.einsum("fk,ksd->fsd", keep, total) / n
+        variance = torch.einsum("fk,ksd->fsd", keep, squares) / n - mean.square()
+        variance *= start.scale.square()
+        mean = start.mean + mean * start.scale
+        return Moments(mean, scale_of(variance, mean, int(count.sum())))
 
 
-class _Whole(Dataset[ProbeBatch]):
-    """A data set whose one item is all of it."""
+def scale_of(variance: torch.Tensor, mean: torch.Tensor, n: int) -> torch.Tensor:
+    sd = variance.clamp(min=0).sqrt()
+    # A constant feature has an SD of rounding error and not of 0: dividing by it would make noise of it.
+    constant = sd <= 4 * n * torch.finfo(torch.float64).eps * mean.abs()
+    return sd.masked_fill(constant | (sd == 0), 1.0)
 
-    def __init__(self, batch: ProbeBatch) -> None:
-        self._batch = batch
+
+class _Rows(Dataset[ProbeBatch]):
+    """The tasks. A batch is fetched with one read; kept in memory from the first read on where there is room."""
+
+    def __init__(self, features: Features, sites: slice, targets: torch.Tensor, *, cached: bool) -> None:
+        self._features = features
+        self._sites = sites
+        self._targets = targets
+        self._cached = cached
+        self._kept: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return 1
+        return self._features.n
 
     def __getitem__(self, index: int) -> ProbeBatch:
-        return self._batch
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> ProbeBatch:
+        rows = torch.as_tensor(indices)
+        if not self._cached:
+            return ProbeBatch(rows, self._features.read(rows.tolist(), self._sites), self._targets[rows])
+        if self._kept is None:
+            order = self._features.order
+            found = self._features.read(order.tolist(), self._sites)
+            self._kept = torch.empty_like(found)
+            self._kept[order] = found
+        return ProbeBatch(rows, self._kept[rows], self._targets[rows])
 
 
-def _check(features: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor) -> None:
-    if features.ndim != 3 or not features.is_floating_point() or 0 in features.shape:
-        got = f"{list(features.shape)} {features.dtype}"
-        raise ValueError(f"features must be [tasks, layers, d_model] floating-point numbers, at least one; got {got}")
-    n = len(features)
-    if targets.ndim != 2 or len(targets) != n or targets.shape[1] == 0:
-        raise ValueError(f"targets must be [{n} tasks, targets], as features have {n} tasks; got {list(targets.shape)}")
-    if folds.shape != (n,) or folds.is_floating_point():
-        raise ValueError(f"folds must be [{n}] integers, one a task; got {list(folds.shape)} {folds.dtype}")
-    present = folds.unique().tolist()
-    if len(present) < 2 or present != list(range(len(present))):
-        raise ValueError(f"folds must be numbered 0, 1, ... with a task in each and 2 or more of them; got {present}")
-    # A finite sum would do as a quick test were it not for overflow, so look at one row at a time and save the memory.
-    for row in range(n):
-        finite = features[row].isfinite().all(-1)
-        if not finite.all():
-            layer = int((~finite).nonzero()[0])
-            raise ValueError(
-                f"features of row {row}, layer index {layer} have a NaN or infinity: capture that row again"
-            )
-    if targets.isinf().any():
-        row, target = targets.isinf().nonzero()[0].tolist()
-        raise ValueError(f"target index {target} of row {row} is infinite: give a number, or NaN for none")
+class _InOrder(SequentialSampler):
+    """The rows of a given order."""
+
+    def __init__(self, order: np.ndarray) -> None:
+        self._order = order.tolist()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self):
+        return iter(self._order)
+
+
+def _as_it_is(batch: ProbeBatch) -> ProbeBatch:
+    return batch

@@ -1,15 +1,75 @@
-"""Which tasks are held out together: k folds over tasks, each with the same mix of origins."""
+"""Which tasks are held out together: k folds over tasks with the same mix of origins, or one origin at a time."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn.model_selection import KFold, StratifiedKFold
 
 log = logging.getLogger(__name__)
+
+# Of the training tasks of a fit, the share that validates it where training has no closed form.
+VALIDATION_SHARE = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Which tasks each fit trains on: fit f of the first k holds out group f, and the last, fit k, holds out none.
+
+    Attributes
+    ----------
+    group
+        [n] int64, from 0 to k - 1: folds, or origins.
+    validation
+        [n] bool: tasks that choose (when to stop, which penalty, which layer) in the fits that do not hold them out.
+    """
+
+    group: np.ndarray
+    validation: np.ndarray
+
+    @classmethod
+    def of(cls, group: np.ndarray, seed: int) -> Splits:
+        """Splits by these groups, with a share of each for validation, drawn by the seed.
+
+        Raises
+        ------
+        ValueError
+            If the groups are not numbered 0, 1, ... with a task in each, or are fewer than 2.
+        """
+        group = np.asarray(group)
+        if group.ndim != 1 or not np.issubdtype(group.dtype, np.integer):
+            raise ValueError(f"groups must be [tasks] integers; got {list(group.shape)} {group.dtype}")
+        present = np.unique(group).tolist()
+        if len(present) < 2 or present != list(range(len(present))):
+            raise ValueError(f"groups must be numbered 0, 1, ... with a task in each and 2 or more; got {present}")
+        validation = np.zeros(len(group), dtype=bool)
+        rng = np.random.default_rng(seed)
+        for each in present:
+            rows = rng.permutation(np.flatnonzero(group == each))
+            # Rounded up, so that a small group validates too; never all of it.
+            validation[rows[: min(math.ceil(VALIDATION_SHARE * len(rows)), len(rows) - 1)]] = True
+        return cls(group.astype(np.int64), validation)
+
+    @property
+    def k(self) -> int:
+        return int(self.group.max()) + 1
+
+    @property
+    def fits(self) -> int:
+        return self.k + 1
+
+    @property
+    def n(self) -> int:
+        return len(self.group)
+
+    def training(self, fit: int) -> np.ndarray:
+        """[n] bool: the tasks that a fit does not hold out; its validation tasks are among them."""
+        return self.group != fit
 
 
 def assign_folds(keys: Sequence[str], strata: Sequence[str], folds: int, seed: int) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""How a program of ours ends on what its user can mend: one line, and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from prefs.config import missing_value
+from prefs.errors import ConfigError, UserError
+
+
+@contextmanager
+def one_line_errors(*, enabled: bool, interrupted: str) -> Iterator[None]:
+    """Turn what the user can mend into one line and exit code 2; other errors keep their traceback.
+
+    ``interrupted`` is what to say of a run that the user breaks off.
+    """
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if not enabled:
+            raise
+        sys.stderr.write(f"prefs: {explain(error)}\n")
+        sys.exit(2)
+    except (AssertionError, AttributeError) as error:
+        if not (enabled and _within_omegaconf(error)):
+            raise
+        sys.stderr.write(
+            "prefs: an override goes into a part of the config that is null; choose that part first"
+            " (completer=smollm2 completer.model.name=mine, say)\n"
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"prefs: interrupted; {interrupted}\n")
+        sys.exit(130)
+
+
+def _within_omegaconf(error: Exception) -> bool:
+    """Whether an error came up inside OmegaConf, which has no exception of its own for a key below a null."""
+    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return str(innermost.f_globals.get("__name__", "")).startswith("omegaconf")
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of Hydra or OmegaConf: the key, what it got and what is allowed."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return str(ConfigError(group, option, sorted(error.options)))
+    needed = re.search(r"Missing mandatory value: (\S+)", str(error))
+    if needed:
+        return str(missing_value(needed[1]))
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+        return _unknown_key(cause)
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return f"{cause.full_key}: {_one_line(str(cause.msg or cause).splitlines()[0])}"
+    return _one_line(str(error))
+
+
+def _unknown_key(error: OmegaConfBaseException) -> str:
+    known = sorted(getattr(error.object_type, "__dataclass_fields__", {}))
+    key = str(error.full_key)
+    line = f"{key}: there is no such key"
+    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+    if close:
+        line += f"; did you mean {close[0]!r}?"
+    return line + (f" Known here: {', '.join(known)}" if known else "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,326 @@
+"""Probes trained by gradient descent: one optimiser for the whole bank, each probe at its own best epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, gelu, softplus
+
+from prefs.probes.bank import ProbeBank
+from prefs.probes.data import Moments, ProbeBatch
+from prefs.probes.folds import Splits
+from prefs.probes.probe import Site, option_probabilities
+
+# No option's share starts nearer to 0 or 1 than this, where a logit has no bounds.
+LEAST_SHARE = 1e-3
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How a bank descends. ``optimizer`` is ``adamw`` or ``sgd``; penalties are decoupled weight decay (Loshchilov and
+    Hutter 2019). A probe that has not become better by ``min_delta`` for ``patience`` epochs is done."""
+
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    momentum: float = 0.9
+    patience: int = 10
+    min_delta: float = 0.0
+    hidden: int = 32
+    seed: int = 0
+
+
+class DescentBank(ProbeBank):
+    """A bank whose probes learn by gradient descent on standardised features, on all tasks a fit may see but its
+    validation tasks; these tell when to stop, and choose among penalties and sites.
+
+    Losses are summed over the bank, so that no probe's gradient depends on another's. Weights are [F, S, P, T, ...].
+    """
+
+    penalties: torch.Tensor
+    center: torch.Tensor
+    spread: torch.Tensor
+    stale: torch.Tensor
+    # Which parameters the penalty pulls to 0.
+    decayed: tuple[str, ...] = ("weight",)
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        d_model: int,
+        targets: torch.Tensor,
+        splits: Splits,
+        penalties: Sequence[float],
+        moments: Moments,
+        descent: Descent,
+    ) -> None:
+        super().__init__(sites, d_model, targets.shape[1], splits, len(penalties))
+        if not penalties or any(not 0 <= penalty < float("inf") for penalty in penalties):
+            raise ValueError(f"penalties {list(penalties)}: give at least one, and each 0 or more")
+        self.descent = descent
+        self.d_model = d_model
+        self.shape = (splits.fits, len(sites), len(penalties), self.targets)
+        self.register_buffer("penalties", torch.tensor(penalties, dtype=torch.get_default_dtype()))
+        self.standardise(moments)
+        center, spread = self._target_units(targets)
+        self.register_buffer("center", center)
+        self.register_buffer("spread", spread)
+        self.parts = torch.nn.ParameterDict(self.initial(targets, torch.Generator().manual_seed(descent.seed)))
+        self.best = torch.nn.ParameterDict(
+            {name: torch.nn.Parameter(part.detach().clone(), requires_grad=False) for name, part in self.parts.items()}
+        )
+        self.register_buffer("stale", torch.zeros(self.shape, dtype=torch.long))
+        self._total: torch.Tensor | None = None
+        self._count: torch.Tensor | None = None
+
+    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Where the parameters start: at what predicts the mean of a fit's training tasks, whatever the features."""
+        return {"weight": torch.zeros(*self.shape, self.d_model), "bias": torch.zeros(self.shape)}
+
+    def _training_means(self, targets: torch.Tensor) -> torch.Tensor:
+        """[F, T] (or [F, T, V]) means of each fit's training tasks."""
+        rows = [self.splits.training(fit) & ~self.splits.validation for fit in range(self.splits.fits)]
+        return torch.stack([targets[torch.as_tensor(mine)].double().mean(0) for mine in rows])
+
+    def outputs(self, z: torch.Tensor) -> torch.Tensor:
+        """Scores [F, b, S, P, T] from features [b, S, d] as `_standardised` gives them."""
+        return self._product(z, self.parts["weight"]) + self.parts["bias"][:, None]
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Losses [F, b, S, P, T] of outputs and targets [b, T] (or [b, T, V])."""
+        raise NotImplementedError
+
+    def _target_units(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What targets are centred on and divided by while training, [F, 1, 1, T] each."""
+        return torch.zeros(self.splits.fits, 1, 1, self.targets), torch.ones(self.splits.fits, 1, 1, self.targets)
+
+    def _standardised(self, features: torch.Tensor) -> torch.Tensor:
+        """[b, S, d], by the moments of the last fit; `_product` makes up for what those of the others differ."""
+        return (features.to(self.mean) - self.mean[-1]) / self.scale[-1]
+
+    def _product(self, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[F, b, S, P, T] = each fit's standardised features . weight [F, S, P, T, d].
+
+        With z standardised by (m, s) and a fit by (m', s'), its features are z s/s' + (m - m')/s'. The factor goes to
+        the weights and the rest into a constant, as there are far fewer weights than features of a batch times fits.
+        """
+        fits, count, penalties, targets, d = weight.shape
+        factor = (self.scale[-1] / self.scale)[:, :, None, None]
+        offset = ((self.mean[-1] - self.mean) / self.scale)[:, :, None, None]
+        flat = (weight * factor).transpose(0, 1).reshape(count, fits * penalties * targets, d)
+        out = torch.bmm(z.transpose(0, 1), flat.transpose(1, 2)).reshape(count, -1, fits, penalties, targets)
+        return out.permute(2, 1, 0, 3, 4) + (weight * offset).sum(-1)[:, None]
+
+    def _seen(self, batch: ProbeBatch, *, validation: bool) -> torch.Tensor:
+        """[F, b] bool: the rows of a batch that each fit trains on, or validates with."""
+        fits = torch.arange(self.splits.fits, device=self.device)[:, None]
+        return (self.group[batch.rows] != fits) & (self.validation[batch.rows] == validation)
+
+    def training_step(self, batch: ProbeBatch, batch_idx: int) -> torch.Tensor:
+        """The sum over probes of each one's mean loss."""
+        seen = self._seen(batch, validation=False)
+        losses = self.losses(self.outputs(self._standardised(batch.features)), batch.targets)
+        weight = seen / seen.sum(1, keepdim=True).clamp(min=1)
+        total = (losses * weight[:, :, None, None, None]).sum()
+        self.log("probe/loss", total.detach() / math.prod(self.shape))
+        return total
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Decay by each probe's penalty, as AdamW does before its step: it knows one number for a whole parameter."""
+        keep = 1 - self.descent.learning_rate * self.penalties
+        for name in self.decayed:
+            part = self.parts[name]
+            part.mul_(keep.reshape(1, 1, -1, *[1] * (part.ndim - 3)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW or SGD, without their own decay."""
+        parts = list(self.parts.values())
+        if self.descent.optimizer == "sgd":
+            return torch.optim.SGD(parts, lr=self.descent.learning_rate, momentum=self.descent.momentum)
+        return torch.optim.AdamW(parts, lr=self.descent.learning_rate, weight_decay=0.0)
+
+    def on_validation_epoch_start(self) -> None:
+        self._total = torch.zeros(self.shape, device=self.device, dtype=self.mean.dtype)
+        self._count = torch.zeros(self.splits.fits, device=self.device, dtype=self.mean.dtype)
+
+    def validation_step(self, batch: ProbeBatch, batch_idx: int) -> None:
+        """Add up each probe's loss on its fit's validation tasks."""
+        assert self._total is not None
+        assert self._count is not None
+        seen = self._seen(batch, validation=True)
+        losses = self.losses(self.outputs(self._standardised(batch.features)), batch.targets)
+        self._total += (losses * seen[:, :, None, None, None]).sum(1)
+        self._count += seen.sum(1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep what has become better."""
+        assert self._total is not None
+        assert self._count is not None
+        strategy = self.trainer.strategy
+        total, count = (strategy.reduce(part, reduce_op="sum") for part in (self._total, self._count))
+        loss = total / count[:, None, None, None]
+        better = loss < self.criterion - self.descent.min_delta
+        self.criterion = torch.where(better, loss, self.criterion)
+        self.stale = torch.where(better, 0, self.stale + 1)
+        for name, part in self.parts.items():
+            wide = better.reshape(*better.shape, *[1] * (part.ndim - 4))
+            self.best[name].data = torch.where(wide, part.detach(), self.best[name])
+        self.log("probe/validation_loss", loss.mean())
+        self.log("probe/stopped", self.stopped().float().mean())
+
+    def stopped(self) -> torch.Tensor:
+        """[F, S, P, T] bool: the probes whose patience has run out."""
+        return self.stale >= self.descent.patience
+
+    def on_train_end(self) -> None:
+        """Choose each fit's penalty."""
+        self.chosen = self.criterion.argmin(2)
+
+    def _best(self, fit: int) -> dict[str, torch.Tensor]:
+        """The best parameters of one fit's chosen penalties, each [S, T, ...]."""
+        site = torch.arange(len(self.sites), device=self.device)[:, None]
+        target = torch.arange(self.targets, device=self.device)[None]
+        return {name: part.detach()[fit][site, self.chosen[fit], target] for name, part in self.best.items()}
+
+
+class EachStopsAlone(lightning.Callback):
+    """Ends the training when every probe of a bank has run out of patience."""
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, DescentBank)
+        if not trainer.sanity_checking and bool(pl_module.stopped().all()):
+            trainer.should_stop = True
+
+
+class _Regression(DescentBank):
+    """Squared error of targets in units of their SD over the training tasks."""
+
+    def _target_units(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        center = self._training_means(targets)
+        spread = (self._training_means(targets.double().square()) - center.square()).clamp(min=0).sqrt()
+        spread = torch.where(spread > 1e-9 * center.abs(), spread, 1.0)
+        return center[:, None, None].to(self.mean), spread[:, None, None].to(self.mean)
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        wanted = (targets.to(outputs)[None, :, None, None] - self.center[:, None]) / self.spread[:, None]
+        return (outputs - wanted).square()
+
+    def _rescaled(self, weight: torch.Tensor, bias: torch.Tensor, fit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last-layer weight [S, T, k] and bias [S, T] in units of the rating."""
+        return weight * self.spread[fit, 0, :, :, None], bias * self.spread[fit, 0] + self.center[fit, 0]
+
+
+class LinearBank(_Regression):
+    """Linear probes; squared error."""
+
+    form = "linear"
+
+    def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
+        best = self._best(fit)
+        weight, bias = self._rescaled(best["weight"], best["bias"], fit)
+        return {"weight": weight, "bias": bias}
+
+
+class LogisticBank(DescentBank):
+    """Logistic regression of a target that is 0 or 1; cross-entropy."""
+
+    form = "logistic"
+
+    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        start = super().initial(targets, generator)
+        odds = self._training_means(targets).clamp(LEAST_SHARE, 1 - LEAST_SHARE).logit()
+        return start | {"bias": odds[:, None, None].expand(self.shape).to(self.mean).clone()}
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        wanted = targets.to(outputs)[None, :, None, None].expand_as(outputs)
+        return binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
+
+    def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
+        return self._best(fit)
+
+
+class OrdinalBank(DescentBank):
+    """Cumulative-logit probes of V ordered options; McCullagh (1980), "Regression models for ordinal data".
+
+    A target is the share of each option: all of it on one for a single rating, the exact distribution, or how often it
+    was given over seeds. The loss is cross-entropy with it.
+
+    Parameters
+    ----------
+    values
+        [V] what the options are worth, rising.
+    """
+
+    form = "ordinal"
+    values: torch.Tensor
+
+    def __init__(self, *args: Any, values: torch.Tensor, **kwargs: Any) -> None:
+        self._options = len(values)
+        super().__init__(*args, **kwargs)
+        self.register_buffer("values", values.to(self.mean))
+
+    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        # Thresholds are the first and the softplus of the steps from one to the next, so that they rise.
+        below = self._training_means(targets).cumsum(-1)[..., :-1]
+        thresholds = below.clamp(LEAST_SHARE, 1 - LEAST_SHARE).logit()
+        steps = thresholds.diff(dim=-1).clamp(min=LEAST_SHARE)
+        steps = steps + (-(-steps).expm1()).log()  # softplus, turned round
+        first = thresholds[:, None, None, :, 0].expand(self.shape)
+        return {
+            "weight": torch.zeros(*self.shape, self.d_model),
+            "first": first.to(self.mean).clone(),
+            "steps": steps[:, None, None].expand(*self.shape, -1).to(self.mean).clone(),
+        }
+
+    def outputs(self, z: torch.Tensor) -> torch.Tensor:
+        return self._product(z, self.parts["weight"])
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        thresholds = _rising(self.parts["first"], self.parts["steps"])[:, None]
+        p = option_probabilities(outputs, thresholds).clamp(min=torch.finfo(outputs.dtype).tiny)
+        return -(targets.to(outputs)[None, :, None, None] * p.log()).sum(-1)
+
+    def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
+        best = self._best(fit)
+        thresholds = _rising(best["first"], best["steps"])
+        values = self.values.expand(*thresholds.shape[:-1], self._options)
+        return {"weight": best["weight"], "thresholds": thresholds, "values": values}
+
+
+class MlpBank(_Regression):
+    """Perceptrons with one hidden layer (GELU); squared error."""
+
+    form = "mlp"
+    decayed = ("hidden_weight", "out_weight")
+
+    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        h, d = self.descent.hidden, self.d_model
+        return {
+            "hidden_weight": torch.randn(*self.shape, h, d, generator=generator) / math.sqrt(d),
+            "hidden_bias": torch.zeros(*self.shape, h),
+            "out_weight": torch.randn(*self.shape, h, generator=generator) / math.sqrt(h),
+            "bias": torch.zeros(self.shape),
+        }
+
+    def outputs(self, z: torch.Tensor) -> torch.Tensor:
+        parts = self.parts
+        fits, count, penalties, targets, h, d = parts["hidden_weight"].shape
+        weight = parts["hidden_weight"].reshape(fits, count, penalties, targets * h, d)
+        hidden = self._product(z, weight).unflatten(-1, (targets, h))
+        hidden = gelu(hidden + parts["hidden_bias"][:, None])
+        return (hidden * parts["out_weight"][:, None]).sum(-1) + parts["bias"][:, None]
+
+    def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
+        best = self._best(fit)
+        out_weight, bias = self._rescaled(best["out_weight"], best["bias"], fit)
+        return {**best, "out_weight": out_weight, "bias": bias}
+
+
+def _rising(first: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """[..., V - 1] thresholds from the first [...] and the steps [..., V - 2] before softplus."""
+    return torch.cat([first[..., None], first[..., None] + softplus(steps).cumsum(-1)], dim=-1)

@@ -1,0 +1,91 @@
+"""Difference of means: the direction from tasks rated low to tasks rated high, with a line fitted along it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from prefs.probes.bank import ProbeBank
+from prefs.probes.data import Moments, ProbeBatch
+from prefs.probes.folds import Splits
+from prefs.probes.probe import Site
+
+
+class MeanDifferenceBank(ProbeBank):
+    """The mean of the tasks above the target's median less that of the others, in standardised features.
+
+    Trained in two passes, without the validation tasks: the first takes the means, the second fits rating = bias +
+    slope * projection by least squares. The squared error on the validation tasks compares sites.
+    """
+
+    form = "linear"
+    middle: torch.Tensor
+
+    def __init__(
+        self, sites: Sequence[Site], d_model: int, targets: torch.Tensor, splits: Splits, moments: Moments
+    ) -> None:
+        super().__init__(sites, d_model, targets.shape[1], splits, 1)
+        self.automatic_optimization = False
+        self.standardise(moments)
+        fits, count = splits.fits, len(sites)
+        rows = [torch.as_tensor(splits.training(fit) & ~splits.validation) for fit in range(fits)]
+        middle = [targets[mine].double().quantile(0.5, dim=0) for mine in rows]
+        # What lies on the median is low, unless nothing is lower: a target of 0 and 1 is cut between them.
+        middle = [
+            torch.where((targets[mine] > m).any(0), m, m - torch.finfo(torch.float64).eps * m.abs().clamp(min=1))
+            for mine, m in zip(rows, middle, strict=True)
+        ]
+        self.register_buffer("middle", torch.stack(middle))
+        self.weight = torch.nn.Parameter(torch.zeros(fits, count, self.targets, d_model))
+        self.bias = torch.nn.Parameter(torch.zeros(fits, count, self.targets))
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
+        return {"weight": self.weight[fit], "bias": self.bias[fit]}
+
+    def on_train_epoch_start(self) -> None:
+        fits, count, d = self.mean.shape
+        if self.trainer.current_epoch == 0:
+            shapes = {"n": (fits, 2, self.targets), "x": (fits, 2, count, self.targets, d)}
+        else:
+            shapes = {"moments": (fits, 2, 6, count, self.targets)}
+        self._sums = {name: self.mean.new_zeros(shape) for name, shape in shapes.items()}
+
+    @torch.no_grad()
+    def training_step(self, batch: ProbeBatch, batch_idx: int) -> None:
+        """Add a batch to the sums."""
+        y = batch.targets.to(self.mean)
+        for fit in range(self.splits.fits):
+            seen = self.group[batch.rows] != fit
+            left_out = self.validation[batch.rows]
+            z = (batch.features.to(self.mean) - self.mean[fit]) / self.scale[fit]
+            if self.trainer.current_epoch == 0:
+                high = batch.targets.double() > self.middle[fit]
+                for side, chosen in enumerate((~high, high)):
+                    mine = (chosen & (seen & ~left_out)[:, None]).to(z)
+                    self._sums["n"][fit, side] += mine.sum(0)
+                    self._sums["x"][fit, side] += torch.einsum("bsd,bt->std", z, mine)
+                continue
+            p = torch.einsum("bsd,std->bst", z, self.weight[fit])
+            wide = y[:, None].expand_as(p)
+            parts = torch.stack([torch.ones_like(p), p, wide, p * p, p * wide, wide * wide])
+            for part, mine in enumerate((seen & ~left_out, seen & left_out)):
+                self._sums["moments"][fit, part] += parts[:, mine].sum(1)
+
+    @torch.no_grad()
+    def on_train_epoch_end(self) -> None:
+        """Put the devices' shares together: the directions, and then the lines along them."""
+        sums = {name: self.trainer.strategy.reduce(part, reduce_op="sum") for name, part in self._sums.items()}
+        if self.trainer.current_epoch == 0:
+            means = sums["x"] / sums["n"].clamp(min=1)[:, :, None, :, None]
+            self.weight.copy_(means[:, 1] - means[:, 0])
+            return
+        n, p, y, pp, py, _ = sums["moments"][:, 0].unbind(1)
+        spread = n * pp - p * p
+        slope = torch.where(spread > 0, (n * py - p * y) / spread, 0.0)
+        self.bias.copy_((y - slope * p) / n)
+        self.weight.mul_(slope[..., None])
+        n, p, y, pp, py, yy = sums["moments"][:, 1].unbind(1)
+        error = yy + slope**2 * pp + n * self.bias**2 + 2 * (slope * self.bias * p - slope * py - self.bias * y)
+        self.criterion = (error / n)[:, :, None]

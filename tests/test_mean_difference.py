@@ -1,0 +1,35 @@
+"""Difference of means, against the same in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from probe_data import features, planted, vectors
+
+from prefs.probes.folds import Splits
+from prefs.probes.train import Training, train
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_the_direction_and_line_are_those_of_the_training_tasks(binary):
+    x = vectors(90, 2, 6)
+    y = planted(x, 1, 0.4)
+    y = (y > 0.8).astype(float) if binary else y
+    splits = Splits.of(np.arange(90) % 3, 0)
+    found = train(features(x), torch.tensor(y)[:, None], splits, Training(kind="mean_difference"), kept=1)
+    for fit in range(4):
+        rows = splits.training(fit) & ~splits.validation
+        wide = x[:, 1].double().numpy()
+        z = (wide - wide[rows].mean(0)) / wide[rows].std(0)
+        high = y[rows] > (0.5 if binary else np.median(y[rows]))
+        direction = z[rows][high].mean(0) - z[rows][~high].mean(0)
+        slope, bias = np.polyfit(z[rows] @ direction, y[rows], 1)
+        line = z @ direction * slope + bias
+        np.testing.assert_allclose(found.probe(fit, 1, 0, "y").predict(x[:, 1]), line, atol=1e-4)
+        seen = splits.training(fit) & splits.validation
+        assert found.criterion[fit, 1, 0] == pytest.approx(((line - y) ** 2)[seen].mean(), rel=1e-5)
+        if fit < 3:
+            held_out = splits.group == fit
+            np.testing.assert_allclose(found.out_of_fold[held_out, 1, 0], line[held_out], atol=1e-4)
+    assert found.best_sites()[3, 0] == 1

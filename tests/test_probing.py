@@ -1,0 +1,181 @@
+"""The stage: from vectors in a store to tables, and plain words where there is nothing to probe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from probe_data import planted, vectors
+
+from prefs.config import ProbeConfig, ProbeControlsConfig
+from prefs.measured import Measured
+from prefs.models.backend import Sampling
+from prefs.probes.card import load_probe
+from prefs.probing import NoProbe, ProbeReport, Subject, probe
+from prefs.records import Residuals
+from prefs.store import Store
+
+N, LAYERS, POSITIONS = 48, (1, 4, 8), ("mean_completion", "rating")
+ORIGINS = ("MATH", "ALPACA", "WILDCHAT", "BAILBENCH")
+
+
+def config(**changes: object) -> ProbeConfig:
+    controls = ProbeControlsConfig(permutations=9, random_directions=20, embedding_model=None)
+    made = ProbeConfig(
+        "ridge", targets=["exact", "sampled", "single"], penalties=[0.1, 10.0], folds=4, controls=controls
+    )
+    return replace(made, **changes)
+
+
+def subject(
+    folder: Path, x: torch.Tensor, *, name: str = "anchored", absent: tuple[int, ...] = (), seed: int = 0
+) -> Subject:
+    """Ratings that layer 4 at `rating` knows, with vectors [N, positions * layers, d] in a store."""
+    residuals = []
+    for at, position in enumerate(POSITIONS):
+        shards = Store(folder).vectors("residuals", {"position": position, "of": name})
+        keys = [shards.key(task=task) for task in range(N)]
+        there = [task for task in range(N) if task not in absent]
+        mine = x[there, at * len(LAYERS) : (at + 1) * len(LAYERS)]
+        shards.append([keys[task] for task in there], list(LAYERS), mine, [keys[task] for task in absent])
+        shards.refresh()
+        residuals.append(Residuals(position, LAYERS, keys, shards))
+    rng = np.random.default_rng(seed)
+    p = 1 / (1 + np.exp(-planted(x, 4, 0.2)))
+    sampled = np.where(rng.random((N, 3)) < p[:, None], 5.0, 1.0)
+    sampled[:5, 0] = np.nan
+    measured = Measured(
+        tasks=tuple(f"task-{at}" for at in range(N)),
+        origins=tuple(ORIGINS[at % 4] for at in range(N)),
+        says=("1", "5"),
+        values=(1.0, 5.0),
+        sampled=sampled,
+        mass=0.9 * np.stack([1 - p, p], axis=1),
+        refused=(p < 0.2).astype(float),
+    )
+    texts = [f"words of task {at}" for at in range(N)]
+    return Subject(name, measured, Sampling(1.0, 1.0, 8), texts, texts, residuals)
+
+
+@pytest.fixture(scope="module")
+def x() -> torch.Tensor:
+    return vectors(N, len(POSITIONS) * len(LAYERS), 8)
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory, x) -> Subject:
+    return subject(tmp_path_factory.mktemp("store"), x, absent=(7,))
+
+
+@pytest.fixture(scope="module")
+def report(cell) -> ProbeReport:
+    found = probe(cell, config(), 50, [])
+    assert isinstance(found, ProbeReport)
+    return found
+
+
+def test_every_table_is_there(report):
+    targets = ["exact", "mean of 3 seeds", "one seed"]
+    assert (report.metric, report.left_out) == ("R²", 1)
+    assert report.scores.groupby(["target", "position", "layer"]).size().tolist() == [1] * 18
+    chosen = report.chosen.set_index("target")
+    assert chosen.index.tolist() == targets
+    assert chosen.loc["exact", ["position", "layer"]].tolist() == ["rating", 4]
+    assert chosen.loc["exact", "score"] > 0.8
+    assert chosen.loc["exact", "p"] == pytest.approx(0.1)
+    assert chosen["n"].tolist() == [47, 47, 42]
+    assert chosen.loc["exact", "sites"] == "rating, layer 4 (4)"
+    assert (chosen["ceiling"] <= 1).all()
+    controls = set(report.controls["control"])
+    assert {"origin mean", "length", "words (TF-IDF)", "random direction", "probe, shuffled targets"} <= controls
+    assert "probe, origin means removed" in controls
+    assert len(report.origins) == 3 * 4
+    assert report.origins.query("target == 'exact'")["n"].sum() == 47
+    assert report.transfer[["trained_on", "tested_on"]].drop_duplicates().shape == (9, 2)
+    same = report.transfer.query("trained_on == 'exact' and tested_on == 'exact'").iloc[0]
+    assert same["r"] == pytest.approx(chosen.loc["exact", "pearson"], abs=1e-4)
+    assert "task-7" not in set(report.predictions["task"])
+
+
+def test_saved_probes_predict_what_the_tables_say(report, tmp_path, x):
+    written = report.save(tmp_path, {"model": {"id": "m"}})
+    assert set(written) == {"exact", "sampled", "single"}
+    saved = load_probe(tmp_path / "exact")
+    assert saved.card["metrics"]["score"] == pytest.approx(report.chosen["score"][0])
+    assert len(saved.sites) == 6
+    column = report.features.sites.index(saved.probe.site)
+    used = [at for at in range(N) if at != 7]
+    y = report.subject.measured.exact.mean[used]
+    assert np.corrcoef(saved.probe.predict(x[used, column]), y)[0, 1] > 0.9
+
+
+def test_transfer_between_two_templates_of_a_job(report, x, tmp_path):
+    other = probe(subject(tmp_path, x, name="likert", seed=1), config(targets=["exact"]), 0, [report])
+    assert isinstance(other, ProbeReport)
+    table = other.transfer.set_index(["trained_on", "tested_on"])
+    assert len(table) == 16
+    # The same ratings and the same vectors under another name, and one task more.
+    there = table.loc[("anchored: exact", "likert: exact")]
+    assert there["n"] == 47
+    assert there["r"] > 0.9
+
+
+def test_a_yes_and_no(cell):
+    logistic = config(
+        kind="logistic", targets=["good", "refused"], threshold="median", max_epochs=80, learning_rate=0.03
+    )
+    found = probe(cell, logistic, 20, [])
+    assert isinstance(found, ProbeReport)
+    assert found.metric == "AUC"
+    assert found.chosen["score"].min() > 0.8
+    assert set(found.predictions["measured"]) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("kind", ["linear", "ordinal", "mlp", "mean_difference"])
+def test_every_kind_goes_through(cell, kind, tmp_path):
+    few = ProbeControlsConfig(permutations=2, random_directions=0, texts=False, embedding_model=None)
+    found = probe(cell, config(kind=kind, targets=["exact"], max_epochs=30, learning_rate=0.03, controls=few), 0, [])
+    assert isinstance(found, ProbeReport)
+    assert found.chosen["pearson"][0] > 0.5
+    found.save(tmp_path, {})
+    assert load_probe(tmp_path / "exact").probe.kind == {"mean_difference": "linear"}.get(kind, kind)
+
+
+def test_a_broken_vector_is_named_by_task_position_and_layer(tmp_path, x):
+    broken = x.clone()
+    broken[9, 3, 3] = torch.nan
+    found = probe(subject(tmp_path, broken), config(), 0, [])
+    assert isinstance(found, NoProbe)
+    assert found.reason.startswith("the vector of task task-9 at rating, layer 1 holds a NaN")
+
+
+def test_fewer_tasks_than_folds(tmp_path, x):
+    found = probe(subject(tmp_path, x, absent=tuple(range(3, N))), config(), 0, [])
+    assert isinstance(found, NoProbe)
+    assert "3 tasks have a vector at mean_completion, rating; 4 folds need 4" in found.reason
+    found = probe(subject(tmp_path, x), config(folds=49), 0, [])
+    assert isinstance(found, NoProbe)
+    assert found.reason == "48 tasks cannot fill 49 folds: give more tasks or fewer folds (probe.folds)"
+
+
+def test_a_constant_target_is_left_out_with_its_reason(cell):
+    flat = replace(cell, measured=replace(cell.measured, sampled=np.full((N, 3), 5.0)))
+    found = probe(flat, config(), 0, [])
+    assert isinstance(found, ProbeReport)
+    assert [each.target.key for each in found.nothing] == ["sampled", "single"]
+    assert found.chosen["target"].tolist() == ["exact"]
+    found = probe(flat, config(targets=["sampled"]), 0, [])
+    assert isinstance(found, NoProbe)
+    assert found.reason == "mean of 3 seeds: all 47 tasks have the same value, 5: there is nothing to predict"
+
+
+def test_an_origin_of_one_task_has_its_reason(cell):
+    lone = replace(cell, measured=replace(cell.measured, origins=("ONE",) + ("MATH",) * 24 + ("ALPACA",) * 23))
+    found = probe(lone, config(targets=["exact"]), 0, [])
+    assert isinstance(found, ProbeReport)
+    row = found.origins.set_index("origin").loc["ONE"]
+    assert np.isnan(row["score"])
+    assert row["score_reason"] == "fewer than 3 tasks (1)"

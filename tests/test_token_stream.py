@@ -1,0 +1,102 @@
+"""The residual stream token by token: the vectors of plain transformers, and tokens that join to the text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import gemma2, llama, plain_model, tiny_model
+
+from prefs.chat import Message
+from prefs.config import POSITIONS
+from prefs.errors import UserError
+from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
+from prefs.models.loading import Models
+from prefs.models.token_stream import owners, token_texts
+from prefs.options import ask
+
+QUESTION = Question("Did you like it?", ("yes", "no"), "Well: ")
+TURNS = (Message("user", "Say <|im_end|> 🦄, please. " * 3), Message("assistant", "Here: <|im_end|>\n\n🦄"))
+
+
+@pytest.fixture(scope="module", params=[llama, gemma2], ids=["llama", "gemma2"])
+def both(request, tmp_path_factory):
+    spec = tiny_model(tmp_path_factory.mktemp("model"), request.param())
+    return Models().get(spec), plain_model(spec)
+
+
+@torch.inference_mode()
+def test_vectors_are_those_of_plain_transformers(both):
+    backend, plain = both
+    asked = ask(backend.encoder, TURNS, QUESTION)
+    hidden = plain(torch.tensor([asked.ids]), output_hidden_states=True).hidden_states
+    for layer in (0, 3):
+        stream = backend.residual_stream(TURNS, layer, QUESTION)
+        torch.testing.assert_close(stream.vectors, hidden[layer + 1][0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_vector_of_each_position_is_the_one_that_is_captured(both):
+    backend, _ = both
+    capture = CaptureRequest((2,), POSITIONS)
+    (observed,) = backend.observe([TURNS], [Ask(QUESTION, scores=())], Sampling(0.0, 1.0, 1), capture)
+    stream = backend.residual_stream(TURNS, 2, QUESTION)
+    assert stream.ranges.keys() == set(POSITIONS)
+    captured = {**observed.residuals, "rating": observed.answers[0].residual}
+    for position, (start, end) in stream.ranges.items():
+        torch.testing.assert_close(
+            stream.vectors[start:end].mean(dim=0), captured[position][0], atol=1e-5, rtol=1e-4, msg=position
+        )
+
+
+def test_without_a_question_it_ends_with_the_completion_and_says_whose_each_token_is(both):
+    backend, _ = both
+    stream = backend.residual_stream(TURNS, 2)
+    whole = backend.residual_stream(TURNS, 2, QUESTION)
+    assert whole.tokens[: len(stream.tokens)] == stream.tokens
+    torch.testing.assert_close(whole.vectors[: len(stream.tokens)], stream.vectors, atol=1e-5, rtol=1e-4)
+    assert "rating" not in stream.ranges
+    assert stream.ranges["last_completion"][1] == len(stream.tokens)
+    for message in TURNS:
+        own = [at for at, role in enumerate(stream.roles) if role == message.role]
+        assert "".join(stream.tokens[at] for at in own) == message.content.strip()
+        assert not any(stream.control[at] for at in own)  # <|im_end|> in a text is text
+    assert {stream.tokens[at] for at, control in enumerate(stream.control) if control} == {"<|im_start|>", "<|im_end|>"}
+
+
+def test_an_opened_turn_ends_where_it_was_opened(both):
+    backend, _ = both
+    stream = backend.residual_stream((TURNS[0], Message("assistant", "")), 2)
+    assert stream.ranges == {"last_prompt": (len(stream.tokens) - 1, len(stream.tokens))}
+    assert "".join(stream.tokens).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("layer", [5, -1])
+def test_a_layer_that_is_not_there(both, layer):
+    backend, _ = both
+    with pytest.raises(UserError, match=f"has layers 0 to 4, and no layer {layer}"):
+        backend.residual_stream(TURNS, layer)
+
+
+@given(text=st.text(max_size=15))
+def test_tokens_join_to_the_text(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids)
+
+
+@given(ids=st.lists(st.integers(0, 49151), max_size=20))
+def test_any_ids_have_texts(tokenizer, ids):
+    """What a model writes need not be Unicode."""
+    assert len(token_texts(tokenizer, ids)) == len(ids)
+
+
+def test_a_character_of_several_tokens_stands_with_its_last(tokenizer):
+    ids = tokenizer.encode("a🦄b", add_special_tokens=False)
+    assert len(ids) > 3
+    assert token_texts(tokenizer, ids) == ("a", *[""] * (len(ids) - 3), "🦄", "b")
+
+
+def test_owners_of_spans_beyond_the_end():
+    assert owners(3, [(1, 2), (3, 3), (5, 9)], ["user", "assistant", "user"]) == (None, "user", None)
