@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from hydra.utils import instantiate
 from rich.console import Console
 
 from prefs import closing, plots
@@ -235,7 +236,9 @@ def _report(
     residuals = _residuals(config, rated, cell.key, rater)
     probed = None
     if config.probe.kind != "none":
-        probed = probe(_subject(cell, residuals), config.probe, config.stats.bootstrap, earlier)
+        # Loggers and callbacks of Lightning's Trainer come by `_target_`, as everywhere in Hydra.
+        probing = replace(config.probe, trainer=instantiate(config.probe.trainer, _convert_="all"))
+        probed = probe(_subject(cell, residuals), probing, config.stats.bootstrap, earlier)
     if isinstance(probed, ProbeReport):
         tables |= probed.tables
     for name, table in tables.items():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from probe_data import features, fit, planted, vectors
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from prefs.errors import UserError
 from prefs.probes.data import ProbeData
 from prefs.probes.descent import Descent, LinearBank
 from prefs.probes.folds import Splits
@@ -160,9 +163,40 @@ def test_the_seed_decides_and_the_global_one_is_left_alone(kind):
     assert np.array_equal(first.out_of_fold, trained(kind, x, y, epochs=5).out_of_fold)
 
 
-def test_a_learning_rate_that_diverges_leaves_the_probe_at_the_mean():
+def test_a_learning_rate_that_diverges_leaves_the_probe_at_the_mean(caplog):
     x = vectors(60, 1, 5)
     y = planted(x, 0, 1.0)[:, None]
-    found = trained("linear", x, y, descent=Descent("sgd", 1e6, patience=3), epochs=20)
+    found = trained("linear", x, y, descent=Descent("sgd", 1e6, patience=30), epochs=40)
+    assert "some probes diverged" in caplog.text
     assert np.isfinite(found.out_of_fold).all()
     assert np.abs(found.out_of_fold - y.mean()).max() < 1
+
+
+def test_lightnings_loggers_and_callbacks_are_the_users(tmp_path):
+    x = vectors(60, 1, 5)
+    splits = Splits.of(np.arange(60) % 3, 0)
+    seen = []
+
+    class Watch(lightning.Callback):
+        def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+            seen.append(trainer.current_epoch)
+
+    both = {"callbacks": [Watch()], "logger": CSVLogger(tmp_path, name="", version="")}
+    settings = Training(kind="linear", penalties=(0.1,), max_epochs=4, trainer=both)
+    train(features(x), torch.tensor(planted(x, 0, 0.5))[:, None], splits, settings, kept=1)
+    assert seen == [0, 1, 2, 3]
+    names, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert {"probe/loss", "probe/validation_loss", "probe/stopped"} <= set(names.split(","))
+    assert rows
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [({"device": 2}, "unexpected keyword"), ({"accelerator": "warp"}, "accelerator"), ({"precision": "7"}, "7")],
+)
+def test_what_lightning_refuses_is_one_line(trainer, message):
+    x = vectors(20, 1, 3)
+    settings = Training(kind="ridge", trainer=trainer)
+    with pytest.raises(UserError, match=rf"probe\.trainer: .*{message}") as caught:
+        train(features(x), torch.zeros(20, 1), Splits.of(np.arange(20) % 2, 0), settings, kept=1)
+    assert "\n" not in str(caught.value)

@@ -45,6 +45,7 @@ class DescentBank(ProbeBank):
     center: torch.Tensor
     spread: torch.Tensor
     stale: torch.Tensor
+    _diverged: torch.Tensor
     # Which parameters the penalty pulls to 0.
     decayed: tuple[str, ...] = ("weight",)
 
@@ -74,6 +75,7 @@ class DescentBank(ProbeBank):
             {name: torch.nn.Parameter(part.detach().clone(), requires_grad=False) for name, part in self.parts.items()}
         )
         self.register_buffer("stale", torch.zeros(self.shape, dtype=torch.long))
+        self.register_buffer("_diverged", torch.tensor(False))
         self._total: torch.Tensor | None = None
         self._count: torch.Tensor | None = None
 
@@ -164,6 +166,7 @@ class DescentBank(ProbeBank):
         strategy = self.trainer.strategy
         total, count = (strategy.reduce(part, reduce_op="sum") for part in (self._total, self._count))
         loss = total / count[:, None, None, None]
+        self._diverged |= ~loss.isfinite().all()
         better = loss < self.criterion - self.descent.min_delta
         self.criterion = torch.where(better, loss, self.criterion)
         self.stale = torch.where(better, 0, self.stale + 1)
@@ -172,6 +175,11 @@ class DescentBank(ProbeBank):
             self.best[name].data = torch.where(wide, part.detach(), self.best[name])
         self.log("probe/validation_loss", loss.mean())
         self.log("probe/stopped", self.stopped().float().mean())
+
+    @property
+    def diverged(self) -> bool:
+        """Whether any loss was ever NaN or infinite."""
+        return bool(self._diverged)
 
     def stopped(self) -> torch.Tensor:
         """[F, S, P, T] bool: the probes whose patience has run out."""

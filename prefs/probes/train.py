@@ -13,10 +13,12 @@ import lightning
 import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from threadpoolctl import threadpool_limits
 
+from prefs.errors import UserError
 from prefs.probes.bank import ProbeBank
 from prefs.probes.data import ProbeData
 from prefs.probes.descent import Descent, DescentBank, EachStopsAlone, LinearBank, LogisticBank, MlpBank, OrdinalBank
@@ -43,7 +45,7 @@ class Training:
     """How a bank is trained.
 
     ``trainer`` are further arguments of Lightning's ``Trainer``, as Lightning spells them: ``accelerator``,
-    ``devices``, ``strategy``, ``precision`` ...
+    ``devices``, ``strategy``, ``precision``, ``callbacks``, ``logger`` ...
     """
 
     kind: Kind = "ridge"
@@ -120,6 +122,8 @@ def train(
         If shapes do not agree, or a target is not finite.
     NotFinite
         If a vector is not.
+    UserError
+        If Lightning refuses the arguments of its Trainer.
     """
     count = len(features.sites)
     width = _width(features, targets, splits, training)
@@ -133,6 +137,8 @@ def train(
         for sites in groups:
             data, bank = _prepare(features, sites, targets, splits, training, values)
             _fit(bank, data, training, logger)
+            if isinstance(bank, DescentBank) and bank.diverged:
+                log.warning("some probes diverged and stay where they were best; lower probe.learning_rate")
             for rows, predictions in _predict(bank, data, training):
                 out_of_fold[rows.numpy(), sites] = predictions.float().numpy()
             criterion.append(bank.criterion.gather(2, bank.chosen[:, :, None]).squeeze(2).double().cpu().numpy())
@@ -213,7 +219,8 @@ def _fit(bank: ProbeBank, data: ProbeData, training: Training, logger: Logger | 
 
 
 def _predict(bank: ProbeBank, data: ProbeData, training: Training) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    one = {**training.trainer, "strategy": "auto", "devices": 1}
+    alone = {"strategy": "auto", "devices": 1, "callbacks": [], "logger": False}
+    one = {**training.trainer, **alone}
     with _quiet(), torch.random.fork_rng(devices=[]), _threads(data.d_model):
         trainer = _trainer(Training(kind=training.kind, trainer=one), None)
         found: Any = trainer.predict(bank, dataloaders=data.predict_dataloader())
@@ -235,13 +242,17 @@ def _trainer(training: Training, logger: Logger | None, **arguments: Any) -> lig
         **arguments,
         **training.trainer,
     }
+    settings["callbacks"] = [*arguments.get("callbacks", []), *training.trainer.get("callbacks", [])]
     if settings["devices"] == 1:
         settings["plugins"] = [LightningEnvironment()]  # one process, also inside a Slurm job of several tasks
     if str(settings.get("strategy", "auto")).startswith("ddp"):
         # The buffers of a bank are each device's own until they are added up.
         method = {"ddp_spawn": "spawn", "ddp_fork": "fork"}.get(settings["strategy"], "popen")
         settings["strategy"] = DDPStrategy(start_method=method, broadcast_buffers=False)  # type: ignore[arg-type]
-    return lightning.Trainer(**settings)
+    try:
+        return lightning.Trainer(**settings)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise UserError(f"probe.trainer: {' '.join(str(error).split())}") from None
 
 
 def _ignore(count: int) -> None:
