@@ -83,7 +83,12 @@ def main() -> None:
 
     with one_line():
         sys.argv[1:] = literal(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path="pkg://prefs.score_conf", config_name="score")(job)()
+        try:
+            hydra.main(version_base="1.3", config_path="pkg://prefs.score_conf", config_name="score")(job)()
+        except OSError as error:  # of Hydra, which makes the folder `out`
+            if error.filename is None or wants_traceback:
+                raise
+            raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def literal(arguments: Sequence[str]) -> list[str]:

@@ -393,11 +393,13 @@ def test_the_command(folder):
         (["probe=none", "text= "], "prefs: text: got ' '; allowed: a prompt that is not empty"),
         (["probe=none", "text=Hi", "text_file=x"], "prefs: text_file: got 'x'; allowed: null, since there is text="),
         (["probe=none", "text=Hi"], "prefs: no probe in none: give a folder with probe.json"),
+        (["probe=none", "text=Hi", "out=file/below"], "prefs: file/below: Not a directory"),
         (["probe=none", "text=Hi", "device=gpu"], "prefs: device: got 'gpu'; allowed: auto, cpu"),
         (["probe=none", "text=Hi", "max_new_tokens=0"], "prefs: max_new_tokens: got 0; allowed: 1 or more"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, arguments, line):
+    (tmp_path / "file").touch()
     done = run(tmp_path, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(line)
