@@ -291,6 +291,7 @@ def _save_probes(
         "model_config": plain_config["model"],
         "template": plain_config["template"][cell.key] | {"prefill": cell.ratings.question.prefill},
         "system_prompt": config.rating.system_prompt,
+        "thought": _thought(config, cell) if cell.ratings.thinks else None,
         "dataset": config.dataset.name,
         "scale": scale,
         "tasks": features_digest(residuals),
@@ -299,6 +300,13 @@ def _save_probes(
     shown = {name: card[name] for name in ("model", "dataset", "tasks")} | {"template": cell.ratings.template.name}
     for key, paths in probed.save(cell.folder / "probe", card).items():
         track.artifact(f"probe-{rater.name}-{cell.key}-{key}", "probe", paths, {**shown, "target": key})
+
+
+def _thought(config: Config, cell: _Cell) -> dict[str, Any]:
+    """What draws the thought after which a rater that thinks was captured at ``rating``."""
+    seeds = cell.ratings.thoughts.seeds if cell.ratings.thoughts is not None else cell.ratings.seeds
+    drawn = {"temperature": config.rating.temperature, "top_p": config.rating.top_p}
+    return {"seed": (*seeds, 0)[0], **drawn}
 
 
 def _residuals(config: Config, rated: Rated, key: str, rater: ModelSpec) -> list[Residuals]:
