@@ -223,10 +223,12 @@ def variance_lines(frame: pd.DataFrame) -> Table:
 def probe_lines(frame: pd.DataFrame) -> Table:
     """Each cell's probes by target, beside the best control that never looks into the model."""
     metrics = " or ".join(dict.fromkeys(frame["metric"]))
-    table = new_table(f"Probes: {metrics} on held-out tasks; site and penalty chosen by the other folds", first="cell")
-    for name in ("n", f"{metrics} [95 %]", "p", "ceiling"):
+    counts = sorted(set(frame["n"]))
+    tasks = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    title = f"Probes: {metrics} on {tasks} held-out tasks; control: the best without the model"
+    table = new_table(title, first="target")
+    for name in (f"{metrics} [95 %]", "p", "ceiling", "control"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("best control")
     table.add_column("position, layer")
     for cell, rows in frame.groupby("cell", sort=False):
         table.add_row(str(cell), style="bold")
@@ -234,16 +236,8 @@ def probe_lines(frame: pd.DataFrame) -> Table:
             score = number(row["score"])
             if not pd.isna(row["score_low"]):
                 score += f" [{number(row['score_low'])}, {number(row['score_high'])}]"
-            best = row["best_control"]
-            table.add_row(
-                f"  {row['target']}",
-                f"{row['n']}",
-                score,
-                number(row["p"]),
-                number(row["ceiling"]),
-                MISSING if pd.isna(best) else f"{number(row['best_control_score'])} {best}",
-                f"{row['position']}, {row['layer']}",
-            )
+            numbers = (number(row[name]) for name in ("p", "ceiling", "best_control_score"))
+            table.add_row(f"  {row['target']}", score, *numbers, f"{row['position']}, {row['layer']}")
     table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 18
     return table
 
