@@ -223,6 +223,7 @@ def variance_lines(frame: pd.DataFrame) -> Table:
 def probe_lines(frame: pd.DataFrame) -> Table:
     """Each cell's probes by target, beside the best control that never looks into the model."""
     metrics = " or ".join(dict.fromkeys(frame["metric"]))
+    one_rater = frame["rater"].nunique() == 1
     counts = sorted(set(frame["n"]))
     tasks = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     title = f"Probes: {metrics} on {tasks} held-out tasks; control: the best without the model"
@@ -231,7 +232,8 @@ def probe_lines(frame: pd.DataFrame) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("position, layer")
     for cell, rows in frame.groupby("cell", sort=False):
-        table.add_row(str(cell), style="bold")
+        prefix = f"{rows['rater'].iloc[0]}-" if one_rater else ""
+        table.add_row(str(cell).removeprefix(prefix), style="bold")
         for row in rows.to_dict("records"):
             score = number(row["score"])
             if not pd.isna(row["score_low"]):
