@@ -223,7 +223,7 @@ def variance_lines(frame: pd.DataFrame) -> Table:
 def probe_lines(frame: pd.DataFrame) -> Table:
     """Each cell's probes by target, beside the best control that never looks into the model."""
     metrics = " or ".join(dict.fromkeys(frame["metric"]))
-    one_rater = frame["rater"].nunique() == 1
+    one_rater = len(set(frame["rater"])) == 1
     counts = sorted(set(frame["n"]))
     tasks = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     title = f"Probes: {metrics} on {tasks} held-out tasks; control: the best without the model"
