@@ -221,69 +221,25 @@ def variance_lines(frame: pd.DataFrame) -> Table:
 
 
 def probe_lines(frame: pd.DataFrame) -> Table:
-    """Each cell's probes by target. Controls that beat them are named in the cautions, and are all in the page."""
+    """Each cell's probes by target, beside the best control that never looks into the model."""
     metrics = " or ".join(dict.fromkeys(frame["metric"]))
-    table = new_table(f"Probes: {metrics} on held-out tasks; site and penalty chosen by other folds", first="cell")
-    for name in (f"{metrics} [95 %]", "p", "ceiling"):
+    one_rater = len(set(frame["rater"])) == 1
+    counts = sorted(set(frame["n"]))
+    tasks = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    title = f"Probes: {metrics} on {tasks} held-out tasks; control: the best without the model"
+    table = new_table(title, first="target")
+    for name in (f"{metrics} [95 %]", "p", "ceiling", "control"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("position, layer", justify="right")
+    table.add_column("position, layer")
     for cell, rows in frame.groupby("cell", sort=False):
-        table.add_row(str(cell), style="bold")
+        prefix = f"{rows['rater'].iloc[0]}-" if one_rater else ""
+        table.add_row(str(cell).removeprefix(prefix), style="bold")
         for row in rows.to_dict("records"):
             score = number(row["score"])
             if not pd.isna(row["score_low"]):
                 score += f" [{number(row['score_low'])}, {number(row['score_high'])}]"
-            table.add_row(
-                f"  {row['target']} ({row['n']})",
-                score,
-                number(row["p"]),
-                number(row["ceiling"]),
-                f"{row['position']}, {row['layer']}",
-            )
-    table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 24
-    return table
-
-
-def variance_lines(frame: pd.DataFrame) -> Table:
-    """Where the noise of one sampled rating comes from: the sources that can be told apart, by condition."""
-    table = new_table("Where the noise comes from: share of the variance of one sampled rating", first="source")
-    table.add_column("share [95 % over tasks]", justify="right", no_wrap=True)
-    table.add_column("not told apart from it", style="dim")
-    for condition in dict.fromkeys(frame["condition"]):
-        if condition:
-            table.add_row(str(condition), style="bold")
-        for row in frame.loc[(frame["condition"] == condition) & frame["share"].notna(), :].to_dict("records"):
-            share = number(row["share"])
-            if not pd.isna(row["share_low"]):
-                share += f" [{number(row['share_low'])}, {number(row['share_high'])}]"
-            table.add_row(str(row["source"]), share, str(row["holds"]))
-    return table
-
-
-def probe_lines(frame: pd.DataFrame) -> Table:
-    """Each cell's probes by target. Controls that beat them are named in the cautions, and are all in the page."""
-    metrics = " or ".join(dict.fromkeys(frame["metric"]))
-    table = new_table(
-        f"Probes: {metrics} on held-out tasks; site and penalty chosen by the other folds; the best control",
-        first="cell",
-    )
-    for name in ("n", f"{metrics} [95 %]", "p", "ceiling"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("position, layer", justify="right")
-    for cell, rows in frame.groupby("cell", sort=False):
-        table.add_row(str(cell), style="bold")
-        for row in rows.to_dict("records"):
-            score = number(row["score"])
-            if not pd.isna(row["score_low"]):
-                score += f" [{number(row['score_low'])}, {number(row['score_high'])}]"
-            table.add_row(
-                f"  {row['target']}",
-                f"{row['n']}",
-                score,
-                number(row["p"]),
-                number(row["ceiling"]),
-                f"{row['position']}, {row['layer']}",
-            )
+            numbers = (number(row[name]) for name in ("p", "ceiling", "best_control_score"))
+            table.add_row(f"  {row['target']}", score, *numbers, f"{row['position']}, {row['layer']}")
     table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 18
     return table
 

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
-from prefs.statistics.agreement import cohen_kappa, correlation
+from prefs.statistics.agreement import cohen_kappa, correlation, correlations
 from prefs.statistics.estimates import Resamples
 
 nan = np.nan
@@ -77,3 +77,17 @@ def test_kappa_interval_is_the_bootstraps():
     got = cohen_kappa(a, b, Resamples.draw(200, 2000))
     peers = [cohen_kappa_score(a[i], b[i]) for i in random.integers(0, 200, size=(2000, 200))]
     assert (got.low, got.high) == pytest.approx(np.quantile(peers, [0.025, 0.975]), abs=0.02)
+
+
+def test_correlations_are_those_of_each_column():
+    random = np.random.default_rng(3)
+    x, ys = random.normal(size=30), random.normal(size=(30, 5))
+    x[:3], ys[5:9, 1], ys[2:, 2], ys[:, 3] = np.nan, np.nan, np.nan, 4.0
+    draws = Resamples.draw(30, 50, 1)
+    found = correlations(x, ys, draws)
+    assert found == [correlation(x, y, draws) for y in ys.T]
+    assert [each.n for each in found] == [27, 23, 0, 27, 27]
+    assert found[0].value == pytest.approx(stats.pearsonr(x[3:], ys[3:, 0]).statistic)
+    assert correlations(x, ys[:, :0], draws) == []
+    with pytest.raises(ValueError, match="measurements must be"):
+        correlations(x, ys[:20], draws)

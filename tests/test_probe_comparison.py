@@ -350,7 +350,7 @@ def test_the_matrix_has_all_targets_or_the_main_ones_or_is_not_drawn(folder):
         "keen, usual\nrating, layer 1\nrandom directions: 0 ± 0.2",
         "wide\nrating, layer 1\nrandom directions: 0 ± 0.14",
     ]
-    whole = cosine_matrices(table, probed, most=9)
+    whole = cosine_matrices(table, probed, all_targets=9, most=9)
     assert [(title, frame.shape) for title, frame in whole.items()] == [(titles[0], (9, 9)), (titles[1], (6, 6))]
     square = whole[titles[1]]
     assert list(square.index) == list(square.columns)
@@ -358,12 +358,12 @@ def test_the_matrix_has_all_targets_or_the_main_ones_or_is_not_drawn(folder):
     assert np.allclose(square, square.T)
     row = of(table, a="wide-anchored: exact", b="wide-stated: one seed", layer=1)
     assert square.loc["anchored: exact", "stated: one seed"] == row["cosine"]
-    main = cosine_matrices(table, probed, most=3)
+    main = cosine_matrices(table, probed, all_targets=3, most=3)
     assert [list(frame.index) for frame in main.values()] == [
         ["keen-anchored: exact", "keen-stated: exact", "usual-anchored: exact"],
         ["anchored: exact", "stated: exact"],
     ]
-    assert list(cosine_matrices(table, probed, most=2)) == [titles[1]]
+    assert list(cosine_matrices(table, probed, all_targets=2, most=2)) == [titles[1]]
 
 
 def test_transfer_is_on_the_tasks_that_both_have(undrawn, tmp_path):
@@ -391,7 +391,7 @@ def test_sampled_ratings_alone_and_a_yes_and_no(undrawn, tmp_path):
     row = of(transfer, trained_on="keen-anchored", tested_on="usual-anchored")
     assert (row["target"], row["ratings"]) == ("mean of 4 seeds", "exact")
     assert of(transfer, trained_on="usual-anchored", tested_on="keen-anchored")["ratings"] == "over seeds"
-    assert "R² or AUC on held-out tasks" in found.printed
+    assert "R² or AUC on 80 held-out tasks" in found.printed
 
 
 # Cautions

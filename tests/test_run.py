@@ -241,7 +241,7 @@ def test_a_sweep_goes_on_after_a_job_that_fails(uninterrupted, tmp_path):
     assert "capture.layers: got 99; allowed: all, or from -30 to 29 (smollm2)" in out
     assert "Of 2 jobs 1 finished. Failed:" in " ".join(out.split())
     assert "Comparison · 1 cell of 2 jobs" in out
-    assert "Probe at rating" in out
+    assert "Probes: R² on held-out tasks" in out
     assert "Traceback" not in err
 
 

@@ -73,12 +73,14 @@ def draw(
 def _of_probes(folder: Path, probed: Sequence[Probed], tables: Mapping[str, pd.DataFrame]) -> dict[str, Path]:
     figures: dict[str, Path] = {}
     if "probe_cosines" in tables:
-        panels = cosine_matrices(tables["probe_cosines"], probed, MOST_NAMES)
-        if panels:
-            figures["probe_cosines"] = plots.matrices(
-                folder / "probe_cosines.png",
+        panels = cosine_matrices(tables["probe_cosines"], probed, all_targets=MOST_CELLS, most=MOST_NAMES)
+        # A figure each: names are long, and side by side too small to be read.
+        for at, (title, square) in enumerate(panels.items()):
+            name = f"probe_cosines_{at}" if at else "probe_cosines"
+            figures[name] = plots.matrices(
+                folder / f"{name}.png",
                 title="Cosine similarity of probes",
-                panels=panels,
+                panels={title: square},
                 label="cosine of the directions",
             )
     if "probe_transfer" in tables:
@@ -86,7 +88,7 @@ def _of_probes(folder: Path, probed: Sequence[Probed], tables: Mapping[str, pd.D
         if max(len(set(table[side])) for side in ("trained_on", "tested_on")) <= MOST_NAMES:
             figures["probe_transfer"] = plots.transfer(
                 folder / "probe_transfer.png",
-                title="Held-out predictions of a cell's probe against every cell's ratings",
+                title="Probe transfer\nthe probe reads the row's model;\nscored against the column's ratings",
                 table=table.drop_duplicates(["trained_on", "tested_on"]),
             )
     return figures

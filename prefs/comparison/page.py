@@ -12,7 +12,7 @@ import yaml
 
 from prefs import sweep
 from prefs.comparison.cells import Cell, Sweep
-from prefs.comparison.figures import MOST_NAMES
+from prefs.comparison.figures import MOST_CELLS, MOST_NAMES
 from prefs.comparison.tables import Block
 from prefs.report import Config, Example, Figure, Rated, Report, Section, Table
 from prefs.summary import by_origin
@@ -122,14 +122,22 @@ def _probe_sections(tables: Mapping[str, pd.DataFrame], figures: tuple[Figure, .
     """One section, where any cell has probes."""
     if "probes" not in tables:
         return []
+    probes = tables["probes"]
+    last = list(probes.columns).index("best_control_score") + 1
     shown = [
         Table(
             "Probes by cell and target",
-            tables["probes"].drop(columns=["rater", "template"]),
+            probes.iloc[:, :last].drop(columns=["rater", "template"]),
             "p is that of each row by itself: of twenty probes of nothing one is expected at .05. No score can be above"
-            " the ceiling but by chance. Controls stand in columns of their own; the best control is the best of those"
-            " that never look into the model.",
-        )
+            " the ceiling but by chance. The best control is the best of those that never look into the model.",
+        ),
+        Table(
+            "Controls",
+            pd.concat([probes[["cell", "target", "score"]], probes.iloc[:, last:]], axis=1),
+            "Of the same held-out tasks. A probe has to beat what is known without looking into the model: the origin,"
+            " the lengths, the words. What it scores of shuffled targets is chance; of targets less the mean of their"
+            " origin, what it reads within origins.",
+        ),
     ]
     if "probe_cosines" in tables:
         table = tables["probe_cosines"]
@@ -160,7 +168,8 @@ def _probe_sections(tables: Mapping[str, pd.DataFrame], figures: tuple[Figure, .
     note = (
         "Scores are of held-out tasks, by probes whose layer, position and penalty were chosen by the other folds: R²,"
         " or AUC for targets of yes and no. A cosine or a transfer is worth no more than the worse of its two probes."
-        f" Matrices of more than {MOST_NAMES} names are not drawn, or with one target a cell."
+        f" Of more than {MOST_CELLS} probes of a model the matrix shows one target a cell; a matrix of more than"
+        f" {MOST_NAMES} is not drawn."
     )
     return [Section("Probes", note, figures, tuple(shown))]
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from prefs.comparison.cells import Cell, flat, telling
 from prefs.comparison.probed import Probed
-from prefs.statistics.agreement import correlation
+from prefs.statistics.agreement import correlations
 from prefs.statistics.estimates import Resamples
 from prefs.summary import columns, numeric
 
@@ -130,18 +130,21 @@ def _cosines(group: Sequence[_Pointing]) -> list[dict[str, object]]:
     return rows
 
 
-def cosine_matrices(table: pd.DataFrame, probed: Sequence[Probed], most: int) -> dict[str, pd.DataFrame]:
-    """Square matrices of `probe_cosines` at the site shown, one a model.
+def cosine_matrices(
+    table: pd.DataFrame, probed: Sequence[Probed], *, all_targets: int, most: int
+) -> dict[str, pd.DataFrame]:
+    """Square matrices of `probe_cosines` at the site shown, one a model, by title.
 
-    Where a model has more than `most` probes, only those of each cell's main target; where these are more, none.
+    Where a model has more than `all_targets` probes, only those of each cell's main target; where these are more than
+    `most`, none.
     """
     main = {each.label(each.main) for each in probed}
     panels = {}
     for model, rows in table.loc[table["shown"], :].groupby("model", sort=False):
         names = list(dict.fromkeys([*rows["a"], *rows["b"]]))
-        if len(names) > most:
+        if len(names) > all_targets:
             names = [name for name in names if name in main]
-        if not 1 < len(names) <= most:
+        if not 1 < len(names) <= max(most, all_targets):
             continue
         square = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
         for row in rows.to_dict("records"):
@@ -165,24 +168,41 @@ def probe_transfer(probed: Sequence[Probed], cells: Sequence[Cell], *, resamples
     without error would reach.
     """
     draws = functools.cache(lambda count: Resamples.draw(count, resamples, seed))
-    where = {cell.name: {task: at for at, task in enumerate(cell.tasks())} for cell in cells}
+    where = [{task: at for at, task in enumerate(cell.tasks())} for cell in cells]
     rows: list[dict[str, object]] = []
     for each in probed:
-        at_home = {task: at for at, task in enumerate(each.cell.measured.tasks)}
-        mine = each.predictions.loc[each.predictions["target"] == each.main, :]
-        held_out = zip(mine["task"], mine["predicted"], strict=True)
-        known = [(at_home[task], float(y)) for task, y in held_out if task in at_home]
-        keys = each.cell.tasks()
-        for cell in cells:
-            there = where[cell.name]
-            common = [(at, there[keys[at]], y) for at, y in known if keys[at] in there]
-            own, other = (np.array([pair[side] for pair in common], dtype=int) for side in (0, 1))
-            predicted, ratings = np.array([y for _, _, y in common]), cell.measured.task_means[other]
-            r = correlation(predicted, ratings, draws(len(common)))
-            agreement = correlation(each.cell.measured.task_means[own], ratings)
-            row: dict[str, object] = {"trained_on": each.name, "tested_on": cell.name, "target": each.main}
-            row |= {"ratings": "over seeds" if cell.measured.exact is None else "exact", "n": r.n}
-            rows.append(row | columns("r", r) | {"ratings_r": agreement.value})
+        keys, ratings = each.cell.tasks(), each.cell.measured.task_means
+        predicted = _held_out(each)
+        # Cells with the same tasks in common are resampled together.
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for column, there in enumerate(where):
+            common = (at for at, key in enumerate(keys) if key in there and np.isfinite(predicted[at]))
+            alike.setdefault(tuple(common), []).append(column)
+        found: dict[int, dict[str, object]] = {}
+        for common, members in alike.items():
+            mine = list(common)
+            others = np.empty((len(mine), len(members)))
+            for at, column in enumerate(members):
+                there = [where[column][keys[row]] for row in mine]
+                others[:, at] = cells[column].measured.task_means[there]
+            of_ratings = correlations(ratings[mine], others)
+            of_probe = correlations(predicted[mine], others, draws(len(mine)))
+            for column, r, own in zip(members, of_probe, of_ratings, strict=True):
+                row: dict[str, object] = {"trained_on": each.name, "tested_on": cells[column].name, "target": each.main}
+                row |= {"ratings": "over seeds" if cells[column].measured.exact is None else "exact", "n": r.n}
+                found[column] = row | columns("r", r) | {"ratings_r": own.value}
+        rows += [found[column] for column in range(len(cells))]
     if len(rows) < 2:
         return pd.DataFrame()
     return numeric(pd.DataFrame(rows), words=("trained_on", "tested_on", "target", "ratings"))
+
+
+def _held_out(probed: Probed) -> np.ndarray:
+    """[T] the held-out prediction of each of the cell's tasks for its main target, NaN where there is none."""
+    at_home = {task: at for at, task in enumerate(probed.cell.measured.tasks)}
+    mine = probed.predictions.loc[probed.predictions["target"] == probed.main, :]
+    predicted = np.full(len(at_home), np.nan)
+    for task, value in zip(mine["task"], mine["predicted"], strict=True):
+        if task in at_home:
+            predicted[at_home[task]] = value
+    return predicted

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -121,13 +122,12 @@ def _sound(folder: Path) -> SavedProbe:
 
 def _told_apart(probed: Sequence[Probed]) -> list[Probed]:
     """Probes with names of their own, where the same ratings have several."""
-    facts = [_settings(each.cell.job.config) for each in probed]
-    extras = telling([(each.name,) for each in probed], facts, FIRST)
-    return [
+    count = Counter(each.name for each in probed)
+    several = [each for each in probed if count[each.name] > 1]
+    facts = [flat({name: each.cell.job.config.get(name) for name in SETTINGS}) for each in several]
+    extras = telling([(each.name,) for each in several], facts, FIRST)
+    named = [
         replace(each, name=" ".join([each.name, *(f"{key}={value}" for key, value in extra.items())]))
-        for each, extra in zip(probed, extras, strict=True)
+        for each, extra in zip(several, extras, strict=True)
     ]
-
-
-def _settings(config: Any) -> dict[str, str]:
-    return flat({name: config.get(name) for name in SETTINGS})
+    return [*(each for each in probed if count[each.name] == 1), *named]

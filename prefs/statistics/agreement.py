@@ -35,15 +35,39 @@ def correlation(x: ArrayLike, y: ArrayLike, draws: Resamples | None = None) -> E
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(f"measurements must be one-dimensional and alike, got {x.shape} and {y.shape}")
-    both = np.isfinite(x) & np.isfinite(y)
-    n = int(both.sum())
-    if n < MIN_TASKS:
-        return Estimate.missing(FEW_TASKS, n)
-    a, b = _from_the_middle(x, both), _from_the_middle(y, both)
-    if a is None or b is None:
-        return Estimate.missing(NO_VARIANCE, n)
-    parts = np.stack([both.astype(np.float64), a, b, a * a, b * b, a * b], axis=1)
-    return Estimate.of(pearson_of_sums(*np.moveaxis(resampling(draws, len(x)).sums(parts), 1, 0)), n, NO_VARIANCE)
+    return correlations(x, y[:, None], draws)[0]
+
+
+def correlations(x: ArrayLike, ys: ArrayLike, draws: Resamples | None = None) -> list[Estimate]:
+    """`correlation` of x [T] with each column of ys [T, C]: resampled together, in far less time.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    """
+    x, ys = np.asarray(x, dtype=np.float64), np.asarray(ys, dtype=np.float64)
+    if x.ndim != 1 or ys.ndim != 2 or len(x) != len(ys):
+        raise ValueError(f"measurements must be [tasks] and [tasks, columns], got {x.shape} and {ys.shape}")
+    found: dict[int, Estimate] = {}
+    parts: dict[int, np.ndarray] = {}
+    for column, y in enumerate(ys.T):
+        both = np.isfinite(x) & np.isfinite(y)
+        n = int(both.sum())
+        if n < MIN_TASKS:
+            found[column] = Estimate.missing(FEW_TASKS, n)
+            continue
+        a, b = _from_the_middle(x, both), _from_the_middle(y, both)
+        if a is None or b is None:
+            found[column] = Estimate.missing(NO_VARIANCE, n)
+        else:
+            parts[column] = np.stack([both.astype(np.float64), a, b, a * a, b * b, a * b], axis=1)
+    if parts:
+        sums = resampling(draws, len(x)).sums(np.concatenate(list(parts.values()), axis=1))
+        for at, (column, each) in enumerate(parts.items()):
+            r = pearson_of_sums(*np.moveaxis(sums[:, 6 * at : 6 * at + 6], 1, 0))
+            found[column] = Estimate.of(r, int(each[:, 0].sum()), NO_VARIANCE)
+    return [found[column] for column in range(ys.shape[1])]
 
 
 def cohen_kappa(a: ArrayLike, b: ArrayLike, draws: Resamples | None = None) -> Estimate:
