@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["ridge", "linear", "logistic", "ordinal", "mlp", "mean_difference"]
 DESCENDING = {"linear": LinearBank, "logistic": LogisticBank, "ordinal": OrdinalBank, "mlp": MlpBank}
+# Kinds that choose penalty and site by tasks held back from training.
+VALIDATED = (*DESCENDING, "mean_difference")
 
 # Sites are independent, so they are trained in groups whose parameters and sums take at most about this.
 GROUP_BYTES = 2**31

@@ -1,0 +1,91 @@
+"""Features: the same vectors from memory and from a store's parts; a bad number is named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from simulated_vectors import captured, residuals, tensors
+
+from prefs.probes.features import Captured, NotFinite, Tensors
+from prefs.probes.probe import Site
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_vectors_from_a_store_are_those_written(tmp_path, dtype):
+    rating = (residuals(17, 3, 6) / 1000).to(dtype)
+    before = (residuals(17, 2, 6, seed=1) / 1000).to(dtype)
+    before[4] = float("nan")  # no such position: absent
+    both = [
+        captured(tmp_path, "rating", rating, layers=(2, 5, 9)),
+        captured(tmp_path, "mean_completion", before, layers=(5, 7), parts=4),
+    ]
+    rows = [at for at in range(17) if at != 4][::-1]
+    assert [at for at in range(17) if all(each.present()[at] for each in both)] == rows[::-1]
+    features = Captured(both, rows)
+    assert features.sites == (
+        Site(2, "rating"),
+        Site(5, "rating"),
+        Site(9, "rating"),
+        Site(5, "mean_completion"),
+        Site(7, "mean_completion"),
+    )
+    assert (features.n, features.d_model) == (16, 6)
+    whole = torch.cat([rating[rows], before[rows]], dim=1)
+    assert features.read(range(16), slice(0, 5)).dtype == dtype
+    assert torch.equal(features.read(range(16), slice(0, 5)), whole)
+    assert torch.equal(features.read([3, 0, 3], slice(1, 4)), whole[[3, 0, 3], 1:4])
+    assert torch.equal(features.read([15], slice(3, 4)), whole[[15], 3:4])
+
+
+def test_order_is_that_of_the_parts(tmp_path):
+    each = captured(tmp_path, "rating", residuals(20, 1, 4), parts=3)
+    features = Captured([each], list(range(20)))
+    assert sorted(features.order) == list(range(20))
+    place = {key: (part.path.name, row) for key, found in each.vectors._where.items() for part, row in found}
+    there = [place[each.keys[row]] for row in features.order]
+    assert there == sorted(there)
+    assert there != [place[key] for key in each.keys]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_is_named(tmp_path, bad):
+    vectors = residuals(12, 4, 8)
+    vectors[7, 2, 5] = bad
+    stored = captured(tmp_path, "rating", vectors, layers=(0, 3, 6, 9))
+    with pytest.raises(NotFinite, match="row 3 at rating, layer 6 holds") as caught:
+        Captured([stored], range(4, 12)).read([5, 3, 0], slice(1, 4))
+    assert (caught.value.row, caught.value.site) == (3, Site(6, "rating"))
+    with pytest.raises(NotFinite, match="row 7 at rating, layer 2 holds"):
+        tensors(vectors).read(range(12), slice(0, 4))
+    assert tensors(vectors).read(range(7), slice(0, 4)).shape == (7, 4, 8)
+    assert tensors(vectors).read(range(12), slice(0, 2)).shape == (12, 2, 8)
+
+
+def test_infinities_that_cancel_are_found():
+    vectors = torch.zeros(3, 1, 4)
+    vectors[1, 0, :2] = torch.tensor([float("inf"), float("-inf")])
+    with pytest.raises(NotFinite, match="row 1"):
+        tensors(vectors).read(range(3), slice(0, 1))
+
+
+def test_a_sum_that_overflows_is_no_fault():
+    """The quick look is at a sum: of finite numbers it can be infinite."""
+    vectors = torch.full((4, 1, 8), 1e308, dtype=torch.float64)
+    assert torch.equal(tensors(vectors).read(range(4), slice(0, 1)), vectors)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "sites", "message"),
+    [
+        (torch.zeros(3, 4), 3, r"\[3, 4\] torch.float32"),
+        (torch.zeros(3, 2, 4, dtype=torch.long), 2, "int64"),
+        (torch.zeros(0, 2, 4), 2, "at least one"),
+        (torch.zeros(3, 2, 4), 3, "3 sites do not fit"),
+    ],
+)
+def test_vectors_that_cannot_be_are_refused(vectors, sites, message):
+    with pytest.raises(ValueError, match=message):
+        Tensors(vectors, [Site(at, "rating") for at in range(sites)])
+
+

@@ -1,0 +1,114 @@
+"""Folds: the same whatever the order of tasks, with each origin's share; and the tasks that validate within them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefs.probes.folds import Splits, assign_folds
+
+
+@given(
+    st.lists(st.tuples(st.text(max_size=4), st.sampled_from("AB")), min_size=6, max_size=40, unique_by=lambda t: t[0]),
+    st.integers(2, 6),
+    st.integers(0, 3),
+    st.randoms(use_true_random=False),
+)
+def test_folds_do_not_depend_on_the_order_of_tasks(tasks, folds, seed, shuffler):
+    before = assign_folds([key for key, _ in tasks], [origin for _, origin in tasks], folds, seed)
+    shuffled = list(tasks)
+    shuffler.shuffle(shuffled)
+    after = assign_folds([key for key, _ in shuffled], [origin for _, origin in shuffled], folds, seed)
+    by_key = dict(zip((key for key, _ in tasks), before, strict=True))
+    assert [by_key[key] for key, _ in shuffled] == after.tolist()
+    assert set(before) == set(range(folds))
+
+
+def test_folds_are_stratified_by_origin():
+    origins = ["MATH"] * 10 + ["ALPACA"] * 20
+    folds = assign_folds([f"t{i}" for i in range(30)], origins, 5, seed=0)
+    for fold in range(5):
+        assert Counter(origins[i] for i in np.flatnonzero(folds == fold)) == {"MATH": 2, "ALPACA": 4}
+    assert folds.tolist() != assign_folds([f"t{i}" for i in range(30)], origins, 5, seed=1).tolist()
+
+
+def test_rare_origin_falls_back_to_plain_folds_and_says_so(caplog):
+    folds = assign_folds([f"t{i}" for i in range(12)], ["MATH"] * 2 + ["ALPACA"] * 10, 4, seed=0)
+    assert Counter(folds.tolist()) == dict.fromkeys(range(4), 3)
+    assert "MATH has 2 tasks, fewer than 4 folds" in caplog.text
+
+
+def test_rows_of_one_task_share_a_fold():
+    keys = [f"t{i // 3}" for i in range(30)]
+    folds = assign_folds(keys, ["A"] * 30, 5, seed=0)
+    assert len({(key, fold) for key, fold in zip(keys, folds, strict=True)}) == 10
+
+
+@pytest.mark.parametrize(
+    ("keys", "origins", "folds", "message"),
+    [
+        (["a", "b", "c"], ["A"] * 3, 4, "3 tasks cannot fill 4 folds"),
+        ([], [], 2, "0 tasks cannot fill 2 folds"),
+        (["a", "b", "c"], ["A"] * 3, 1, "folds=1"),
+        (["a", "b", "c"], ["A"] * 2, 2, "every task needs one origin"),
+        (["a", "a", "c"], ["A", "B", "A"], 2, "task 'a' has two origins"),
+    ],
+)
+def test_impossible_folds_are_refused_in_one_line(keys, origins, folds, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        assign_folds(keys, origins, folds, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+# --- splits
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.integers(0, 5))
+def test_a_fifth_of_each_group_validates_and_never_all_of_it(sizes, seed):
+    splits = Splits.of(np.repeat(np.arange(len(sizes)), sizes), seed)
+    assert (splits.k, splits.fits, splits.n) == (len(sizes), len(sizes) + 1, sum(sizes))
+    for group, size in enumerate(sizes):
+        held_back = splits.validation[splits.group == group].sum()
+        if size > 1:
+            assert held_back == min(-(-size // 5), size - 1)
+    for fit in range(splits.fits):
+        assert splits.training(fit).sum() == sum(size for group, size in enumerate(sizes) if group != fit)
+
+
+def test_groups_of_one_validate_too():
+    """Eight data sets of one task beside a large one: the fit that holds out the large one has the eight alone."""
+    splits = Splits.of(np.array([0] * 40 + list(range(1, 9))), seed=0)
+    small = splits.group > 0
+    assert splits.validation[small].sum() == 2
+    assert splits.validates
+
+
+@pytest.mark.parametrize(("groups", "expected"), [([0, 1, 2], False), ([0, 0, 1], False), ([0, 0, 1, 1], True)])
+def test_whether_every_fit_has_tasks_to_train_on_and_to_validate_with(groups, expected):
+    assert Splits.of(np.array(groups), seed=0).validates == expected
+
+
+def test_validation_is_drawn_by_the_seed():
+    group = np.arange(40) % 4
+    first, again, other = (Splits.of(group, seed).validation for seed in (0, 0, 1))
+    assert first.tolist() == again.tolist() != other.tolist()
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (np.zeros(5, dtype=int), "2 or more"),
+        (np.array([0, 2, 2]), "numbered 0, 1"),
+        (np.array([1, 2, 2]), "numbered 0, 1"),
+        (np.array([0.0, 1.0]), "integers"),
+        (np.array([[0, 1]]), "integers"),
+        (np.array([], dtype=int), "2 or more"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(group, message):
+    with pytest.raises(ValueError, match=message):
+        Splits.of(group, seed=0)
