@@ -85,8 +85,8 @@ class ProbeBank(lightning.LightningModule):
             kind=self.form,
             site=self.sites[site],
             target=name,
-            mean=self.mean[fit, site].float().cpu(),
-            scale=self.scale[fit, site].float().cpu(),
+            mean=self.mean[fit, site].double().cpu(),
+            scale=self.scale[fit, site].double().cpu(),
             tensors={key: part[site, target].detach().float().cpu().clone() for key, part in self.tensors(fit).items()},
         )
 
