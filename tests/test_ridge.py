@@ -36,9 +36,7 @@ def bank_of(vectors, targets, splits, penalties=PENALTIES, keep_all=True) -> Rid
     """A bank trained as `train` does."""
     data = ProbeData(tensors(vectors), slice(0, vectors.shape[1]), torch.as_tensor(targets), splits)
     sites = tensors(vectors).sites
-    bank = RidgeBank(
-        sites, vectors.shape[2], targets.shape[1], splits, penalties, data.reference(), keep_all=keep_all
-    )
+    bank = RidgeBank(sites, vectors.shape[2], targets.shape[1], splits, penalties, data.reference(), keep_all=keep_all)
     train_module._fit(bank, data, Training(penalties=penalties, trainer={"accelerator": "cpu"}), None)
     return bank
 

@@ -20,6 +20,7 @@ class MeanDifferenceBank(ProbeBank):
     """
 
     form = "linear"
+    number = torch.float64
     middle: torch.Tensor
 
     def __init__(
@@ -37,8 +38,8 @@ class MeanDifferenceBank(ProbeBank):
             for mine, m in zip(rows, middle, strict=True)
         ]
         self.register_buffer("middle", torch.stack(middle))
-        self.weight = torch.nn.Parameter(torch.zeros(fits, count, self.targets, d_model))
-        self.bias = torch.nn.Parameter(torch.zeros(fits, count, self.targets))
+        self.weight = torch.nn.Parameter(torch.zeros(fits, count, self.targets, d_model, dtype=self.number))
+        self.bias = torch.nn.Parameter(torch.zeros(fits, count, self.targets, dtype=self.number))
         self._sums: dict[str, torch.Tensor] = {}
 
     def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:

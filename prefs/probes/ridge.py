@@ -50,6 +50,7 @@ class RidgeBank(ProbeBank):
     """
 
     form = "linear"
+    number = torch.float64
     all_weight: torch.Tensor
     all_bias: torch.Tensor
     shift: torch.Tensor
@@ -74,11 +75,13 @@ class RidgeBank(ProbeBank):
         self.dual = splits.n <= d_model
         self.keep_all = keep_all
         fits, count = splits.fits, len(sites)
-        self.weight = torch.nn.Parameter(torch.zeros(fits, count, targets, d_model))
-        self.bias = torch.nn.Parameter(torch.zeros(fits, count, targets))
+        self.weight = torch.nn.Parameter(torch.zeros(fits, count, targets, d_model, dtype=self.number))
+        self.bias = torch.nn.Parameter(torch.zeros(fits, count, targets, dtype=self.number))
         if keep_all:
-            self.register_buffer("all_weight", torch.zeros(fits, count, len(penalties), targets, d_model))
-            self.register_buffer("all_bias", torch.zeros(fits, count, len(penalties), targets))
+            self.register_buffer(
+                "all_weight", torch.zeros(fits, count, len(penalties), targets, d_model, dtype=self.number)
+            )
+            self.register_buffer("all_bias", torch.zeros(fits, count, len(penalties), targets, dtype=self.number))
         self.register_buffer("shift", reference.mean[0].to(self.mean))
         self.register_buffer("unit", reference.scale[0].to(self.mean))
         self._sums: dict[str, torch.Tensor] = {}
@@ -216,7 +219,9 @@ class _Primal:
         def of(name: str, *index: int) -> torch.Tensor:
             # Added up without the group held out: taking it from the whole would leave its rounding.
             groups = [group for group in range(self._bank.splits.k) if group != fit]
-            return sum((self._sums[name][(group, *index)] for group in groups[1:]), self._sums[name][(groups[0], *index)])
+            return sum(
+                (self._sums[name][(group, *index)] for group in groups[1:]), self._sums[name][(groups[0], *index)]
+            )
 
         n = int(of("count"))
         mean, y = of("x", site) / n, of("y") / n
