@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, gelu, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, gelu, logsigmoid, softplus
 
 from prefs.probes.bank import ProbeBank
 from prefs.probes.data import Moments, ProbeBatch
 from prefs.probes.folds import Splits
-from prefs.probes.probe import Site, option_probabilities
+from prefs.probes.probe import Site
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class DescentBank(ProbeBank):
     center: torch.Tensor
     spread: torch.Tensor
     stale: torch.Tensor
+    # [F, S, P, T] bool: the probes that had a loss which is not finite.
+    diverged: torch.Tensor
     # Which parameters the penalty pulls to 0.
     decayed: tuple[str, ...] = ("weight",)
 
@@ -71,11 +73,12 @@ class DescentBank(ProbeBank):
             {name: torch.nn.Parameter(part.detach().clone(), requires_grad=False) for name, part in self.parts.items()}
         )
         self.register_buffer("stale", torch.zeros(self.shape, dtype=torch.long))
+        self.register_buffer("diverged", torch.zeros(self.shape, dtype=torch.bool))
         self._total: torch.Tensor | None = None
         self._count: torch.Tensor | None = None
 
     def initial(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Where the parameters start."""
+        """Where the parameters start: all probes at the same place, so that none depends on which others there are."""
         return {"weight": torch.zeros(*self.shape, self.d_model), "bias": torch.zeros(self.shape)}
 
     def outputs(self, z: torch.Tensor) -> torch.Tensor:
@@ -106,23 +109,30 @@ class DescentBank(ProbeBank):
         fits = torch.arange(self.splits.fits, device=self.device)[:, None]
         return (self.group[batch.rows] != fits) & (self.validation[batch.rows] == validation)
 
+    def _losses(self, batch: ProbeBatch, seen: torch.Tensor) -> torch.Tensor:
+        """Losses [F, b, S, P, T], 0 of the rows not seen: an infinite one times a weight of 0 would be NaN."""
+        losses = self.losses(self.outputs(self._standardised(batch.features)), batch.targets)
+        return losses.masked_fill(~seen[:, :, None, None, None], 0.0)
+
     def training_step(self, batch: ProbeBatch, batch_idx: int) -> torch.Tensor:
         """The sum over probes of each one's mean loss."""
         seen = self._seen(batch, validation=False)
-        losses = self.losses(self.outputs(self._standardised(batch.features)), batch.targets)
         weight = seen / seen.sum(1, keepdim=True).clamp(min=1)
-        total = (losses * weight[:, :, None, None, None]).sum()
+        total = (self._losses(batch, seen) * weight[:, :, None, None, None]).sum()
         self.log("probe/loss", total.detach() / math.prod(self.shape))
         return total
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step; then the penalty, which PyTorch's optimisers know only as one number for a whole parameter."""
-        super().optimizer_step(*args, **kwargs)
-        with torch.no_grad():
-            keep = 1 - self.descent.learning_rate * self.penalties
-            for name in self.decayed:
-                part = self.parts[name]
-                part.mul_(keep.reshape(1, 1, -1, *[1] * (part.ndim - 3)))
+    @torch.no_grad()
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The penalty, which PyTorch's optimisers know only as one number for a whole parameter.
+
+        Between gradient and step, as in AdamW itself.
+        """
+        # A decay beyond 0 would swing ever wider.
+        keep = (1 - self.descent.learning_rate * self.penalties).clamp(min=0)
+        for name in self.decayed:
+            part = self.parts[name]
+            part.mul_(keep.reshape(1, 1, -1, *[1] * (part.ndim - 3)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW or SGD, without their own decay."""
@@ -140,8 +150,7 @@ class DescentBank(ProbeBank):
         assert self._total is not None
         assert self._count is not None
         seen = self._seen(batch, validation=True)
-        losses = self.losses(self.outputs(self._standardised(batch.features)), batch.targets)
-        self._total += (losses * seen[:, :, None, None, None]).sum(1)
+        self._total += self._losses(batch, seen).sum(1)
         self._count += seen.sum(1)
 
     def on_validation_epoch_end(self) -> None:
@@ -151,7 +160,9 @@ class DescentBank(ProbeBank):
         strategy = self.trainer.strategy
         total, count = (strategy.reduce(part, reduce_op="sum") for part in (self._total, self._count))
         loss = total / count[:, None, None, None]
-        better = loss < self.criterion - self.descent.min_delta
+        self.diverged = self.diverged | ~loss.isfinite()
+        # What has stopped stays so, however long others go on.
+        better = (loss < self.criterion - self.descent.min_delta) & ~self.stopped()
         self.criterion = torch.where(better, loss, self.criterion)
         self.stale = torch.where(better, 0, self.stale + 1)
         for name, part in self.parts.items():
@@ -178,9 +189,9 @@ class DescentBank(ProbeBank):
 class EachStopsAlone(lightning.Callback):
     """Ends the training when every probe of a bank has run out of patience."""
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, DescentBank)
-        if not trainer.sanity_checking and bool(pl_module.stopped().all()):
+        if bool(pl_module.stopped().all()):
             trainer.should_stop = True
 
 
@@ -262,8 +273,7 @@ class OrdinalBank(DescentBank):
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         thresholds = _rising(self.parts["first"], self.parts["steps"])[:, None]
-        p = option_probabilities(outputs, thresholds).clamp(min=torch.finfo(outputs.dtype).tiny)
-        return -(targets.to(outputs)[None, :, None, None] * p.log()).sum(-1)
+        return -(targets.to(outputs)[None, :, None, None] * log_probabilities(outputs, thresholds)).sum(-1)
 
     def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
         best = self._best(fit)
@@ -281,9 +291,9 @@ class MlpBank(_Regression):
     def initial(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         h, d = self.descent.hidden, self.d_model
         return {
-            "hidden_weight": torch.randn(*self.shape, h, d, generator=generator) / math.sqrt(d),
+            "hidden_weight": (torch.randn(h, d, generator=generator) / math.sqrt(d)).repeat(*self.shape, 1, 1),
             "hidden_bias": torch.zeros(*self.shape, h),
-            "out_weight": torch.randn(*self.shape, h, generator=generator) / math.sqrt(h),
+            "out_weight": (torch.randn(h, generator=generator) / math.sqrt(h)).repeat(*self.shape, 1),
             "bias": torch.zeros(self.shape),
         }
 
@@ -299,6 +309,20 @@ class MlpBank(_Regression):
         best = self._best(fit)
         out_weight, bias = self._rescaled(best["out_weight"], best["bias"], fit)
         return {**best, "out_weight": out_weight, "bias": bias}
+
+
+def log_probabilities(score: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """The logarithm of `option_probabilities`, [..., V], where these are too small to be told from 0.
+
+    Between thresholds a < b it is sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)).
+    """
+    offset = thresholds - score[..., None]
+    nothing = torch.zeros_like(offset[..., :1])
+    gap = torch.diff(thresholds, dim=-1).clamp(min=torch.finfo(score.dtype).tiny)
+    between = torch.cat([nothing, (-torch.expm1(-gap)).log().expand(*offset.shape[:-1], -1), nothing], dim=-1)
+    below = torch.cat([logsigmoid(offset), nothing], dim=-1)
+    above = torch.cat([nothing, logsigmoid(-offset)], dim=-1)
+    return below + above + between
 
 
 def _rising(first: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

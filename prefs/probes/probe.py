@@ -68,7 +68,7 @@ class Probe:
         return FORMS[self.kind](((vectors.double() - self.mean) / self.scale).float(), self.tensors)
 
     def direction(self) -> torch.Tensor | None:
-        """[d] float32, of norm 1, in the space of captured vectors: where the prediction rises fastest. None for an ``mlp``."""
+        """[d] float32, of norm 1, in the space of captured vectors: where predictions rise fastest; None of an ``mlp``."""
         if "weight" not in self.tensors:
             return None
         raw = self.tensors["weight"] / self.scale

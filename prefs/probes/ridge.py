@@ -182,7 +182,7 @@ class RidgeBank(ProbeBank):
                 solution, trace = reduced.solve(alpha, turned)
             except ValueError:
                 raise UserError(
-                    f"probe.penalties: {penalty:g} is too small beside the rounding of sums over {n} tasks: leave it out"
+                    f"probe.penalties: {penalty:g} is too small beside the rounding of sums over {n} tasks"
                 ) from None
             solutions.append(solution)
             if to_weights is None:
