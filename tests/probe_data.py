@@ -1,20 +1,12 @@
-"""Vectors as the residual stream has them, and banks trained on them."""
+"""Vectors as the residual stream has them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import lightning
 import numpy as np
 import torch
 
-from prefs.probes.bank import ProbeBank
-from prefs.probes.data import ProbeData
 from prefs.probes.features import Tensors
-from prefs.probes.folds import Splits
 from prefs.probes.probe import Site
-from prefs.probes.ridge import RidgeBank
 
 
 def vectors(n: int, sites: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -35,26 +27,3 @@ def planted(x: torch.Tensor, site: int, noise: float, seed: int = 0) -> np.ndarr
     z = x[:, site].double().numpy()
     signal = (z - z.mean(0)) / z.std(0) @ rng.normal(size=x.shape[2])
     return signal / signal.std() + noise * rng.normal(size=len(x))
-
-
-def fit(bank: ProbeBank, data: ProbeData, **arguments: Any) -> None:
-    settings = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "limit_val_batches": 0,
-        "precision": "64-true",
-    }
-    lightning.Trainer(**{**settings, **arguments}).fit(bank, datamodule=data)
-
-
-def ridge_bank(x: torch.Tensor, y: np.ndarray, group: np.ndarray, penalties: Sequence[float]) -> RidgeBank:
-    """A fitted bank over all sites that keeps every penalty's weights."""
-    splits = Splits.of(group, 0)
-    data = ProbeData(features(x), slice(0, x.shape[1]), torch.tensor(y), splits)
-    bank = RidgeBank(data.features.sites, x.shape[2], y.shape[1], splits, penalties, data.reference(), keep_all=True)
-    fit(bank, data)
-    return bank

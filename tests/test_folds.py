@@ -1,4 +1,4 @@
-"""Which tasks are held out together."""
+"""Folds: the same whatever the order of tasks, with each origin's share; and the tasks that validate within them."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def test_rows_of_one_task_share_a_fold():
     ("keys", "origins", "folds", "message"),
     [
         (["a", "b", "c"], ["A"] * 3, 4, "3 tasks cannot fill 4 folds"),
+        ([], [], 2, "0 tasks cannot fill 2 folds"),
         (["a", "b", "c"], ["A"] * 3, 1, "folds=1"),
         (["a", "b", "c"], ["A"] * 2, 2, "every task needs one origin"),
         (["a", "a", "c"], ["A", "B", "A"], 2, "task 'a' has two origins"),
@@ -63,26 +64,51 @@ def test_impossible_folds_are_refused_in_one_line(keys, origins, folds, message)
     assert "\n" not in str(caught.value)
 
 
-def test_splits_hold_out_each_group_once_and_validate_with_the_rest():
-    group = np.arange(50) % 5
-    splits = Splits.of(group, seed=0)
-    assert (splits.k, splits.fits, splits.n) == (5, 6, 50)
-    for fit in range(5):
-        assert (splits.training(fit) == (group != fit)).all()
-    assert splits.training(5).all()
-    assert Counter(group[splits.validation].tolist()) == dict.fromkeys(range(5), 2)
-    assert (splits.validation != Splits.of(group, seed=1).validation).any()
+# --- splits
 
 
-def test_a_group_of_one_keeps_its_task_for_training():
-    splits = Splits.of(np.array([0] * 6 + [1]), seed=0)
-    assert not splits.validation[6]
-    assert splits.validation[:6].sum() == 2
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.integers(0, 5))
+def test_a_fifth_of_each_group_validates_and_never_all_of_it(sizes, seed):
+    splits = Splits.of(np.repeat(np.arange(len(sizes)), sizes), seed)
+    assert (splits.k, splits.fits, splits.n) == (len(sizes), len(sizes) + 1, sum(sizes))
+    for group, size in enumerate(sizes):
+        held_back = splits.validation[splits.group == group].sum()
+        if size > 1:
+            assert held_back == min(-(-size // 5), size - 1)
+    for fit in range(splits.fits):
+        assert splits.training(fit).sum() == sum(size for group, size in enumerate(sizes) if group != fit)
+
+
+def test_groups_of_one_validate_too():
+    """Eight data sets of one task beside a large one: the fit that holds out the large one has the eight alone."""
+    splits = Splits.of(np.array([0] * 40 + list(range(1, 9))), seed=0)
+    small = splits.group > 0
+    assert splits.validation[small].sum() == 2
+    assert splits.validates
+
+
+@pytest.mark.parametrize(("groups", "expected"), [([0, 1, 2], False), ([0, 0, 1], False), ([0, 0, 1, 1], True)])
+def test_whether_every_fit_has_tasks_to_train_on_and_to_validate_with(groups, expected):
+    assert Splits.of(np.array(groups), seed=0).validates == expected
+
+
+def test_validation_is_drawn_by_the_seed():
+    group = np.arange(40) % 4
+    first, again, other = (Splits.of(group, seed).validation for seed in (0, 0, 1))
+    assert first.tolist() == again.tolist() != other.tolist()
 
 
 @pytest.mark.parametrize(
-    "group", [np.zeros(5, dtype=int), np.array([0, 2, 2]), np.array([0.0, 1.0]), np.zeros((2, 2), int)]
+    ("group", "message"),
+    [
+        (np.zeros(5, dtype=int), "2 or more"),
+        (np.array([0, 2, 2]), "numbered 0, 1"),
+        (np.array([1, 2, 2]), "numbered 0, 1"),
+        (np.array([0.0, 1.0]), "integers"),
+        (np.array([[0, 1]]), "integers"),
+        (np.array([], dtype=int), "2 or more"),
+    ],
 )
-def test_groups_that_are_none_are_refused(group):
-    with pytest.raises(ValueError, match="groups must be"):
+def test_groups_that_cannot_be_are_refused(group, message):
+    with pytest.raises(ValueError, match=message):
         Splits.of(group, seed=0)

@@ -125,7 +125,7 @@ def test_transfer_between_two_templates_of_a_job(report, x, tmp_path):
 
 def test_a_yes_and_no(cell):
     logistic = config(
-        kind="logistic", targets=["good", "refused"], threshold="median", max_epochs=80, learning_rate=0.03
+        kind="logistic", targets=["good", "refused"], threshold="median", max_epochs=80, patience=40, learning_rate=0.03
     )
     found = probe(cell, logistic, 20, [])
     assert isinstance(found, ProbeReport)

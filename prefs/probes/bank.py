@@ -39,6 +39,8 @@ class ProbeBank(lightning.LightningModule):
     chosen: torch.Tensor
     group: torch.Tensor
     validation: torch.Tensor
+    # What a bank is made in. Several processes hand their results back to a bank that was never given to a Trainer.
+    number: torch.dtype = torch.float32
 
     def __init__(self, sites: Sequence[Site], d_model: int, targets: int, splits: Splits, penalties: int) -> None:
         super().__init__()
@@ -46,9 +48,10 @@ class ProbeBank(lightning.LightningModule):
         self.splits = splits
         self.targets = targets
         fits, count = splits.fits, len(sites)
-        self.register_buffer("mean", torch.zeros(fits, count, d_model))
-        self.register_buffer("scale", torch.ones(fits, count, d_model))
-        self.register_buffer("criterion", torch.full((fits, count, penalties, targets), torch.inf))
+        self.register_buffer("mean", torch.zeros(fits, count, d_model, dtype=self.number))
+        self.register_buffer("scale", torch.ones(fits, count, d_model, dtype=self.number))
+        nothing = torch.full((fits, count, penalties, targets), torch.inf, dtype=self.number)
+        self.register_buffer("criterion", nothing)
         self.register_buffer("chosen", torch.zeros(fits, count, targets, dtype=torch.long))
         self.register_buffer("group", torch.as_tensor(splits.group))
         self.register_buffer("validation", torch.as_tensor(splits.validation))
@@ -85,8 +88,8 @@ class ProbeBank(lightning.LightningModule):
             kind=self.form,
             site=self.sites[site],
             target=name,
-            mean=self.mean[fit, site].float().cpu(),
-            scale=self.scale[fit, site].float().cpu(),
+            mean=self.mean[fit, site].double().cpu(),
+            scale=self.scale[fit, site].double().cpu(),
             tensors={key: part[site, target].detach().float().cpu().clone() for key, part in self.tensors(fit).items()},
         )
 

@@ -15,10 +15,11 @@ from prefs.probes.folds import Splits
 from prefs.probes.probe import Probe, Site
 from prefs.probes.scores import Scores, auc_columns, permutation_p, r2_columns, score
 from prefs.probes.targets import Target
-from prefs.probes.train import Trained, Training, train
+from prefs.probes.train import VALIDATED, Trained, Training, train
 from prefs.statistics.estimates import LEVEL, Estimate, Resamples
 
 MIN_TASKS = 3
+TOO_FEW = "too few to validate with some of them in every fold: use fewer folds (probe.folds), or probe=ridge"
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,11 +139,15 @@ def cross_validate(
         together = [targets[at] for at in members]
         rows = np.flatnonzero(together[0].observed)
         some = _Subset(features, rows)
+        splits = Splits.of(folds[rows], training.seed)
+        if training.kind in VALIDATED and not splits.validates:
+            found |= {at: Nothing(targets[at], f"{len(rows)} tasks have it, {TOO_FEW}") for at in members}
+            continue
         columns = _columns(together, rows, np.asarray(origins)[rows], training, permutations)
         trained = train(
             some,
             columns.values,
-            Splits.of(folds[rows], training.seed),
+            splits,
             training,
             kept=len(together),
             values=values,
@@ -194,10 +199,13 @@ def held_out_origins(
         return None
     if any((group != each).sum() < MIN_TASKS for each in range(len(names))):
         return None
+    splits = Splits.of(group, training.seed)
+    if training.kind in VALIDATED and not splits.validates:
+        return None
     trained = train(
         _Subset(features, rows),
         torch.as_tensor(_labels(target, rows, training)),
-        Splits.of(group, training.seed),
+        splits,
         training,
         kept=0,
         values=values,

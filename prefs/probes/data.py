@@ -18,7 +18,7 @@ from prefs.probes.folds import Splits
 BATCH_NUMBERS = 2**25
 # Features of up to this many bytes are kept in memory after they were read once, for training in many epochs.
 CACHE_BYTES = 2**31
-# Rows whose mean and SD are the reference from which sums of squares are taken, so that they do not cancel.
+# Rows whose middle and spread are the reference from which sums of squares are taken, so that they do not cancel.
 REFERENCE_ROWS = 512
 
 
@@ -126,10 +126,15 @@ class ProbeData(lightning.LightningDataModule):
         )
 
     def reference(self) -> Moments:
-        """Mean and scale [1, S, d] of the first rows: near enough to take sums of squares from."""
+        """Middle and spread [1, S, d] of the first rows, whichever fits hold them out: to take sums of squares from.
+
+        They are taken away again, but for rounding. The middle is a median: a few rows far off, which one fit may hold
+        out, do not move it away from the others.
+        """
         first = self.features.read(self.features.order[:REFERENCE_ROWS].tolist(), self.sites).double()
-        mean = first.mean(0)
-        return Moments(mean[None], scale_of((first - mean).square().mean(0), mean, len(first))[None])
+        middle = first.median(0).values
+        spread = (first - middle).square().mean(0).sqrt()
+        return Moments(middle[None], spread.masked_fill(spread == 0, 1.0)[None])
 
     def moments(self, *, without_validation: bool) -> Moments:
         """Mean and scale of every fit's training tasks, in one pass.
@@ -155,16 +160,18 @@ class ProbeData(lightning.LightningDataModule):
         n = (keep @ count)[:, None, None]
         mean = torch.einsum("fk,ksd->fsd", keep, total) / n
         variance = torch.einsum("fk,ksd->fsd", keep, squares) / n - mean.square()
-        variance *= start.scale.square()
-        mean = start.mean + mean * start.scale
-        return Moments(mean, scale_of(variance, mean, int(count.sum())))
+        scale = variance.clamp(min=0).sqrt() * start.scale
+        scale = scale.masked_fill(constant(variance, mean, int(count.sum())), 1.0)
+        return Moments(start.mean + mean * start.scale, scale)
 
 
-def scale_of(variance: torch.Tensor, mean: torch.Tensor, n: int) -> torch.Tensor:
-    sd = variance.clamp(min=0).sqrt()
-    # A constant feature has an SD of rounding error and not of 0: dividing by it would make noise of it.
-    constant = sd <= 4 * n * torch.finfo(torch.float64).eps * mean.abs()
-    return sd.masked_fill(constant | (sd == 0), 1.0)
+def constant(variance: torch.Tensor, mean: torch.Tensor, n: int) -> torch.Tensor:
+    """Which features are the same in n tasks, by the mean of their squares less the square of their mean.
+
+    Of such a feature rounding is left, which would become noise if it were divided by. Mean and variance are of numbers
+    taken from `ProbeData.reference`, so a feature that varies has no mean that is many times its SD.
+    """
+    return variance <= 4 * n * torch.finfo(torch.float64).eps * mean.square()
 
 
 class _Rows(Dataset[ProbeBatch]):

@@ -9,15 +9,17 @@ from typing import Any
 
 import lightning
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, gelu, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, gelu, logsigmoid, softplus
 
 from prefs.probes.bank import ProbeBank
 from prefs.probes.data import Moments, ProbeBatch
 from prefs.probes.folds import Splits
-from prefs.probes.probe import Site, option_probabilities
+from prefs.probes.probe import Site
 
 # No option's share starts nearer to 0 or 1 than this, where a logit has no bounds.
 LEAST_SHARE = 1e-3
+# SDs beyond which a feature counts as this far.
+FARTHEST = 1e12
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class DescentBank(ProbeBank):
     center: torch.Tensor
     spread: torch.Tensor
     stale: torch.Tensor
-    _diverged: torch.Tensor
+    # [F, S, P, T] bool: the probes that had a loss which is not finite.
+    diverged: torch.Tensor
     # Which parameters the penalty pulls to 0.
     decayed: tuple[str, ...] = ("weight",)
 
@@ -75,12 +78,15 @@ class DescentBank(ProbeBank):
             {name: torch.nn.Parameter(part.detach().clone(), requires_grad=False) for name, part in self.parts.items()}
         )
         self.register_buffer("stale", torch.zeros(self.shape, dtype=torch.long))
-        self.register_buffer("_diverged", torch.tensor(False))
+        self.register_buffer("diverged", torch.zeros(self.shape, dtype=torch.bool))
         self._total: torch.Tensor | None = None
         self._count: torch.Tensor | None = None
 
     def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Where the parameters start: at what predicts the mean of a fit's training tasks, whatever the features."""
+        """Where the parameters start: at what predicts the mean of a fit's training tasks, whatever the features.
+
+        What is random is the same for all probes, so that none depends on which others there are.
+        """
         return {"weight": torch.zeros(*self.shape, self.d_model), "bias": torch.zeros(self.shape)}
 
     def _training_means(self, targets: torch.Tensor) -> torch.Tensor:
@@ -100,9 +106,19 @@ class DescentBank(ProbeBank):
         """What targets are centred on and divided by while training, [F, 1, 1, T] each."""
         return torch.zeros(self.splits.fits, 1, 1, self.targets), torch.ones(self.splits.fits, 1, 1, self.targets)
 
+    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and scale [S, d] that a batch is standardised with: of the fit in which a feature spreads least.
+
+        A task far off, which one fit holds out, would leave that fit nothing but rounding in units of the others.
+        """
+        scale, fit = self.scale.min(0)
+        return self.mean.gather(0, fit[None])[0], scale
+
     def _standardised(self, features: torch.Tensor) -> torch.Tensor:
-        """[b, S, d], by the moments of the last fit; `_product` makes up for what those of the others differ."""
-        return (features.to(self.mean) - self.mean[-1]) / self.scale[-1]
+        """[b, S, d], by `_reference`; `_product` makes up for what the moments of each fit differ from it."""
+        mean, scale = self._reference()
+        # Finite also where a fit that does not see the task would overflow: its loss is left out, and 0 * inf is NaN.
+        return ((features.to(self.mean) - mean) / scale).clamp(-FARTHEST, FARTHEST)
 
     def _product(self, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[F, b, S, P, T] = each fit's standardised features . weight [F, S, P, T, d].
@@ -111,8 +127,9 @@ class DescentBank(ProbeBank):
         the weights and the rest into a constant, as there are far fewer weights than features of a batch times fits.
         """
         fits, count, penalties, targets, d = weight.shape
-        factor = (self.scale[-1] / self.scale)[:, :, None, None]
-        offset = ((self.mean[-1] - self.mean) / self.scale)[:, :, None, None]
+        mean, scale = self._reference()
+        factor = (scale / self.scale)[:, :, None, None]
+        offset = ((mean - self.mean) / self.scale)[:, :, None, None]
         flat = (weight * factor).transpose(0, 1).reshape(count, fits * penalties * targets, d)
         out = torch.bmm(z.transpose(0, 1), flat.transpose(1, 2)).reshape(count, -1, fits, penalties, targets)
         return out.permute(2, 1, 0, 3, 4) + (weight * offset).sum(-1)[:, None]
@@ -122,19 +139,27 @@ class DescentBank(ProbeBank):
         fits = torch.arange(self.splits.fits, device=self.device)[:, None]
         return (self.group[batch.rows] != fits) & (self.validation[batch.rows] == validation)
 
+    def _losses(self, batch: ProbeBatch, seen: torch.Tensor) -> torch.Tensor:
+        """Losses [F, b, S, P, T], 0 of the rows not seen: an infinite one times a weight of 0 would be NaN."""
+        losses = self.losses(self.outputs(self._standardised(batch.features)), batch.targets)
+        return losses.masked_fill(~seen[:, :, None, None, None], 0.0)
+
     def training_step(self, batch: ProbeBatch, batch_idx: int) -> torch.Tensor:
         """The sum over probes of each one's mean loss."""
         seen = self._seen(batch, validation=False)
-        losses = self.losses(self.outputs(self._standardised(batch.features)), batch.targets)
         weight = seen / seen.sum(1, keepdim=True).clamp(min=1)
-        total = (losses * weight[:, :, None, None, None]).sum()
+        total = (self._losses(batch, seen) * weight[:, :, None, None, None]).sum()
         self.log("probe/loss", total.detach() / math.prod(self.shape))
         return total
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Decay by each probe's penalty, as AdamW does before its step: it knows one number for a whole parameter."""
-        keep = 1 - self.descent.learning_rate * self.penalties
+        """The penalty, which PyTorch's optimisers know only as one number for a whole parameter.
+
+        Between gradient and step, as in AdamW itself.
+        """
+        # A decay beyond 0 would swing ever wider.
+        keep = (1 - self.descent.learning_rate * self.penalties).clamp(min=0)
         for name in self.decayed:
             part = self.parts[name]
             part.mul_(keep.reshape(1, 1, -1, *[1] * (part.ndim - 3)))
@@ -155,8 +180,7 @@ class DescentBank(ProbeBank):
         assert self._total is not None
         assert self._count is not None
         seen = self._seen(batch, validation=True)
-        losses = self.losses(self.outputs(self._standardised(batch.features)), batch.targets)
-        self._total += (losses * seen[:, :, None, None, None]).sum(1)
+        self._total += self._losses(batch, seen).sum(1)
         self._count += seen.sum(1)
 
     def on_validation_epoch_end(self) -> None:
@@ -166,8 +190,9 @@ class DescentBank(ProbeBank):
         strategy = self.trainer.strategy
         total, count = (strategy.reduce(part, reduce_op="sum") for part in (self._total, self._count))
         loss = total / count[:, None, None, None]
-        self._diverged |= ~loss.isfinite().all()
-        better = loss < self.criterion - self.descent.min_delta
+        self.diverged = self.diverged | ~loss.isfinite()
+        # What has stopped stays so, however long others go on.
+        better = (loss < self.criterion - self.descent.min_delta) & ~self.stopped()
         self.criterion = torch.where(better, loss, self.criterion)
         self.stale = torch.where(better, 0, self.stale + 1)
         for name, part in self.parts.items():
@@ -175,11 +200,6 @@ class DescentBank(ProbeBank):
             self.best[name].data = torch.where(wide, part.detach(), self.best[name])
         self.log("probe/validation_loss", loss.mean())
         self.log("probe/stopped", self.stopped().float().mean())
-
-    @property
-    def diverged(self) -> bool:
-        """Whether any loss was ever NaN or infinite."""
-        return bool(self._diverged)
 
     def stopped(self) -> torch.Tensor:
         """[F, S, P, T] bool: the probes whose patience has run out."""
@@ -199,9 +219,9 @@ class DescentBank(ProbeBank):
 class EachStopsAlone(lightning.Callback):
     """Ends the training when every probe of a bank has run out of patience."""
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, DescentBank)
-        if not trainer.sanity_checking and bool(pl_module.stopped().all()):
+        if bool(pl_module.stopped().all()):
             trainer.should_stop = True
 
 
@@ -290,8 +310,7 @@ class OrdinalBank(DescentBank):
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         thresholds = _rising(self.parts["first"], self.parts["steps"])[:, None]
-        p = option_probabilities(outputs, thresholds).clamp(min=torch.finfo(outputs.dtype).tiny)
-        return -(targets.to(outputs)[None, :, None, None] * p.log()).sum(-1)
+        return -(targets.to(outputs)[None, :, None, None] * log_probabilities(outputs, thresholds)).sum(-1)
 
     def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
         best = self._best(fit)
@@ -309,9 +328,9 @@ class MlpBank(_Regression):
     def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         h, d = self.descent.hidden, self.d_model
         return {
-            "hidden_weight": torch.randn(*self.shape, h, d, generator=generator) / math.sqrt(d),
+            "hidden_weight": (torch.randn(h, d, generator=generator) / math.sqrt(d)).repeat(*self.shape, 1, 1),
             "hidden_bias": torch.zeros(*self.shape, h),
-            "out_weight": torch.randn(*self.shape, h, generator=generator) / math.sqrt(h),
+            "out_weight": (torch.randn(h, generator=generator) / math.sqrt(h)).repeat(*self.shape, 1),
             "bias": torch.zeros(self.shape),
         }
 
@@ -327,6 +346,20 @@ class MlpBank(_Regression):
         best = self._best(fit)
         out_weight, bias = self._rescaled(best["out_weight"], best["bias"], fit)
         return {**best, "out_weight": out_weight, "bias": bias}
+
+
+def log_probabilities(score: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """The logarithm of `option_probabilities`, [..., V], where these are too small to be told from 0.
+
+    Between thresholds a < b it is sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)).
+    """
+    offset = thresholds - score[..., None]
+    nothing = torch.zeros_like(offset[..., :1])
+    gap = torch.diff(thresholds, dim=-1).clamp(min=torch.finfo(score.dtype).tiny)
+    between = torch.cat([nothing, (-torch.expm1(-gap)).log().expand(*offset.shape[:-1], -1), nothing], dim=-1)
+    below = torch.cat([logsigmoid(offset), nothing], dim=-1)
+    above = torch.cat([nothing, logsigmoid(-offset)], dim=-1)
+    return below + above + between
 
 
 def _rising(first: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

@@ -49,10 +49,13 @@ class Splits:
             raise ValueError(f"groups must be numbered 0, 1, ... with a task in each and 2 or more; got {present}")
         validation = np.zeros(len(group), dtype=bool)
         rng = np.random.default_rng(seed)
-        for each in present:
-            rows = rng.permutation(np.flatnonzero(group == each))
+        members = [np.flatnonzero(group == each) for each in present]
+        # Groups of one have no share to give: together they are as one more group.
+        alone = np.concatenate([np.zeros(0, dtype=np.int64), *(rows for rows in members if len(rows) == 1)])
+        for some in (*(rows for rows in members if len(rows) > 1), alone):
+            rows = rng.permutation(some)
             # Rounded up, so that a small group validates too; never all of it.
-            validation[rows[: min(math.ceil(VALIDATION_SHARE * len(rows)), len(rows) - 1)]] = True
+            validation[rows[: max(0, min(math.ceil(VALIDATION_SHARE * len(rows)), len(rows) - 1))]] = True
         return cls(group.astype(np.int64), validation)
 
     @property
@@ -66,6 +69,13 @@ class Splits:
     @property
     def n(self) -> int:
         return len(self.group)
+
+    @property
+    def validates(self) -> bool:
+        """Whether every fit has tasks to validate with, and others to train on."""
+        return all(
+            0 < self.validation[training].sum() < training.sum() for training in map(self.training, range(self.fits))
+        )
 
     def training(self, fit: int) -> np.ndarray:
         """[n] bool: the tasks that a fit does not hold out; its validation tasks are among them."""

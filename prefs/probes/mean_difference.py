@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from prefs.probes.bank import ProbeBank
@@ -20,6 +21,7 @@ class MeanDifferenceBank(ProbeBank):
     """
 
     form = "linear"
+    number = torch.float64
     middle: torch.Tensor
 
     def __init__(
@@ -30,15 +32,16 @@ class MeanDifferenceBank(ProbeBank):
         self.standardise(moments)
         fits, count = splits.fits, len(sites)
         rows = [torch.as_tensor(splits.training(fit) & ~splits.validation) for fit in range(fits)]
-        middle = [targets[mine].double().quantile(0.5, dim=0) for mine in rows]
-        # What lies on the median is low, unless nothing is lower: a target of 0 and 1 is cut between them.
+        # NumPy's, as PyTorch takes quantiles of 2^24 numbers at most.
+        middle = [torch.from_numpy(np.median(targets[mine].double().numpy(), axis=0)) for mine in rows]
+        # What lies on the median is low, unless nothing is higher: a target of 0 and 1 is cut between them.
         middle = [
             torch.where((targets[mine] > m).any(0), m, m - torch.finfo(torch.float64).eps * m.abs().clamp(min=1))
             for mine, m in zip(rows, middle, strict=True)
         ]
         self.register_buffer("middle", torch.stack(middle))
-        self.weight = torch.nn.Parameter(torch.zeros(fits, count, self.targets, d_model))
-        self.bias = torch.nn.Parameter(torch.zeros(fits, count, self.targets))
+        self.weight = torch.nn.Parameter(torch.zeros(fits, count, self.targets, d_model, dtype=self.number))
+        self.bias = torch.nn.Parameter(torch.zeros(fits, count, self.targets, dtype=self.number))
         self._sums: dict[str, torch.Tensor] = {}
 
     def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
@@ -79,7 +82,9 @@ class MeanDifferenceBank(ProbeBank):
         sums = {name: self.trainer.strategy.reduce(part, reduce_op="sum") for name, part in self._sums.items()}
         if self.trainer.current_epoch == 0:
             means = sums["x"] / sums["n"].clamp(min=1)[:, :, None, :, None]
-            self.weight.copy_(means[:, 1] - means[:, 0])
+            # Where all tasks are alike, a difference would be the rounding of a mean that is 0.
+            both = (sums["n"] > 0).all(1)[:, None, :, None]
+            self.weight.copy_((means[:, 1] - means[:, 0]) * both)
             return
         n, p, y, pp, py, _ = sums["moments"][:, 0].unbind(1)
         spread = n * pp - p * p

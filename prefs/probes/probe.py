@@ -35,7 +35,8 @@ class Probe:
     target
         What it predicts: ``exact``, ``mean of 4 seeds``, ``refused`` ...
     mean, scale
-        [d], float32: what vectors are standardised with, (vector - mean) / scale; from its training tasks alone.
+        [d], float64: what vectors are standardised with, (vector - mean) / scale; from its training tasks alone. In
+        float32 a massive dimension's mean would be rounded by a good part of its SD.
     tensors
         What its form has, float32; see `FORMS`.
     """
@@ -64,14 +65,14 @@ class Probe:
                 f"the probe reads vectors of {self.d_model} numbers and was given {vectors.shape[-1]}: it is of"
                 " another model"
             )
-        return FORMS[self.kind]((vectors.float() - self.mean) / self.scale, self.tensors)
+        return FORMS[self.kind](((vectors.double() - self.mean) / self.scale).float(), self.tensors)
 
     def direction(self) -> torch.Tensor | None:
-        """[d], of norm 1, in the space of captured vectors: where the prediction rises fastest. None for an ``mlp``."""
+        """[d] float32, of norm 1, in the space of captured vectors: where predictions rise; None of an ``mlp``."""
         if "weight" not in self.tensors:
             return None
         raw = self.tensors["weight"] / self.scale
-        return raw / raw.norm().clamp(min=torch.finfo(raw.dtype).tiny)
+        return (raw / raw.norm().clamp(min=torch.finfo(raw.dtype).tiny)).float()
 
 
 def _linear(z: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from prefs.errors import UserError
 from prefs.probes.bank import ProbeBank
-from prefs.probes.data import Moments, ProbeBatch, scale_of
+from prefs.probes.data import Moments, ProbeBatch, constant
 from prefs.probes.folds import Splits
 from prefs.probes.probe import Site
 from prefs.probes.spectrum import Spectrum, spectrum
@@ -49,6 +50,7 @@ class RidgeBank(ProbeBank):
     """
 
     form = "linear"
+    number = torch.float64
     all_weight: torch.Tensor
     all_bias: torch.Tensor
     shift: torch.Tensor
@@ -73,11 +75,13 @@ class RidgeBank(ProbeBank):
         self.dual = splits.n <= d_model
         self.keep_all = keep_all
         fits, count = splits.fits, len(sites)
-        self.weight = torch.nn.Parameter(torch.zeros(fits, count, targets, d_model))
-        self.bias = torch.nn.Parameter(torch.zeros(fits, count, targets))
+        self.weight = torch.nn.Parameter(torch.zeros(fits, count, targets, d_model, dtype=self.number))
+        self.bias = torch.nn.Parameter(torch.zeros(fits, count, targets, dtype=self.number))
         if keep_all:
-            self.register_buffer("all_weight", torch.zeros(fits, count, len(penalties), targets, d_model))
-            self.register_buffer("all_bias", torch.zeros(fits, count, len(penalties), targets))
+            self.register_buffer(
+                "all_weight", torch.zeros(fits, count, len(penalties), targets, d_model, dtype=self.number)
+            )
+            self.register_buffer("all_bias", torch.zeros(fits, count, len(penalties), targets, dtype=self.number))
         self.register_buffer("shift", reference.mean[0].to(self.mean))
         self.register_buffer("unit", reference.scale[0].to(self.mean))
         self._sums: dict[str, torch.Tensor] = {}
@@ -174,7 +178,12 @@ class RidgeBank(ProbeBank):
         solutions = []
         for at, penalty in enumerate(self.penalties):
             alpha = penalty * n
-            solution, trace = reduced.solve(alpha, turned)
+            try:
+                solution, trace = reduced.solve(alpha, turned)
+            except ValueError:
+                raise UserError(
+                    f"probe.penalties: {penalty:g} is too small beside the rounding of sums over {n} tasks"
+                ) from None
             solutions.append(solution)
             if to_weights is None:
                 explained = (solution * turned).sum(0) + alpha * solution.square().sum(0)
@@ -205,20 +214,27 @@ class _Primal:
     def __init__(self, bank: RidgeBank, sums: Mapping[str, torch.Tensor]) -> None:
         self._bank = bank
         self._sums = sums
-        self._all = {name: part.sum(0) for name, part in sums.items()}
 
     def __call__(self, fit: int, site: int) -> None:
         def of(name: str, *index: int) -> torch.Tensor:
-            whole = self._all[name][index] if index else self._all[name]
-            return whole if fit == len(self._sums[name]) else whole - self._sums[name][(fit, *index)]
+            # Added up without the group held out: taking it from the whole would leave its rounding.
+            groups = [group for group in range(self._bank.splits.k) if group != fit]
+            return sum(
+                (self._sums[name][(group, *index)] for group in groups[1:]), self._sums[name][(groups[0], *index)]
+            )
 
         n = int(of("count"))
         mean, y = of("x", site) / n, of("y") / n
         xx = of("xx", site).addr(mean, mean, alpha=-n)
-        scale = scale_of(xx.diagonal().double() / n, mean.double(), n).to(mean)
+        variance = xx.diagonal() / n
+        flat = constant(variance, mean, n)
+        scale = variance.clamp(min=0).sqrt().masked_fill(flat, 1.0)
         xx = xx.div_(scale).div_(scale[:, None])
-        # A constant feature leaves rounding in its row and column, which must not become a weight.
         right = (of("xy", site) - mean[:, None] * (n * y)) / scale[:, None]
+        # A constant feature leaves rounding in its row and column, which must not become a weight.
+        xx[flat] = 0
+        xx[:, flat] = 0
+        right[flat] = 0
         tasks = _Training(n, mean, scale, y, of("yy") - n * y.square())
         self._bank.settle(fit, site, tasks, spectrum(xx), right, None)
 
@@ -237,8 +253,10 @@ class _Dual:
         x, y = self._x[site, train], self._y[train]
         mean = x.mean(0)
         x = x - mean
-        scale = scale_of(x.square().double().mean(0), mean.double(), len(x)).to(mean)
-        x = x / scale
+        variance = x.square().mean(0)
+        flat = constant(variance, mean, len(x))
+        scale = variance.sqrt().masked_fill(flat, 1.0)
+        x = (x / scale).masked_fill(flat, 0.0)
         target_mean = y.mean(0)
         y = y - target_mean
         tasks = _Training(len(x), mean, scale, target_mean, y.square().sum(0))

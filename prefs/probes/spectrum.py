@@ -21,7 +21,13 @@ class Spectrum(Protocol):
         ...
 
     def solve(self, penalty: float, right: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """(M + penalty I)^-1 right [d, T], with the trace of the inverse."""
+        """(M + penalty I)^-1 right [d, T], with the trace of the inverse.
+
+        Raises
+        ------
+        ValueError
+            If the penalty is lost beside the rounding of A.
+        """
         ...
 
 
@@ -30,6 +36,7 @@ def spectrum(matrix: torch.Tensor) -> Spectrum:
 
     On the CPU to tridiagonal form, which costs a sixth of an eigendecomposition; elsewhere to its eigenvalues.
     """
+    # LAPACK's tridiagonal solvers want something beside the diagonal.
     return _Tridiagonal(matrix) if matrix.device.type == "cpu" and len(matrix) > 1 else _Diagonal(matrix)
 
 
@@ -70,7 +77,7 @@ class _Tridiagonal:
         solved, failed = self._back(pivots, factors, np.asfortranarray(right.numpy()))
         from_below, _, again = self._factor(shifted[::-1], self._beside[::-1])
         if info or failed or again:
-            raise ValueError(f"penalty {penalty:g} is too small beside the rounding of these sums: give a larger one")
+            raise ValueError(f"penalty {penalty:g} is too small beside the rounding of the matrix")
         # An entry of the inverse's diagonal from the pivots of eliminating downwards and upwards: Meurant (1992), "A
         # review on the inverse of symmetric tridiagonal and block tridiagonal matrices", theorem 3.1.
         inverse = 1.0 / (pivots.astype(np.float64) + from_below[::-1] - shifted)

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["ridge", "linear", "logistic", "ordinal", "mlp", "mean_difference"]
 DESCENDING = {"linear": LinearBank, "logistic": LogisticBank, "ordinal": OrdinalBank, "mlp": MlpBank}
+# Kinds that choose penalty and site by tasks held back from training.
+VALIDATED = (*DESCENDING, "mean_difference")
 
 # Sites are independent, so they are trained in groups whose parameters and sums take at most about this.
 GROUP_BYTES = 2**31
@@ -130,6 +132,7 @@ def train(
     groups = [slice(start, min(start + width, count)) for start in range(0, count, width)]
     probes = splits.fits * count * len(training.penalties) * targets.shape[1]
     heads: list[dict[tuple[int, int, int], Probe]] = []
+    diverged = unfinished = 0
     out_of_fold = np.empty((features.n, count, targets.shape[1]), dtype=np.float32)
     criterion, chosen = [], []
     bar = progress(f"training {probes:,} probes ({training.kind})", count) if show_progress else nullcontext(_ignore)
@@ -137,14 +140,31 @@ def train(
         for sites in groups:
             data, bank = _prepare(features, sites, targets, splits, training, values)
             _fit(bank, data, training, logger)
-            if isinstance(bank, DescentBank) and bank.diverged:
-                log.warning("some probes diverged and stay where they were best; lower probe.learning_rate")
+            if isinstance(bank, DescentBank):
+                diverged += int(bank.diverged.sum())
+                unfinished += int((~bank.stopped()).sum())
             for rows, predictions in _predict(bank, data, training):
                 out_of_fold[rows.numpy(), sites] = predictions.float().numpy()
             criterion.append(bank.criterion.gather(2, bank.chosen[:, :, None]).squeeze(2).double().cpu().numpy())
             chosen.append(bank.chosen.cpu().numpy())
             heads.append(_heads(bank, sites.start, kept))
             advance(len(bank.sites))
+    if diverged:
+        log.warning(
+            "%d of %d probes diverged (%s): each keeps its best epoch before that; lower probe.learning_rate (%g)",
+            diverged,
+            probes,
+            training.kind,
+            training.descent.learning_rate,
+        )
+    if unfinished:
+        log.warning(
+            "%d of %d probes (%s) had not stopped after %d epochs: raise probe.max_epochs or probe.learning_rate",
+            unfinished,
+            probes,
+            training.kind,
+            training.max_epochs,
+        )
     every = {key: probe for part in heads for key, probe in part.items()}
 
     def probe(fit: int, site: int, target: int, name: str) -> Probe:
