@@ -230,7 +230,7 @@ def probe_lines(frame: pd.DataFrame) -> Table:
     table = new_table(title, first="target")
     for name in (f"{metrics} [95 %]", "p", "ceiling", "control"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("position, layer")
+    table.add_column("position, layer", min_width=11)
     for cell, rows in frame.groupby("cell", sort=False):
         prefix = f"{rows['rater'].iloc[0]}-" if one_rater else ""
         table.add_row(str(cell).removeprefix(prefix), style="bold")
