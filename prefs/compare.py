@@ -230,7 +230,7 @@ def probe_lines(frame: pd.DataFrame) -> Table:
     table = new_table(title, first="target")
     for name in (f"{metrics} [95 %]", "p", "ceiling", "control"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("position, layer", min_width=11)
+    table.add_column("layer, position", no_wrap=True)
     for cell, rows in frame.groupby("cell", sort=False):
         prefix = f"{rows['rater'].iloc[0]}-" if one_rater else ""
         table.add_row(str(cell).removeprefix(prefix), style="bold")
@@ -239,7 +239,7 @@ def probe_lines(frame: pd.DataFrame) -> Table:
             if not pd.isna(row["score_low"]):
                 score += f" [{number(row['score_low'])}, {number(row['score_high'])}]"
             numbers = (number(row[name]) for name in ("p", "ceiling", "best_control_score"))
-            table.add_row(f"  {row['target']}", score, *numbers, f"{row['position']}, {row['layer']}")
+            table.add_row(f"  {row['target']}", score, *numbers, f"{row['layer']}, {row['position']}")
     table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 18
     return table
 
