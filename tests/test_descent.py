@@ -432,7 +432,12 @@ def test_lightnings_loggers_and_callbacks_are_the_users(tmp_path):
 
 @pytest.mark.parametrize(
     ("trainer", "message"),
-    [({"device": 2}, "unexpected keyword"), ({"accelerator": "warp"}, "accelerator"), ({"precision": "7"}, "7")],
+    [
+        ({"device": 2}, "unexpected keyword"),
+        ({"accelerator": "warp"}, "accelerator"),
+        ({"precision": "7"}, "7"),
+        ({"max_epochs": 3}, "max_epochs"),
+    ],
 )
 def test_what_lightning_refuses_is_one_line(trainer, message):
     x = residuals(20, 1, 3)

@@ -118,7 +118,7 @@ def test_the_table_of_probes_is_that_of_the_jobs(sweep, folder):
     assert (exact["metric"], exact["layer"], exact["probe"]) == ("R²", 1, "ridge")
     assert exact["score"] > 0.9
     line = next(line for line in sweep.printed.split("keen-anchored")[-1].splitlines() if "exact" in line)
-    assert "rating, 1" in line
+    assert "1, rating" in line
 
 
 def test_cosines_are_of_the_saved_directions_at_each_site_of_one_model(sweep, folder):

@@ -14,7 +14,7 @@ from prefs.probes.features import Features
 from prefs.probes.folds import Splits
 from prefs.probes.probe import Probe, Site
 from prefs.probes.scores import Scores, auc_columns, permutation_p, r2_columns, score
-from prefs.probes.targets import Target
+from prefs.probes.targets import Target, alike
 from prefs.probes.train import VALIDATED, Trained, Training, train
 from prefs.statistics.estimates import LEVEL, Estimate, Resamples
 
@@ -174,7 +174,7 @@ def unusable(target: Target, folds: np.ndarray) -> str | None:
         training = target.values[target.observed & (folds != fold)]
         if len(training) == target.observed.sum():
             return f"no task of fold {fold} has it: use fewer folds (probe.folds)"
-        if float(np.ptp(training)) == 0:
+        if alike(training):
             return f"all tasks but those of fold {fold} have the same value: use fewer folds (probe.folds)"
     return None
 
@@ -195,7 +195,7 @@ def held_out_origins(
     rows = np.flatnonzero(target.observed)
     names, group = np.unique(np.asarray(origins)[rows], return_inverse=True)
     y = target.values[rows]
-    if len(names) < 2 or any(float(np.ptp(y[group != each])) == 0 for each in range(len(names))):
+    if len(names) < 2 or any(alike(y[group != each]) for each in range(len(names))):
         return None
     if any((group != each).sum() < MIN_TASKS for each in range(len(names))):
         return None

@@ -218,10 +218,11 @@ class _Primal:
     def __call__(self, fit: int, site: int) -> None:
         def of(name: str, *index: int) -> torch.Tensor:
             # Added up without the group held out: taking it from the whole would leave its rounding.
-            groups = [group for group in range(self._bank.splits.k) if group != fit]
-            return sum(
-                (self._sums[name][(group, *index)] for group in groups[1:]), self._sums[name][(groups[0], *index)]
-            )
+            total = torch.zeros_like(self._sums[name][(0, *index)])
+            for group in range(self._bank.splits.k):
+                if group != fit:
+                    total += self._sums[name][(group, *index)]
+            return total
 
         n = int(of("count"))
         mean, y = of("x", site) / n, of("y") / n

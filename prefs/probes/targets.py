@@ -48,8 +48,12 @@ class Target:
     @property
     def constant(self) -> bool:
         """Whether all tasks have the same value, so that there is nothing to predict."""
-        values = self.values[self.observed]
-        return not len(values) or float(np.ptp(values)) <= 1e-9 * float(np.abs(values).max())
+        return alike(self.values[self.observed])
+
+
+def alike(values: np.ndarray) -> bool:
+    """Whether finite values are the same but for rounding, or there are none."""
+    return not len(values) or float(np.ptp(values)) <= 1e-9 * float(np.abs(values).max())
 
 
 def targets_of(

@@ -248,6 +248,8 @@ def _predict(bank: ProbeBank, data: ProbeData, training: Training) -> list[tuple
 
 
 def _trainer(training: Training, logger: Logger | None, **arguments: Any) -> lightning.Trainer:
+    if taken := sorted(arguments.keys() & training.trainer.keys() - {"callbacks"}):
+        raise UserError(f"probe.trainer: probes set {', '.join(taken)} themselves: leave it out")
     settings: dict[str, Any] = {
         # Not Lightning's own "auto", which on a Mac is MPS: that has no float64.
         "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
