@@ -87,6 +87,7 @@ def test_logistic_is_scikit_learns():
         np.testing.assert_allclose(bank.predict_fit(vectors, fit)[:, 0, 0], expected, atol=0.01)
 
 
+@pytest.mark.slow
 def test_ordinal_is_statsmodels_ordered_logit():
     vectors = residuals(300, 1, 3, dtype=torch.float32)
     rng = np.random.default_rng(0)
@@ -213,6 +214,7 @@ def test_mlp_finds_what_no_line_can():
     assert r2_columns(perceptron.out_of_fold, y[:, None])[0, 0] > 0.8
 
 
+@pytest.mark.slow
 def test_ordinal_learns_from_shares():
     """A half of each option is as two ratings."""
     vectors = residuals(60, 1, 3, dtype=torch.float32)
