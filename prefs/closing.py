@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 from rich.table import Table
 
 from prefs.measured import DIRECT
+from prefs.probes.controls import BLIND
 from prefs.probing import AUC, NoProbe, ProbeReport
 from prefs.records import Ratings
 from prefs.statistics.refusal import MIN_GROUP
 from prefs.summary import Stability
 from prefs.tasks import ALL
 from prefs.templates import Invalid
-from prefs.terminal import MISSING, new_table, number
+from prefs.terminal import MISSING, new_table, number, with_interval
 
 # Agreement below this is "slight" or "fair" in the words of Landis and Koch (1977).
 FAIR_KAPPA = 0.4
@@ -90,11 +90,7 @@ def refusal_lines(frame: pd.DataFrame, rated_by: str) -> Table:
         table.add_column(name, justify="right")
     rows = frame.to_dict("records")
     for row in sorted(rows, key=lambda row: row["origin"] == ALL):
-        r = number(row["r"])
-        if pd.isna(row["r"]):
-            r = f"{MISSING} {row['r_reason']}"
-        elif not pd.isna(row["r_low"]):
-            r += f" [{number(row['r_low'])}, {number(row['r_high'])}]"
+        r = f"{MISSING} {row['r_reason']}" if pd.isna(row["r"]) else with_interval(row, "r")
         means = (number(row["mean_refused"]), number(row["mean_not_refused"]))
         table.add_row(row["origin"], str(row["n"]), str(row["refused"]), *means, r, style=_weight(row["origin"]))
     return table
@@ -125,7 +121,7 @@ def chosen_lines(report: ProbeReport) -> Table:
     for row in report.chosen.to_dict("records"):
         p, ceiling = number(row["p"]), number(row["ceiling"])
         place = f"{row['position']}, {row['layer']}"
-        table.add_row(row["target"], str(row["n"]), _with_interval(row, "score"), p, ceiling, place)
+        table.add_row(row["target"], str(row["n"]), with_interval(row, "score"), p, ceiling, place)
     return table
 
 
@@ -141,11 +137,6 @@ def control_lines(report: ProbeReport) -> Table:
         rows = [by_control.get((control, target)) for target in targets]
         table.add_row(control, *("" if row is None else number(row["score"]) for row in rows))
     return table
-
-
-def _with_interval(row: Mapping[Any, Any], name: str) -> str:
-    value, low, high = (float(row[each]) for each in (name, f"{name}_low", f"{name}_high"))
-    return number(value) if math.isnan(low) else f"{number(value)} [{number(low)}, {number(high)}]"
 
 
 def _weight(origin: str) -> str | None:
@@ -231,9 +222,8 @@ def judges_remark(table: pd.DataFrame, name: str) -> str:
     )
     if pd.isna(row["kappa"]):
         return f"Judge {name} and phrases: Cohen's κ is undefined ({row['kappa_reason']}); {counts} of {row['n']}."
-    interval = "" if pd.isna(row["kappa_low"]) else f" [{number(row['kappa_low'])}, {number(row['kappa_high'])}]"
     doubt = "" if row["kappa"] >= FAIR_KAPPA else " They hardly agree: read some completions before you trust either."
-    return f"Judge {name} and phrases: Cohen's κ {number(row['kappa'])}{interval}; {counts} of {row['n']}.{doubt}"
+    return f"Judge {name} and phrases: Cohen's κ {with_interval(row, 'kappa')}; {counts} of {row['n']}.{doubt}"
 
 
 def _thought_remarks(ratings: Ratings) -> list[str]:
@@ -264,8 +254,7 @@ def _probe_remarks(report: ProbeReport) -> list[str]:
     controls = {(row["target"], row["control"]): float(row["score"]) for row in report.controls.to_dict("records")}
     for row in report.chosen.to_dict("records"):
         target, best, p = row["target"], row["score"], row["p"]
-        blind = ("origin mean", "length", "words (TF-IDF)", "sentence embedding")
-        beaten = {name: controls[target, name] for name in blind if controls.get((target, name), -math.inf) >= best}
+        beaten = {name: controls[target, name] for name in BLIND if controls.get((target, name), -math.inf) >= best}
         if pd.isna(best):
             said.append(f"Probe on {target}: undefined ({row['score_reason']}).")
         elif best <= nothing or p > 0.05:

@@ -39,7 +39,7 @@ from prefs.files import write_table
 from prefs.measured import DIRECT
 from prefs.report import write_report
 from prefs.tasks import ALL
-from prefs.terminal import MISSING, new_table, number, show, show_files
+from prefs.terminal import MISSING, new_table, number, show, show_files, with_interval
 from prefs.track import tracker
 
 log = logging.getLogger("prefs")
@@ -213,10 +213,7 @@ def variance_lines(frame: pd.DataFrame) -> Table:
         if condition:
             table.add_row(str(condition), style="bold")
         for row in frame.loc[(frame["condition"] == condition) & frame["share"].notna(), :].to_dict("records"):
-            share = number(row["share"])
-            if not pd.isna(row["share_low"]):
-                share += f" [{number(row['share_low'])}, {number(row['share_high'])}]"
-            table.add_row(str(row["source"]), share, str(row["holds"]))
+            table.add_row(str(row["source"]), with_interval(row, "share"), str(row["holds"]))
     return table
 
 
@@ -235,9 +232,7 @@ def probe_lines(frame: pd.DataFrame) -> Table:
         prefix = f"{rows['rater'].iloc[0]}-" if one_rater else ""
         table.add_row(str(cell).removeprefix(prefix), style="bold")
         for row in rows.to_dict("records"):
-            score = number(row["score"])
-            if not pd.isna(row["score_low"]):
-                score += f" [{number(row['score_low'])}, {number(row['score_high'])}]"
+            score = with_interval(row, "score")
             numbers = (number(row[name]) for name in ("p", "ceiling", "best_control_score"))
             table.add_row(f"  {row['target']}", score, *numbers, f"{row['layer']}, {row['position']}")
     table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 18

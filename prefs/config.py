@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from hydra.core.config_store import ConfigStore
@@ -21,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from prefs.errors import ConfigError
 
 POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
+Filled = TypeVar("Filled")
 PROBES = ("ridge", "linear", "logistic", "ordinal", "mlp", "mean_difference", "none")
 NUMBER_TARGETS = ("exact", "sampled", "single")
 BINARY_TARGETS = ("good", "refused")
@@ -350,12 +351,24 @@ def typed(cfg: DictConfig) -> Config:
     ConfigError
         If a value is missing or impossible.
     """
+    config = filled(cfg, Config)
+    check(config)
+    return config
+
+
+def filled(cfg: DictConfig, kind: type[Filled]) -> Filled:
+    """A composed config as plain data classes of its schema.
+
+    Raises
+    ------
+    ConfigError
+        If a value is missing.
+    """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise missing_value(missing[0])
     config = OmegaConf.to_object(cfg)
-    assert isinstance(config, Config)
-    check(config)
+    assert isinstance(config, kind)
     return config
 
 

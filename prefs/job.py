@@ -69,7 +69,8 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
     rater = ModelSpec.from_config(config.model)
     completer = ModelSpec.from_config(config.completer.model) if config.completer.model else rater
     templates = {key: Template.from_config(each) for key, each in config.template.items()}
-    capture = _capture_plan(config, rater)
+    capture, probed_layers = _capture_plan(config, rater)
+    config = replace(config, probe=replace(config.probe, layers=list(probed_layers)))
     judging = ModelSpec.from_config(config.judge.model) if config.judge.model else None
     specs = [spec for spec in (rater, completer, judging) if spec is not None]
     models.keep_only(specs)
@@ -184,18 +185,17 @@ class _Cell:
     of_job: Mapping[str, pd.DataFrame]
 
 
-def _capture_plan(config: Config, rater: ModelSpec) -> CapturePlan | None:
-    """The layers and positions wanted, checked against the model's config before its weights are loaded."""
+def _capture_plan(config: Config, rater: ModelSpec) -> tuple[CapturePlan | None, tuple[int, ...]]:
+    """The layers and positions wanted, and the layers probed, checked before the model's weights are loaded."""
     capture = config.capture
     if not capture.positions:
-        return None
+        return None, ()
     from prefs.models.transformer_lens import config_layers
 
     count = config_layers(model_folder(rater), rater.revision)
     layers = _numbered("capture.layers", capture.layers, count, range(count), rater)
-    if config.probe.kind != "none":
-        _numbered("probe.layers", config.probe.layers, count, layers, rater)
-    return CapturePlan(layers, tuple(capture.positions), capture.dtype.value)
+    probed = _numbered("probe.layers", config.probe.layers, count, layers, rater) if config.probe.kind != "none" else ()
+    return CapturePlan(layers, tuple(capture.positions), capture.dtype.value), probed
 
 
 def _numbered(key: str, wanted: Any, count: int, there: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
@@ -233,7 +233,7 @@ def _report(
         tables["exact"] = exact_table(measured)
     if ratings.thoughts is not None:
         tables["exact_by_thought"] = thoughts_table(ratings)
-    residuals = _residuals(config, rated, cell.key, rater)
+    residuals = _residuals(config, rated, cell.key)
     probed = None
     if config.probe.kind != "none":
         # Loggers and callbacks of Lightning's Trainer come by `_target_`, as everywhere in Hydra.
@@ -309,17 +309,11 @@ def _thought(config: Config, cell: _Cell) -> dict[str, Any]:
     return {"seed": (*seeds, 0)[0], **drawn}
 
 
-def _residuals(config: Config, rated: Rated, key: str, rater: ModelSpec) -> list[Residuals]:
-    """Of the positions probed, in their order; ``rating`` is the template's own."""
+def _residuals(config: Config, rated: Rated, key: str) -> list[Residuals]:
+    """At the positions and layers probed; ``rating`` is the template's own."""
     found = {**rated.residuals, **({"rating": rated.rating_residuals[key]} if key in rated.rating_residuals else {})}
     chosen = [found[position] for position in config.probe.positions or config.capture.positions]
-    if config.probe.layers == "all":
-        return chosen
-    from prefs.models.transformer_lens import config_layers
-
-    count = config_layers(model_folder(rater), rater.revision)
-    layers = _numbered("probe.layers", config.probe.layers, count, chosen[0].layers, rater)
-    return [replace(each, layers=layers) for each in chosen]
+    return [replace(each, layers=tuple(config.probe.layers)) for each in chosen]
 
 
 def completions_table(completions: list[Completion], refused: list[bool | None]) -> pd.DataFrame:

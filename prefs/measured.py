@@ -87,10 +87,15 @@ class Measured:
     @cached_property
     def seed_means(self) -> np.ndarray:
         """[T] mean of a task's valid sampled ratings, NaN without one."""
-        count = np.isfinite(self.sampled).sum(axis=1)
-        return np.divide(np.nansum(self.sampled, axis=1), count, out=np.full(len(count), np.nan), where=count > 0)
+        return valid_means(self.sampled)
 
     @property
     def task_means(self) -> np.ndarray:
         """[T] the best there is of each task's rating: the exact mean, or else the mean over seeds."""
         return self.seed_means if self.exact is None else self.exact.mean
+
+
+def valid_means(ratings: np.ndarray) -> np.ndarray:
+    """[T] mean of the valid ones of ratings [T, S], NaN without one."""
+    count = np.isfinite(ratings).sum(axis=1)
+    return np.divide(np.nansum(ratings, axis=1), count, out=np.full(len(count), np.nan), where=count > 0)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from prefs.errors import UserError
 from prefs.measured import Measured
 from prefs.models.backend import Sampling
 from prefs.probes import baselines
+from prefs.probes import controls as names
 from prefs.probes.card import SavedProbe, save_probe
-from prefs.probes.crossval import CrossValidated, Nothing, cross_validate, held_out_origins
+from prefs.probes.crossval import MIN_TASKS, CrossValidated, Nothing, cross_validate, held_out_origins
 from prefs.probes.descent import Descent
 from prefs.probes.features import Captured, Features, NotFinite
 from prefs.probes.folds import assign_folds
@@ -32,9 +32,9 @@ from prefs.records import Residuals
 from prefs.statistics.estimates import LEVEL, Estimate, Resamples
 from prefs.summary import columns, numeric
 
-log = logging.getLogger(__name__)
-
 R2, AUC = "R²", "AUC"
+# Cell and target trained on, cell and target tested on.
+Pair = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class ProbeReport:
         One row a pair of targets: trained on one, tested on the other, on held-out tasks.
     predictions
         One row a target and task, of the probes in ``chosen``.
+    pairs
+        What ``transfer`` is made of, for the job's next cell.
     """
 
     subject: Subject
@@ -96,6 +98,7 @@ class ProbeReport:
     rows: np.ndarray
     left_out: int
     without: Sequence[str]
+    pairs: Mapping[Pair, dict[str, object]] = field(default_factory=dict)
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -149,9 +152,9 @@ def probe(
         folds = assign_folds(measured.tasks, measured.origins, config.folds, config.seed)[rows]
     except ValueError as error:
         return NoProbe(f"{error} (probe.folds)")
-    if len(rows) < max(config.folds, 3):
+    needed = max(config.folds, MIN_TASKS)
+    if len(rows) < needed:
         positions = ", ".join(each.position for each in subject.residuals)
-        needed = max(config.folds, 3)
         return NoProbe(f"{len(rows)} tasks have a vector at {positions}; {config.folds} folds need {needed} or more")
     used = measured.only(rows)
     targets = targets_of(used, subject.sampling, tuple(config.targets), config.threshold)
@@ -250,16 +253,16 @@ def _controls(
     """What the probes are compared with, and what was wanted but could not be had."""
     without: list[str] = []
     predictors: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "origin mean": lambda y: baselines.origin_mean(y, origins, folds)
+        names.ORIGIN: lambda y: baselines.origin_mean(y, origins, folds)
     }
     if config.controls.texts:
-        predictors["length"] = lambda y: baselines.length(y, texts.prompts, texts.completions, folds)
-        predictors["words (TF-IDF)"] = lambda y: baselines.content(y, texts.both, folds, config.seed)
+        predictors[names.LENGTH] = lambda y: baselines.length(y, texts.prompts, texts.completions, folds)
+        predictors[names.WORDS] = lambda y: baselines.content(y, texts.both, folds, config.seed)
         name = config.controls.embedding_model
         if name and importlib.util.find_spec("sentence_transformers"):
             try:
                 vectors = baselines.embed(texts.both, name)
-                predictors["sentence embedding"] = lambda y: baselines.on_vectors(y, vectors, folds)
+                predictors[names.EMBEDDING] = lambda y: baselines.on_vectors(y, vectors, folds)
             except UserError as error:
                 without.append(f"No control by sentence embeddings: {error}.")
     rows: list[dict[str, object]] = []
@@ -275,18 +278,16 @@ def _controls(
                 rows.append(_random(result, features, folds, config))
                 advance(1)
             if result.within is not None:
-                row = {"target": result.target.name, "control": "probe, origin means removed"}
+                row = {"target": result.target.name, "control": names.WITHIN}
                 rows.append({**row, **columns("score", result.within.r2)})
             if len(result.chosen_null):
-                rows.append(
-                    {"target": result.target.name, "control": "probe, shuffled targets"} | _middle(result.chosen_null)
-                )
+                rows.append({"target": result.target.name, "control": names.SHUFFLED} | _middle(result.chosen_null))
     return numeric(pd.DataFrame(rows), words=("target", "control")), without
 
 
 def _random(result: CrossValidated, features: Features, folds: np.ndarray, config: ProbeConfig) -> dict[str, object]:
     """The median over random directions at the final probe's site, and the middle 95 % of them."""
-    site = list(features.sites).index(result.final.site)
+    site = features.sites.index(result.final.site)
     vectors = features.read(range(features.n), slice(site, site + 1)).float()
     y = result.target.values
     predictions = baselines.random_directions(vectors, y, folds, config.controls.random_directions, config.seed)[:, 0]
@@ -295,7 +296,7 @@ def _random(result: CrossValidated, features: Features, folds: np.ndarray, confi
         scores = auc_columns(predictions[there][:, :, None], np.broadcast_to(y[there][:, None], (there.sum(), 1)))[:, 0]
     else:
         scores = r2_of(predictions, y)
-    return {"target": result.target.name, "control": "random direction"} | _middle(scores)
+    return {"target": result.target.name, "control": names.RANDOM} | _middle(scores)
 
 
 def _middle(values: np.ndarray) -> dict[str, object]:
@@ -351,7 +352,7 @@ def _measures(scores: Scores, main: Estimate) -> dict[str, object]:
 
 def _scores(results: Sequence[CrossValidated], features: Features, controls: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    of_origin = {row["target"]: row["score"] for row in controls.to_dict("records") if row["control"] == "origin mean"}
+    of_origin = {row["target"]: row["score"] for row in controls.to_dict("records") if row["control"] == names.ORIGIN}
     for result in results:
         low, high = result.null_band()
         for at, site in enumerate(features.sites):
@@ -399,19 +400,21 @@ def _predictions(results: Sequence[CrossValidated], used: Measured) -> pd.DataFr
 def _with_transfer(report: ProbeReport, earlier: Sequence[ProbeReport], bootstrap: int, seed: int) -> ProbeReport:
     """The report with its table of transfer: all pairs of targets of this cell and of those before it."""
     cells = [*earlier, report]
-    several = len(cells) > 1
+    pairs: dict[Pair, dict[str, object]] = dict(earlier[-1].pairs) if earlier else {}
     rows = []
     for trained in cells:
         for tested in cells:
             for result in trained.results:
                 for other in tested.results:
-                    row: dict[str, object] = {"trained_on": _label(trained, result.target, several)}
-                    row["tested_on"] = _label(tested, other.target, several)
-                    rows.append(row | _transferred(trained, result, tested, other.target, bootstrap, seed))
+                    pair = (trained.subject.name, result.target.name, tested.subject.name, other.target.name)
+                    if pair not in pairs:  # the job's cells before this one have theirs
+                        pairs[pair] = _transferred(trained, result, tested, other.target, bootstrap, seed)
+                    row: dict[str, object] = {"trained_on": _label(trained, result.target, len(cells) > 1)}
+                    rows.append(row | {"tested_on": _label(tested, other.target, len(cells) > 1)} | pairs[pair])
     if len(rows) < 2:
-        return report
+        return replace(report, pairs=pairs)
     table = numeric(pd.DataFrame(rows), words=("trained_on", "tested_on"))
-    return ProbeReport(**{**vars(report), "transfer": table})
+    return replace(report, transfer=table, pairs=pairs)
 
 
 def _label(report: ProbeReport, target: Target, several: bool) -> str:
@@ -427,7 +430,7 @@ def _transferred(
     for fold, each in enumerate(result.by_fold):
         rows = [at for at, task in enumerate(tested.rows) if fold_of.get(task) == fold and target.observed[at]]
         if rows and each.site in tested.features.sites:
-            site = list(tested.features.sites).index(each.site)
+            site = tested.features.sites.index(each.site)
             vectors = tested.features.read(rows, slice(site, site + 1))[:, 0]
             predictions[rows] = each.predict(vectors).double().numpy()
     draws = Resamples.draw(tested.features.n, bootstrap, seed)

@@ -138,15 +138,20 @@ def write_report(path: Path, report: Report) -> Path:
     return path
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prefs", package_path=""),
+def page_environment(package: str) -> jinja2.Environment:
+    """What pages are rendered with, from the templates that lie in a package: everything from outside is escaped."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(package, package_path=""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _environment() -> jinja2.Environment:
+    environment = page_environment("prefs")
     environment.filters |= {"image": _image, "grid": _grid, "answers": _answers, "start": _start}
     environment.globals["verdicts"] = VERDICTS
     return environment

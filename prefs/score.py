@@ -23,9 +23,9 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
-from prefs.config import DEVICE, missing_value
+from prefs.config import DEVICE, filled
 from prefs.errors import ConfigError, UserError
 from prefs.files import write_durably
 from prefs.lines import one_line_errors
@@ -127,11 +127,7 @@ def typed(cfg: DictConfig) -> ScoreConfig:
     ConfigError
         If a value is missing or impossible.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise missing_value(missing[0])
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, ScoreConfig)
+    config = filled(cfg, ScoreConfig)
     if config.text is None and config.text_file is None:
         raise ConfigError("text", None, 'the prompt, as in text="Write a poem.", or text_file=PATH')
     for key in ("text", "completion"):

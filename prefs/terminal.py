@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich import box
@@ -26,6 +27,12 @@ def number(value: object, digits: int = 2) -> str:
     if abs(float(text)) < 1:
         text = text.replace("0.", ".", 1)
     return text.replace("-", "−")
+
+
+def with_interval(row: Mapping[Any, Any], name: str) -> str:
+    """A number of a table's row with its interval, where it has one: .87 [.80, .91]."""
+    value, low, high = (number(row[each]) for each in (name, f"{name}_low", f"{name}_high"))
+    return value if low == MISSING else f"{value} [{low}, {high}]"
 
 
 def new_table(title: str, first: str = "origin") -> Table:

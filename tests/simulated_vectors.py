@@ -37,6 +37,14 @@ def planted(vectors: torch.Tensor, layer: int, share: float, seed: int = 0) -> n
     return 5 + np.sqrt(share) * signal + np.sqrt(1 - share) * rng.normal(size=len(x))
 
 
+def signal_and_noise(vectors: torch.Tensor, layer: int, noise: float, seed: int = 0) -> np.ndarray:
+    """[n] of variance 1 + noise²: a direction of one layer's standardised vectors, and noise."""
+    rng = np.random.default_rng(seed)
+    x = vectors[:, layer].double().numpy()
+    signal = (x - x.mean(0)) / x.std(0) @ rng.normal(size=x.shape[1])
+    return signal / signal.std() + noise * rng.normal(size=len(x))
+
+
 def captured(
     folder: Path, position: str, vectors: torch.Tensor, *, layers: Sequence[int] | None = None, parts: int = 3
 ) -> Residuals:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from probe_data import features, planted, vectors
 from scipy.stats import kstest
+from simulated_vectors import residuals, signal_and_noise, tensors
 
 from prefs.probes.crossval import CrossValidated, Nothing, cross_validate, held_out_origins, less_origin_means
 from prefs.probes.descent import Descent
@@ -24,7 +24,7 @@ def target(values: np.ndarray, key: str = "exact", binary: bool = False) -> Targ
 
 def validated(x: torch.Tensor, values: np.ndarray, *, permutations: int = 0, bootstrap: int = 0, folds: int = 4):
     (found,) = cross_validate(
-        features(x),
+        tensors(x),
         [target(values)],
         np.arange(len(x)) % folds,
         ORIGINS[: len(x)],
@@ -36,8 +36,8 @@ def validated(x: torch.Tensor, values: np.ndarray, *, permutations: int = 0, boo
 
 
 def test_a_signal_is_found_where_it_is_and_beats_every_shuffle():
-    x = vectors(120, 4, 10)
-    y = planted(x, 2, 0.5)
+    x = residuals(120, 4, 10, dtype=torch.float32)
+    y = signal_and_noise(x, 2, 0.5)
     found = validated(x, y, permutations=19, bootstrap=50)
     assert found.chosen_sites.tolist() == [2] * 4
     assert found.final.site.layer == 2
@@ -55,12 +55,12 @@ def test_a_signal_is_found_where_it_is_and_beats_every_shuffle():
 
 
 def test_a_fold_has_no_say_in_its_own_predictions():
-    x = vectors(80, 3, 6)
-    y = planted(x, 1, 1.0)
+    x = residuals(80, 3, 6, dtype=torch.float32)
+    y = signal_and_noise(x, 1, 1.0)
     before = validated(x, y)
     others = y.copy()
     mine = np.arange(80) % 4 == 2
-    others[mine] = 50 * planted(x, 0, 0.0)[mine]  # would choose another site
+    others[mine] = 50 * signal_and_noise(x, 0, 0.0)[mine]  # would choose another site
     after = validated(x, others)
     np.testing.assert_allclose(after.predictions[mine], before.predictions[mine], atol=1e-5)
     assert after.chosen_sites[2] == before.chosen_sites[2]
@@ -70,13 +70,13 @@ def test_p_values_of_noise_are_uniform():
     rng = np.random.default_rng(0)
     values = []
     for seed in range(40):
-        x = vectors(40, 3, 12, seed)
+        x = residuals(40, 3, 12, seed, dtype=torch.float32)
         values.append(validated(x, rng.normal(size=40), permutations=19).p)
     assert kstest(values, "uniform").pvalue > 0.01
 
 
 def test_what_is_between_origins_only_is_gone_within_them():
-    x = vectors(150, 1, 4)
+    x = residuals(150, 1, 4, dtype=torch.float32)
     origin = np.arange(150) % 3
     x[:, 0, 3] = torch.tensor(origin).float() + 0.1 * torch.randn(150, generator=torch.Generator().manual_seed(0))
     y = origin + 0.2 * np.random.default_rng(0).normal(size=150)
@@ -99,17 +99,17 @@ def test_what_is_between_origins_only_is_gone_within_them():
     ],
 )
 def test_a_target_that_cannot_be_probed_says_why(values, reason):
-    found = validated(vectors(20, 1, 4), values)
+    found = validated(residuals(20, 1, 4, dtype=torch.float32), values)
     assert isinstance(found, Nothing)
     assert found.reason.startswith(reason)
 
 
 def test_targets_of_different_tasks_are_each_cross_validated_on_their_own():
-    x = vectors(80, 2, 5)
-    y = planted(x, 1, 0.3)
+    x = residuals(80, 2, 5, dtype=torch.float32)
+    y = signal_and_noise(x, 1, 0.3)
     holes = np.where(np.arange(80) % 7 == 3, np.nan, y)
     found = cross_validate(
-        features(x),
+        tensors(x),
         [target(y), target(holes, "sampled"), target(np.zeros(80), "single")],
         np.arange(80) % 4,
         ORIGINS[:80],
@@ -126,11 +126,11 @@ def test_targets_of_different_tasks_are_each_cross_validated_on_their_own():
 
 
 def test_a_yes_and_no_is_scored_by_auc():
-    x = vectors(90, 2, 5)
-    y = (planted(x, 0, 0.3) > 0).astype(float)
+    x = residuals(90, 2, 5, dtype=torch.float32)
+    y = (signal_and_noise(x, 0, 0.3) > 0).astype(float)
     training = Training(kind="logistic", penalties=(0.1,), max_epochs=60, descent=Descent(learning_rate=3e-2))
     (found,) = cross_validate(
-        features(x),
+        tensors(x),
         [target(y, "good", binary=True)],
         np.arange(90) % 3,
         ORIGINS[:90],
@@ -145,22 +145,22 @@ def test_a_yes_and_no_is_scored_by_auc():
 
 
 def test_held_out_origins_are_predicted_by_the_others():
-    x = vectors(90, 2, 5)
-    y = planted(x, 1, 0.3)
-    predictions = held_out_origins(features(x), target(y), ORIGINS[:90], TRAINING)
+    x = residuals(90, 2, 5, dtype=torch.float32)
+    y = signal_and_noise(x, 1, 0.3)
+    predictions = held_out_origins(tensors(x), target(y), ORIGINS[:90], TRAINING)
     assert np.corrcoef(predictions, y)[0, 1] > 0.85
     changed = y.copy()
     mine = np.arange(90) % 3 == 1
     changed[mine] = -10 * changed[mine]
-    again = held_out_origins(features(x), target(changed), ORIGINS[:90], TRAINING)
+    again = held_out_origins(tensors(x), target(changed), ORIGINS[:90], TRAINING)
     np.testing.assert_allclose(again[mine], predictions[mine], atol=1e-4)
 
 
 def test_an_origin_of_one_task_and_one_origin_alone():
-    x = vectors(30, 1, 4)
-    y = planted(x, 0, 0.3)
-    predictions = held_out_origins(features(x), target(y), ["A"] * 29 + ["B"], TRAINING)
+    x = residuals(30, 1, 4, dtype=torch.float32)
+    y = signal_and_noise(x, 0, 0.3)
+    predictions = held_out_origins(tensors(x), target(y), ["A"] * 29 + ["B"], TRAINING)
     assert predictions is None  # nothing to train on when A is held out
-    predictions = held_out_origins(features(x), target(y), ["A"] * 15 + ["C"] * 14 + ["B"], TRAINING)
+    predictions = held_out_origins(tensors(x), target(y), ["A"] * 15 + ["C"] * 14 + ["B"], TRAINING)
     assert np.isfinite(predictions).all()
-    assert held_out_origins(features(x), target(y), ["A"] * 30, TRAINING) is None
+    assert held_out_origins(tensors(x), target(y), ["A"] * 30, TRAINING) is None

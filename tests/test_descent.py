@@ -37,7 +37,7 @@ def bank_of(vectors, targets, splits, training, values=()) -> DescentBank:
     data, bank = train_module._prepare(
         tensors(vectors), slice(0, vectors.shape[1]), torch.as_tensor(targets), splits, training, values
     )
-    train_module._fit(bank, data, training, None)
+    train_module._fit(bank, data, training)
     assert isinstance(bank, DescentBank)
     return bank
 

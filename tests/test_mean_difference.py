@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from probe_data import features, planted, vectors
+from simulated_vectors import residuals, signal_and_noise, tensors
 
 from prefs.probes.folds import Splits
 from prefs.probes.train import Training, train
@@ -13,11 +13,11 @@ from prefs.probes.train import Training, train
 
 @pytest.mark.parametrize("binary", [False, True])
 def test_the_direction_and_line_are_those_of_the_training_tasks(binary):
-    x = vectors(90, 2, 6)
-    y = planted(x, 1, 0.4)
+    x = residuals(90, 2, 6, dtype=torch.float32)
+    y = signal_and_noise(x, 1, 0.4)
     y = (y > 0.8).astype(float) if binary else y
     splits = Splits.of(np.arange(90) % 3, 0)
-    found = train(features(x), torch.tensor(y)[:, None], splits, Training(kind="mean_difference"), kept=1)
+    found = train(tensors(x), torch.tensor(y)[:, None], splits, Training(kind="mean_difference"), kept=1)
     for fit in range(4):
         rows = splits.training(fit) & ~splits.validation
         wide = x[:, 1].double().numpy()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from probe_data import planted, vectors
+from simulated_vectors import residuals, signal_and_noise
 
 from prefs.config import ProbeConfig, ProbeControlsConfig
 from prefs.measured import Measured
@@ -44,7 +44,7 @@ def subject(
         shards.refresh()
         residuals.append(Residuals(position, LAYERS, keys, shards))
     rng = np.random.default_rng(seed)
-    p = 1 / (1 + np.exp(-planted(x, 4, 0.2)))
+    p = 1 / (1 + np.exp(-signal_and_noise(x, 4, 0.2)))
     sampled = np.where(rng.random((N, 3)) < p[:, None], 5.0, 1.0)
     sampled[:5, 0] = np.nan
     measured = Measured(
@@ -62,7 +62,7 @@ def subject(
 
 @pytest.fixture(scope="module")
 def x() -> torch.Tensor:
-    return vectors(N, len(POSITIONS) * len(LAYERS), 8)
+    return residuals(N, len(POSITIONS) * len(LAYERS), 8, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

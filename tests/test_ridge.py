@@ -37,7 +37,7 @@ def bank_of(vectors, targets, splits, penalties=PENALTIES, keep_all=True) -> Rid
     data = ProbeData(tensors(vectors), slice(0, vectors.shape[1]), torch.as_tensor(targets), splits)
     sites = tensors(vectors).sites
     bank = RidgeBank(sites, vectors.shape[2], targets.shape[1], splits, penalties, data.reference(), keep_all=keep_all)
-    train_module._fit(bank, data, Training(penalties=penalties, trainer={"accelerator": "cpu"}), None)
+    train_module._fit(bank, data, Training(penalties=penalties, trainer={"accelerator": "cpu"}))
     return bank
 
 

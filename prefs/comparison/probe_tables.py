@@ -14,6 +14,7 @@ import pandas as pd
 
 from prefs.comparison.cells import Cell, flat, telling
 from prefs.comparison.probed import Probed
+from prefs.probes.controls import BLIND
 from prefs.statistics.agreement import correlations
 from prefs.statistics.estimates import Resamples
 from prefs.summary import columns, numeric
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from prefs.probes.card import SavedProbe
     from prefs.probes.probe import Site
 
-# Controls that never look into the model, and so what a probe has to beat.
-BLIND = ("origin mean", "length", "words (TF-IDF)", "sentence embedding")
 NO_DIRECTION = "all weights of one of them are 0"
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger
 
 from prefs.probes.features import Features
 from prefs.probes.folds import Splits
@@ -79,12 +78,11 @@ class CrossValidated:
 
     def main(self, scores: Scores) -> Estimate:
         """The score that matters for this target: AUC of a yes and no, R² of numbers."""
-        return scores.auc if self.target.binary else scores.r2
+        return self.target.main(scores)
 
     def site_p(self, site: int) -> float | None:
         """The p-value of one site."""
-        value = self.main(self.by_site[site]).value
-        return None if value is None or not self.null.shape[1] else permutation_p(value, self.null[site])
+        return _p(self.main(self.by_site[site]), self.null[site])
 
     def null_band(self) -> tuple[np.ndarray, np.ndarray]:
         """[S] the lower and upper end of the middle 95 % of scores with shuffled targets; NaN without any."""
@@ -105,7 +103,6 @@ def cross_validate(
     permutations: int,
     bootstrap: int,
     values: Sequence[float] = (),
-    logger: Logger | None = None,
     show_progress: bool = False,
 ) -> list[CrossValidated | Nothing]:
     """Cross-validate probes of all targets at all sites.
@@ -127,15 +124,15 @@ def cross_validate(
         What the options are worth, rising; for ``ordinal``.
     """
     found: dict[int, CrossValidated | Nothing] = {}
-    alike: dict[bytes, list[int]] = {}
+    together_at: dict[bytes, list[int]] = {}
     for at, target in enumerate(targets):
         reason = unusable(target, folds)
         if reason is not None:
             found[at] = Nothing(target, reason)
         else:
-            alike.setdefault(target.observed.tobytes(), []).append(at)
+            together_at.setdefault(target.observed.tobytes(), []).append(at)
     # Targets of the same tasks share passes, sums and decompositions.
-    for members in alike.values():
+    for members in together_at.values():
         together = [targets[at] for at in members]
         rows = np.flatnonzero(together[0].observed)
         some = _Subset(features, rows)
@@ -151,7 +148,6 @@ def cross_validate(
             training,
             kept=len(together),
             values=values,
-            logger=logger,
             show_progress=show_progress,
         )
         draws = Resamples.draw(len(rows), bootstrap, training.seed)
@@ -296,6 +292,11 @@ def _at_chosen(trained: Trained, group: np.ndarray, column: int) -> np.ndarray:
     return trained.out_of_fold[np.arange(len(group)), sites[group], column].astype(np.float64)
 
 
+def _p(score: Estimate, null: np.ndarray) -> float | None:
+    """The p-value of a score against those of shuffled targets; None where there is no score, or none of them."""
+    return None if score.value is None or not len(null) else permutation_p(score.value, null)
+
+
 def _summarised(
     target: Target,
     column: int,
@@ -319,7 +320,6 @@ def _summarised(
     else:
         null, chosen_null = np.empty((len(sites), 0)), np.empty(0)
     chosen = score(predictions[:, None], y, draws, binary=target.binary)[0]
-    value = (chosen.auc if target.binary else chosen.r2).value
     within = None
     if column in columns.within:
         there = columns.within[column]
@@ -342,7 +342,7 @@ def _summarised(
         predictions=predictions,
         chosen=chosen,
         chosen_null=chosen_null,
-        p=None if value is None or not len(chosen_null) else permutation_p(value, chosen_null),
+        p=_p(target.main(chosen), chosen_null),
         within=within,
         final=final,
         final_directions=torch.stack(pointing) if pointing else None,

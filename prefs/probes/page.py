@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from prefs.probes.apply import Applied
-from prefs.report import printable
+from prefs.report import page_environment
 from prefs.terminal import number
 
 # Shades on either side of the centre. Blue and orange: told apart by the colour-blind as well.
@@ -98,25 +97,21 @@ def shade(scores: np.ndarray, centre: float, counts: Sequence[bool]) -> tuple[li
 def page(applied: Applied, *, title: str, position: str, facts: Mapping[str, str]) -> str:
     """The page as HTML. ``facts`` are printed as they are, a line each."""
     made, reach = tokens(applied, position)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prefs.probes", package_path=""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shades = range(-SHADES, SHADES + 1)
-    return environment.get_template("score.html.jinja").render(
-        nonce=secrets.token_urlsafe(16),
-        title=title,
-        facts=facts,
-        tokens=made,
-        position=position,
-        colours={name(each): _colour(each) for each in shades},
-        name=name,
-        shades=shades,
-        ends=[number(applied.centre + side * reach) for side in (-1, 0, 1)],
+    return (
+        page_environment("prefs.probes")
+        .get_template("score.html.jinja")
+        .render(
+            nonce=secrets.token_urlsafe(16),
+            title=title,
+            facts=facts,
+            tokens=made,
+            position=position,
+            colours={name(each): _colour(each) for each in shades},
+            name=name,
+            shades=shades,
+            ends=[number(applied.centre + side * reach) for side in (-1, 0, 1)],
+        )
     )
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefs.measured import Measured
+from prefs.measured import Measured, valid_means
 from prefs.models.backend import Sampling
+from prefs.probes.scores import Scores
 from prefs.statistics.estimates import Estimate
 from prefs.statistics.exact import ceiling, predicted_r, reliability
 from prefs.statistics.sampled import intraclass
@@ -44,6 +45,10 @@ class Target:
     def observed(self) -> np.ndarray:
         """[n] bool."""
         return np.isfinite(self.values)
+
+    def main(self, scores: Scores) -> Estimate:
+        """The score that matters for it: AUC of a yes and no, R² of numbers."""
+        return scores.auc if self.binary else scores.r2
 
     @property
     def constant(self) -> bool:
@@ -101,7 +106,6 @@ def targets_of(
 def _sampled(measured: Measured, ratings: np.ndarray, key: str, scale: np.ndarray, *, known: bool) -> Target:
     seeds = ratings.shape[1]
     count = np.isfinite(ratings).sum(axis=1)
-    means = np.divide(np.nansum(ratings, axis=1), count, out=np.full(len(count), np.nan), where=count > 0)
     if known and measured.exact is not None:
         # Known noise: the mean of a task's k valid ratings varies by w/k.
         noise = np.divide(measured.exact.variance, count, out=np.full(len(count), np.nan), where=count > 0)
@@ -113,7 +117,7 @@ def _sampled(measured: Measured, ratings: np.ndarray, key: str, scale: np.ndarra
     given = (ratings[:, :, None] == scale).sum(axis=1)
     shares = np.divide(given, count[:, None], out=np.full(given.shape, np.nan), where=count[:, None] > 0)
     name = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
-    return Target(key, name, means, ceiling(reliable).r2, shares=shares)
+    return Target(key, name, valid_means(ratings), ceiling(reliable).r2, shares=shares)
 
 
 def _cut(values: np.ndarray, scale: np.ndarray, threshold: str | float) -> float:

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import lightning
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from threadpoolctl import threadpool_limits
 
@@ -47,7 +46,8 @@ class Training:
     """How a bank is trained.
 
     ``trainer`` are further arguments of Lightning's ``Trainer``, as Lightning spells them: ``accelerator``,
-    ``devices``, ``strategy``, ``precision``, ``callbacks``, ``logger`` ...
+    ``devices``, ``strategy``, ``precision``, ``callbacks``, ``logger`` ... A logger is told
+    ``probe/loss``, ``probe/validation_loss`` and ``probe/stopped``, by epoch.
     """
 
     kind: Kind = "ridge"
@@ -94,7 +94,6 @@ def train(
     *,
     kept: int,
     values: Sequence[float] = (),
-    logger: Logger | None = None,
     show_progress: bool = False,
 ) -> Trained:
     """Train probes of all sites for all targets, folds and penalties.
@@ -113,8 +112,6 @@ def train(
         How many of the targets, from the first, probes are kept of; of the others there are predictions alone.
     values
         [V] what the options are worth, rising; for ``ordinal``.
-    logger
-        A Lightning logger for ``probe/loss``, ``probe/validation_loss`` and ``probe/stopped``, by epoch.
     show_progress
         Whether to show a bar over the sites.
 
@@ -139,7 +136,7 @@ def train(
     with bar as advance:
         for sites in groups:
             data, bank = _prepare(features, sites, targets, splits, training, values)
-            _fit(bank, data, training, logger)
+            _fit(bank, data, training)
             if isinstance(bank, DescentBank):
                 diverged += int(bank.diverged.sum())
                 unfinished += int((~bank.stopped()).sum())
@@ -168,8 +165,7 @@ def train(
     every = {key: probe for part in heads for key, probe in part.items()}
 
     def probe(fit: int, site: int, target: int, name: str) -> Probe:
-        found = every[fit, site, target]
-        return Probe(found.kind, found.site, name, found.mean, found.scale, found.tensors)
+        return replace(every[fit, site, target], target=name)
 
     return Trained(out_of_fold, np.concatenate(criterion, axis=1), np.concatenate(chosen, axis=1), probe)
 
@@ -220,13 +216,12 @@ def _prepare(
     return data, bank
 
 
-def _fit(bank: ProbeBank, data: ProbeData, training: Training, logger: Logger | None) -> None:
+def _fit(bank: ProbeBank, data: ProbeData, training: Training) -> None:
     epochs = {"ridge": 1, "mean_difference": 2}.get(training.kind, training.max_epochs)
     descends = isinstance(bank, DescentBank)
     with _quiet(), torch.random.fork_rng(devices=[]), _threads(data.d_model):
         trainer = _trainer(
             training,
-            logger,
             max_epochs=epochs,
             callbacks=[EachStopsAlone()] if descends else [],
             # Sums need each task once: the sampler of several devices would repeat some to even out their shares.
@@ -242,19 +237,19 @@ def _predict(bank: ProbeBank, data: ProbeData, training: Training) -> list[tuple
     alone = {"strategy": "auto", "devices": 1, "callbacks": [], "logger": False}
     one = {**training.trainer, **alone}
     with _quiet(), torch.random.fork_rng(devices=[]), _threads(data.d_model):
-        trainer = _trainer(Training(kind=training.kind, trainer=one), None)
+        trainer = _trainer(Training(kind=training.kind, trainer=one))
         found: Any = trainer.predict(bank, dataloaders=data.predict_dataloader())
     return found
 
 
-def _trainer(training: Training, logger: Logger | None, **arguments: Any) -> lightning.Trainer:
+def _trainer(training: Training, **arguments: Any) -> lightning.Trainer:
     if taken := sorted(arguments.keys() & training.trainer.keys() - {"callbacks"}):
         raise UserError(f"probe.trainer: probes set {', '.join(taken)} themselves: leave it out")
     settings: dict[str, Any] = {
         # Not Lightning's own "auto", which on a Mac is MPS: that has no float64.
         "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
         "devices": 1,
-        "logger": False if logger is None else logger,
+        "logger": False,
         "log_every_n_steps": 1,
         "enable_checkpointing": False,
         "enable_model_summary": False,
