@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from prefs.errors import ConfigError
 
 POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
+# Those that lie in the conversation, before any question.
+COMPLETION_POSITIONS = tuple(position for position in POSITIONS if position != "rating")
+PLACES = ("all", "last", "completion", "question")
 Filled = TypeVar("Filled")
 PROBES = ("ridge", "linear", "logistic", "ordinal", "mlp", "mean_difference", "none")
 NUMBER_TARGETS = ("exact", "sampled", "single")
@@ -133,10 +136,11 @@ class ModelConfig:
 
 @dataclass
 class CompleterConfig:
-    """Who answers the tasks. ``model: null`` means the rater itself."""
+    """Who answers the tasks. ``model: null`` means the rater itself; ``condition`` is one of the concept's."""
 
     name: str = MISSING
     model: ModelConfig | None = None
+    condition: str | None = None
     system_prompt: str | None = None
     seed: int = 0
     temperature: float = 1.0
@@ -210,6 +214,7 @@ class RatingConfig:
     """How the rater is asked: sampled once per seed, and/or exactly from its log-probabilities.
 
     A model that thinks has one exact distribution after each thought; ``thoughts`` of them are drawn and mixed.
+    ``condition`` is one of the concept's, and stands for its system prompt.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
@@ -218,7 +223,73 @@ class RatingConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 8
+    condition: str | None = None
     system_prompt: str | None = None
+
+
+@dataclass
+class ConceptConfig:
+    """A concept: named system prompts under which it is on, off or the other way round (null: no system prompt).
+
+    Its vectors are the mean difference of activations between the two conditions of ``contrast``, over the same tasks
+    of ``origins`` (null: all). ``wordings`` are other words for these two conditions, by a name for each wording.
+    """
+
+    name: str = MISSING
+    conditions: dict[str, str | None] = field(default_factory=dict)
+    contrast: list[str] = field(default_factory=lambda: ["positive", "negative"])
+    wordings: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    origins: list[str] | None = None
+    folds: int = 5
+    splits: int = 100
+    seed: int = 0
+
+
+@dataclass
+class SteeringControlsConfig:
+    """What a steered rating is compared with: vectors of the same norm that mean something else, or nothing.
+
+    ``random`` and ``shuffled`` are how many random directions and how many vectors of shuffled labels; ``probes``
+    steers with the directions of the job's probes; ``ablation`` projects the vector's direction out.
+    """
+
+    random: int = 3
+    shuffled: int = 1
+    probes: bool = True
+    ablation: bool = True
+
+
+@dataclass
+class CoherenceConfig:
+    """Which doses still leave a model that answers: at least ``valid_mass`` of the unsteered model's valid mass, at
+    most ``perplexity`` times its perplexity on the unsteered completions, and at most ``invalid`` more invalid answers
+    (as a share)."""
+
+    valid_mass: float = 0.5
+    perplexity: float = 2.0
+    invalid: float = 0.2
+
+
+@dataclass
+class SteeringConfig:
+    """Rating with vectors added to the residual stream.
+
+    ``vector`` is ``concept`` (the job's), or a folder of saved concept vectors, from ``position``. ``coefficients`` are
+    multiples of the difference of means (``unit: vector``), or of the layer's mean activation norm along it
+    (``unit: norm``). ``at`` is where: all, last, completion or question.
+    """
+
+    name: str = MISSING
+    vector: str = "none"
+    position: str = "mean_completion"
+    layers: list[int] = field(default_factory=list)
+    coefficients: list[float] = field(default_factory=list)
+    unit: str = "vector"
+    at: str = "all"
+    seeds: list[int] = field(default_factory=list)
+    seed: int = 0
+    controls: SteeringControlsConfig = field(default_factory=SteeringControlsConfig)
+    coherence: CoherenceConfig = field(default_factory=CoherenceConfig)
 
 
 @dataclass
@@ -332,6 +403,8 @@ class Config:
     judge: JudgeConfig = MISSING
     capture: CaptureConfig = MISSING
     probe: ProbeConfig = MISSING
+    steering: SteeringConfig = MISSING
+    concept: dict[str, ConceptConfig] = field(default_factory=dict)
     rating: RatingConfig = field(default_factory=RatingConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -353,7 +426,34 @@ def typed(cfg: DictConfig) -> Config:
     """
     config = filled(cfg, Config)
     check(config)
-    return config
+    completer, rating = config.completer, config.rating
+    return replace(
+        config,
+        completer=replace(completer, system_prompt=_prompt(config, completer)),
+        rating=replace(rating, system_prompt=_prompt(config, rating)),
+    )
+
+
+def _prompt(config: Config, of: CompleterConfig | RatingConfig) -> str | None:
+    """The system prompt of a role: its condition's, or its own."""
+    return of.system_prompt if of.condition is None else _conditions(config)[of.condition]
+
+
+def _conditions(config: Config) -> dict[str, str | None]:
+    """The conditions that roles can be in: those of the first concept."""
+    return next(iter(config.concept.values())).conditions if config.concept else {}
+
+
+def with_prompts(plain: dict[str, Any]) -> dict[str, Any]:
+    """A plain config in which the system prompts stand that its conditions mean, where it has conditions that exist."""
+    concept = next(iter((plain.get("concept") or {}).values()), {})
+    conditions = concept.get("conditions") or {}
+    filled_in = dict(plain)
+    for role in ("completer", "rating"):
+        of = plain.get(role) or {}
+        if of.get("condition") in conditions:
+            filled_in[role] = {**of, "system_prompt": conditions[of["condition"]]}
+    return filled_in
 
 
 def filled(cfg: DictConfig, kind: type[Filled]) -> Filled:
@@ -405,6 +505,13 @@ def check(config: Config) -> None:
     _check_judge(config.judge)
     _check_capture(config.capture, config.model.backend)
     _check_probe(config)
+    for key, concept in config.concept.items():
+        _check_concept(f"concept.{key}", concept)
+    if config.concept and config.model.backend != "transformer_lens":
+        raise ConfigError("concept", list(config.concept), f"[] with model.backend={config.model.backend}")
+    _check_condition("completer", config.completer, config)
+    _check_condition("rating", config.rating, config)
+    _check_steering(config)
     _check_choice("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
     _check_range("stats.bootstrap", config.stats.bootstrap, 0, 1_000_000)
     if not 0 < config.stats.target_r < 1:
@@ -589,6 +696,75 @@ def _check_capture(capture: CaptureConfig, backend: str) -> None:
         _check_choice("capture.positions", position, POSITIONS)
     if len(set(capture.positions)) < len(capture.positions):
         raise ConfigError("capture.positions", capture.positions, "each position once")
+
+
+def _check_concept(key: str, concept: ConceptConfig) -> None:
+    names = list(concept.conditions)
+    if len(concept.contrast) != 2 or concept.contrast[0] == concept.contrast[1]:
+        raise ConfigError(f"{key}.contrast", concept.contrast, "two conditions, as in [positive,negative]")
+    for name in concept.contrast:
+        if name not in names:
+            raise ConfigError(f"{key}.contrast", name, tuple(names) if names else "conditions (it has none)")
+    first, second = (concept.conditions[name] for name in concept.contrast)
+    if first == second:
+        raise ConfigError(f"{key}.conditions", concept.contrast, "two conditions with different system prompts")
+    for wording, prompts in concept.wordings.items():
+        if set(prompts) != set(concept.contrast):
+            allowed = f"a system prompt for each of {', '.join(concept.contrast)}, and no other"
+            raise ConfigError(f"{key}.wordings.{wording}", list(prompts), allowed)
+    for name, prompt in [
+        *concept.conditions.items(),
+        *((w, p) for ps in concept.wordings.values() for w, p in ps.items()),
+    ]:
+        if prompt is not None and not prompt.strip():
+            raise ConfigError(f"{key}.conditions.{name}", prompt, "some text, or null for no system prompt")
+    if concept.origins == []:
+        raise ConfigError(f"{key}.origins", [], "at least one origin, or null for all")
+    _check_range(f"{key}.folds", concept.folds, 2)
+    _check_range(f"{key}.splits", concept.splits, 1)
+    _check_seeds(f"{key}.seed", [concept.seed])
+
+
+def _check_condition(role: str, of: CompleterConfig | RatingConfig, config: Config) -> None:
+    if of.condition is None:
+        return
+    names = tuple(_conditions(config))
+    if of.condition not in names:
+        allowed = names or "null, since no concept is chosen (concept=[liking_math])"
+        raise ConfigError(f"{role}.condition", of.condition, allowed)
+    if of.system_prompt is not None:
+        raise ConfigError(f"{role}.system_prompt", of.system_prompt, f"null, since {role}.condition gives it")
+
+
+def _check_steering(config: Config) -> None:
+    steering = config.steering
+    if steering.vector == "none":
+        return
+    if config.model.backend != "transformer_lens":
+        raise ConfigError("steering.vector", steering.vector, f"none with model.backend={config.model.backend}")
+    if steering.vector == "concept":
+        if not config.concept:
+            raise ConfigError("steering.vector", "concept", "a folder of saved vectors, since no concept is chosen")
+    elif not Path(steering.vector).expanduser().is_dir():
+        raise ConfigError("steering.vector", steering.vector, "concept, none, or a folder of saved vectors that exists")
+    if not config.rating.exact:
+        raise ConfigError("rating.exact", False, "true, since steered ratings are exact")
+    _check_choice("steering.position", steering.position, COMPLETION_POSITIONS)
+    _check_choice("steering.unit", steering.unit, ("vector", "norm"))
+    _check_choice("steering.at", steering.at, PLACES)
+    if not steering.layers or not _is_layers(steering.layers):
+        raise ConfigError("steering.layers", steering.layers, "at least one layer number, as in [15]")
+    wrong = [each for each in steering.coefficients if not math.isfinite(each)]
+    if wrong or len(set(steering.coefficients)) < max(2, len(steering.coefficients)):
+        raise ConfigError("steering.coefficients", steering.coefficients, "two or more finite numbers, each once")
+    _check_seeds("steering.seeds", steering.seeds)
+    _check_seeds("steering.seed", [steering.seed])
+    for name in ("random", "shuffled"):
+        _check_range(f"steering.controls.{name}", getattr(steering.controls, name), 0, 1000)
+    for name in ("valid_mass", "perplexity", "invalid"):
+        value = getattr(steering.coherence, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"steering.coherence.{name}", value, "0 or more")
 
 
 def _is_layers(layers: object) -> bool:

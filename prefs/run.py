@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefs.config import register, typed
+from prefs.config import register, typed, with_prompts
 from prefs.errors import UserError
 from prefs.jobs import FILE as JOB
 from prefs.jobs import recorded
@@ -125,7 +125,7 @@ def _plain(cfg: DictConfig) -> dict[str, object]:
     except OmegaConfBaseException:  # a value is missing; the check that follows says which
         container = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return with_prompts({str(key): value for key, value in container.items()})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Invalid(Enum):
     too_long = "too_long"
     thought_cut_off = "thought_cut_off"
     blocked = "blocked"
+    not_finite = "not_finite"
 
 
 @dataclass(frozen=True)

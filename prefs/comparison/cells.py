@@ -20,9 +20,17 @@ from prefs.jobs import FILE, FINISHED, Job, Spent, Work, read_job
 from prefs.measured import Measured
 
 # What decides neither a completion nor a rating nor a verdict, and so does not make a cell another one.
-ASIDE = ("store", "wandb", "stats", "capture", "probe", "model.device", "model.batch_tokens")
+ASIDE = ("store", "wandb", "stats", "capture", "probe", "concept", "steering", "model.device", "model.batch_tokens")
 # Looked at first for what tells cells apart, before the rest of the config.
-FIRST = ("completer.name", "completer.seed", "completer.system_prompt", "rating.system_prompt", "dataset.name")
+CONDITIONS = ("completer.condition", "rating.condition")
+FIRST = (
+    "completer.name",
+    "completer.seed",
+    *CONDITIONS,
+    "completer.system_prompt",
+    "rating.system_prompt",
+    "dataset.name",
+)
 SEED = "completer.seed"
 MIN_COMMON = 3
 

@@ -124,6 +124,24 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Dosed:
+    """What a steered model made of one conversation.
+
+    Attributes
+    ----------
+    answer
+        To the question. Where the steered model's logits are not finite, every score and sample has the reason
+        ``not_finite`` in place of numbers.
+    nll
+        Mean negative log-likelihood, in nats a token, of the completion's tokens under the steered model; None where
+        it was not wanted, the completion is empty, or it is not finite.
+    """
+
+    answer: Answer
+    nll: float | None = None
+
+
+@dataclass(frozen=True)
 class Observation:
     """What one conversation brought: an answer for each question, and residuals [layers, d_model] by position.
 
@@ -239,4 +257,25 @@ class SteerableBackend(Backend, Protocol):
         steering: Sequence[Steering] = (),
     ) -> list[Observation]:
         """As `Backend.observe`, of the steered model."""
+        ...
+
+    def observe_doses(
+        self,
+        batch: Sequence[Conversation],
+        question: Ask,
+        sampling: Sampling,
+        doses: Sequence[Sequence[Steering]],
+        *,
+        likelihood: bool = True,
+    ) -> list[list[Dosed]]:
+        """One question to each conversation under each of several steerings, the same as one `observe` for each.
+
+        What the steerings do not touch is computed once for all of them: the keys and values of tokens before the
+        first that any of them steers, and what lies below the lowest steered layer.
+
+        Returns
+        -------
+        list
+            [doses][rows].
+        """
         ...
