@@ -507,8 +507,6 @@ def check(config: Config) -> None:
     _check_probe(config)
     for key, concept in config.concept.items():
         _check_concept(f"concept.{key}", concept)
-    if config.concept and config.model.backend != "transformer_lens":
-        raise ConfigError("concept", list(config.concept), f"[] with model.backend={config.model.backend}")
     _check_condition("completer", config.completer, config)
     _check_condition("rating", config.rating, config)
     _check_steering(config)
@@ -750,6 +748,9 @@ def _check_steering(config: Config) -> None:
     if not config.rating.exact:
         raise ConfigError("rating.exact", False, "true, since steered ratings are exact")
     _check_choice("steering.position", steering.position, COMPLETION_POSITIONS)
+    if steering.vector == "concept" and steering.position not in config.capture.positions:
+        captured = ", ".join(config.capture.positions) or "nothing is; capture=residual"
+        raise ConfigError("steering.position", steering.position, f"a captured position ({captured})")
     _check_choice("steering.unit", steering.unit, ("vector", "norm"))
     _check_choice("steering.at", steering.at, PLACES)
     if not steering.layers or not _is_layers(steering.layers):

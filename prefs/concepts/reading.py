@@ -1,0 +1,90 @@
+"""Tasks completed under one system prompt and read under one, the same or another: where concept vectors come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prefs.complete import complete
+from prefs.jobs import Work
+from prefs.models.backend import Sampling
+from prefs.models.loading import Models, ModelSpec
+from prefs.probes.features import Captured
+from prefs.rate import CapturePlan, rate
+from prefs.records import Completion, Residuals
+from prefs.store import Store
+from prefs.tasks import Task
+
+
+@dataclass(frozen=True)
+class Read:
+    """Completions of some tasks with the residuals captured while the subject read them, by position."""
+
+    completions: Sequence[Completion]
+    residuals: Mapping[str, Residuals]
+
+    @property
+    def present(self) -> dict[str, int]:
+        """The tasks that have a vector at every position, by id, and where they stand."""
+        there = np.all([each.present() for each in self.residuals.values()], axis=0)
+        return {each.task.id: at for at, each in enumerate(self.completions) if there[at]}
+
+    def features(self, tasks: Sequence[str]) -> Captured:
+        """The vectors of these tasks, which must be there."""
+        present = self.present
+        return Captured(list(self.residuals.values()), [present[task] for task in tasks])
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who completes tasks, who reads them, and what is captured; notes the work that was done."""
+
+    completer: ModelSpec
+    subject: ModelSpec
+    sampling: Sampling
+    seed: int
+    capture: CapturePlan
+    store: Store
+    models: Models
+    work: list[Work] = field(default_factory=list)
+
+    def read(self, tasks: Sequence[Task], *, written_under: str | None, read_under: str | None) -> Read:
+        """Complete tasks under one system prompt (None: without), and capture them under another; what the store has
+        is not made again."""
+        completions, completed = complete(
+            tasks,
+            self.completer,
+            self.sampling,
+            seed=self.seed,
+            system_prompt=written_under,
+            store=self.store,
+            models=self.models,
+        )
+        rated = rate(
+            completions,
+            self.subject,
+            {},
+            self.sampling,
+            seeds=(),
+            exact=False,
+            capture=self.capture,
+            system_prompt=read_under,
+            store=self.store,
+            models=self.models,
+        )
+        self.work.extend([completed, *rated.work])
+        return Read(completions, rated.residuals)
+
+    def done(self) -> list[Work]:
+        """The work of all that was read, by stage."""
+        stages = dict.fromkeys(each.stage for each in self.work)
+        return [
+            Work(
+                f"concepts, {stage}",
+                sum(each.reused for each in self.work if each.stage == stage),
+                sum(each.computed for each in self.work if each.stage == stage),
+            )
+            for stage in stages
+        ]

@@ -1,0 +1,44 @@
+"""Dose and response: how ratings move with the coefficient of a steering vector. Pure functions of arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from prefs.statistics.estimates import Estimate, Floats, Resamples
+
+NO_SLOPE = "fewer than 2 coefficients"
+
+
+def mean_of(values: Floats, draws: Resamples) -> Estimate:
+    """The mean over tasks [T], without those that are NaN; missing where none is left."""
+    kept = np.isfinite(values)
+    n = int(kept.sum())
+    if n == 0:
+        return Estimate.missing("no task has a rating", 0)
+    sums = draws.sums(np.stack([np.where(kept, values, 0.0), kept.astype(float)], axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return Estimate.of(sums[:, 0] / sums[:, 1], n, "no task has a rating")
+
+
+def slope(responses: Floats, coefficients: Floats, draws: Resamples) -> Estimate:
+    """The mean over tasks of each task's least-squares slope of its ratings over the coefficients.
+
+    With the same coefficients for every task that is the slope of the mean curve; its interval is over tasks, which
+    are resampled with their whole curve (the random-coefficients view of repeated measures: Diggle et al. 2002,
+    *Analysis of Longitudinal Data*, 5.2).
+
+    Parameters
+    ----------
+    responses
+        [T, D] ratings by task and dose; tasks with a NaN in them are left out.
+    coefficients
+        [D].
+    draws
+        Resamples of the T tasks.
+    """
+    x = np.asarray(coefficients, dtype=np.float64)
+    if len(np.unique(x)) < 2:
+        return Estimate.missing(NO_SLOPE, len(responses))
+    centred = x - x.mean()
+    # NaN passes through to the tasks that have one.
+    return mean_of(responses @ centred / (centred @ centred), draws)
