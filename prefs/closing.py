@@ -17,7 +17,7 @@ from prefs.statistics.refusal import MIN_GROUP
 from prefs.summary import Stability
 from prefs.tasks import ALL
 from prefs.templates import Invalid
-from prefs.terminal import MISSING, new_table, number, with_interval
+from prefs.terminal import MISSING, new_table, number, spaced_layers, with_interval
 
 # Agreement below this is "slight" or "fair" in the words of Landis and Koch (1977).
 FAIR_KAPPA = 0.4
@@ -99,9 +99,7 @@ def refusal_lines(frame: pd.DataFrame, rated_by: str) -> Table:
 def probe_lines(report: ProbeReport, most: int = 6) -> Table:
     """The score on held-out tasks by target, position and layer, evenly spaced layers if there are many."""
     layers = sorted({int(layer) for layer in report.scores["layer"]})
-    spaced = layers
-    if len(layers) > most:
-        spaced = [layers[round(at * (len(layers) - 1) / (most - 1))] for at in range(most)]
+    spaced = spaced_layers(layers, most)
     of = "" if len(spaced) == len(layers) else f" ({len(spaced)} of {len(layers)})"
     table = new_table(f"Probes: {report.metric} on held-out tasks, by layer{of}", first="target, position")
     for layer in spaced:

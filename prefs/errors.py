@@ -20,3 +20,8 @@ class ConfigError(UserError):
             allowed = "one of " + ", ".join(str(choice) for choice in allowed)
         super().__init__(f"{key}: got {got!r}; allowed: {allowed}")
         self.key = key
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,13 +15,17 @@ from hydra.utils import instantiate
 from rich.console import Console
 
 from prefs import closing, plots
+from prefs.closing_concepts import dose_lines, slope_lines
 from prefs.complete import complete
+from prefs.concept_job import Concepts, check_saved, compared, extracted, steered
 from prefs.config import Config
+from prefs.dose_response import DoseResponse
 from prefs.errors import ConfigError
 from prefs.files import write_table
 from prefs.jobs import Doings, Spent
 from prefs.judge import Judged, judge
 from prefs.measured import Measured
+from prefs.models.architecture import architecture
 from prefs.models.backend import Sampling, Usage
 from prefs.models.loading import Models, ModelSpec, identity, model_folder
 from prefs.probing import AUC, NoProbe, ProbeReport, Subject, features_digest, probe
@@ -69,15 +73,16 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
     rater = ModelSpec.from_config(config.model)
     completer = ModelSpec.from_config(config.completer.model) if config.completer.model else rater
     templates = {key: Template.from_config(each) for key, each in config.template.items()}
-    capture, probed_layers = _capture_plan(config, rater)
-    config = replace(config, probe=replace(config.probe, layers=list(probed_layers)))
+    plan = _plan(config, rater)
+    config = replace(config, probe=replace(config.probe, layers=list(plan.probed)))
     judging = ModelSpec.from_config(config.judge.model) if config.judge.model else None
     specs = [spec for spec in (rater, completer, judging) if spec is not None]
     models.keep_only(specs)
     with _noting_costs(models, specs, doings):
         completions, rated, judged = _measure(
-            config, tasks, rater, completer, templates, capture, store, models, doings
+            config, tasks, rater, completer, templates, plan.capture, store, models, doings
         )
+        concepts = extracted(config, tasks, completer, rater, plan.capture, store, models, doings)
     write_table(completions_table(completions, judged.refused), place.folder / "completions")
     groups = groups_by_origin([each.task.origin for each in completions], config.stats.bootstrap, config.stats.seed)
     tables = {}
@@ -85,6 +90,10 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
         by_model, by_phrases = (np.array(each, dtype=float) for each in (judged.refused, judged.by_phrases))
         tables["judges"] = judges_table(by_model, by_phrases, groups)
         write_table(tables["judges"], place.folder / "judges")
+    tables |= concepts.tables
+    for name, table in concepts.tables.items():
+        write_table(table, place.folder / name)
+    vectors = concepts.save(place.folder, identity(rater), plan.family, plain_config)
     # Task ids and origins are the user's text: nothing in them is markup.
     console = Console(markup=False, highlight=False, emoji=False)
     synced: dict[str, Path] = {}
@@ -95,7 +104,10 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
             config.wandb, name=name, group=place.group, folder=place.folder, run_config=plain_config, another=at > 0
         ) as track:
             cell = _Cell(key, ratings, ratings.measured(judged.refused), groups, place.folder / key, tables)
-            report = _report(config, cell, rated, rater, track, console, probed, plain_config)
+            for concept, paths in vectors.items() if at == 0 else ():
+                track.artifact(f"concept-{rater.name}-{concept}", "concept", paths, {"model": identity(rater)})
+            stages = _Stages(concepts, plan.steered, store, models, doings)
+            report = _report(config, cell, rated, rater, track, console, probed, plain_config, stages)
             if isinstance(report, ProbeReport):
                 probed.append(report)
             track.metrics({f"usage/{each.model}/{name}": value for each in doings.spent for name, value in costs(each)})
@@ -185,17 +197,31 @@ class _Cell:
     of_job: Mapping[str, pd.DataFrame]
 
 
-def _capture_plan(config: Config, rater: ModelSpec) -> tuple[CapturePlan | None, tuple[int, ...]]:
-    """The layers and positions wanted, and the layers probed, checked before the model's weights are loaded."""
-    capture = config.capture
-    if not capture.positions:
-        return None, ()
-    from prefs.models.transformer_lens import config_layers
+@dataclass(frozen=True)
+class _Plan:
+    """What is captured, which layers are probed and steered, and the model's family."""
 
-    count = config_layers(model_folder(rater), rater.revision)
-    layers = _numbered("capture.layers", capture.layers, count, range(count), rater)
-    probed = _numbered("probe.layers", config.probe.layers, count, layers, rater) if config.probe.kind != "none" else ()
-    return CapturePlan(layers, tuple(capture.positions), capture.dtype.value), probed
+    capture: CapturePlan | None
+    probed: tuple[int, ...]
+    steered: tuple[int, ...]
+    family: str
+
+
+def _plan(config: Config, rater: ModelSpec) -> _Plan:
+    """The layers and positions wanted, checked before the model's weights are loaded."""
+    capture, steering = config.capture, config.steering
+    if not capture.positions and steering.vector == "none":
+        return _Plan(None, (), (), "")
+    of = architecture(model_folder(rater), rater.revision)
+    layers: tuple[int, ...] = ()
+    if capture.positions:
+        layers = _numbered("capture.layers", capture.layers, of.layers, range(of.layers), rater)
+    probed = _numbered("probe.layers", config.probe.layers, of.layers, layers, rater)
+    there = layers if steering.vector == "concept" else range(of.layers)
+    steered = _numbered("steering.layers", steering.layers, of.layers, there, rater)
+    check_saved(config, rater, steered, of)
+    plan = CapturePlan(layers, tuple(capture.positions), capture.dtype.value) if capture.positions else None
+    return _Plan(plan, probed if config.probe.kind != "none" else (), steered, of.family)
 
 
 def _numbered(key: str, wanted: Any, count: int, there: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
@@ -219,8 +245,9 @@ def _report(
     console: Console,
     earlier: Sequence[ProbeReport],
     plain_config: Mapping[str, Any],
+    stages: _Stages,
 ) -> ProbeReport | NoProbe | None:
-    """One cell: statistics, probe, tables, figures, W&B and the closing table."""
+    """One cell: statistics, probe, steering, tables, figures, W&B and the closing table."""
     ratings, measured = cell.ratings, cell.measured
     rows = stability(measured, cell.groups, config.stats.target_r)
     tables = {
@@ -241,10 +268,16 @@ def _report(
         probed = probe(_subject(cell, residuals), probing, config.stats.bootstrap, earlier)
     if isinstance(probed, ProbeReport):
         tables |= probed.tables
+    title = f"{rater.name}, {ratings.template.name}"
+    of_concepts = compared(stages.concepts, measured, rated, probed, config, cell.folder, title)
+    tables |= of_concepts.tables
+    doses = stages.steered(config, ratings, rater, probed)
+    if isinstance(doses, DoseResponse):
+        tables |= doses.tables
     for name, table in tables.items():
         write_table(table, cell.folder / name)
-    title = f"{rater.name}, {ratings.template.name}"
     figures = draw_figures(cell.folder / "figures", tables, probed, seeds=len(ratings.seeds), title=title)
+    figures += of_concepts.figures
     _track(track, {**tables, **cell.of_job}, figures)
     if isinstance(probed, ProbeReport):
         _save_probes(config, cell, probed, residuals, rater, track, plain_config)
@@ -254,12 +287,34 @@ def _report(
     lines.append(closing.refusal_lines(tables["refusals"], rated_by))
     if isinstance(probed, ProbeReport):
         lines += [closing.probe_lines(probed), closing.chosen_lines(probed), closing.control_lines(probed)]
+    lines += of_concepts.lines
+    if isinstance(doses, DoseResponse):
+        unit = "multiples of the vector" if config.steering.unit == "vector" else "multiples of the activation norm"
+        lines += [slope_lines(doses, unit), dose_lines(doses)]
     title = f"{rater.name} · {ratings.template.name} · {config.dataset.name} · completions by {config.completer.name}"
     said = closing.remarks(ratings, rows, tables["refusals"], probed)
     if "judges" in cell.of_job:
         said.append(closing.judges_remark(cell.of_job["judges"], config.judge.name))
+    said += of_concepts.remarks
+    said += [doses] if isinstance(doses, str) else doses.remarks if doses is not None else []
     show(console, title=title, tables=lines, said=said)
     return probed
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """What the stages after rating need beside a cell: the job's concepts, the layers steered, store and models."""
+
+    concepts: Concepts
+    layers: tuple[int, ...]
+    store: Store
+    models: Models
+    doings: Doings
+
+    def steered(
+        self, config: Config, ratings: Ratings, rater: ModelSpec, probed: ProbeReport | NoProbe | None
+    ) -> DoseResponse | str | None:
+        return steered(config, self.layers, self.concepts, ratings, rater, probed, self.store, self.models, self.doings)
 
 
 def _subject(cell: _Cell, residuals: Sequence[Residuals]) -> Subject:
@@ -453,8 +508,12 @@ def _track(track: Tracker, tables: Mapping[str, pd.DataFrame], figures: list[Pat
         for row in tables["probe_controls"].to_dict("records"):
             if pd.notna(row["score"]):
                 track.metrics({f"probe/control/{row['control']}/{row['target']}": row["score"]})
+    if "steering_slopes" in tables:
+        for row in tables["steering_slopes"].to_dict("records"):
+            if pd.notna(row["slope"]):
+                track.metrics({f"steering/slope/{row['vector']}/{row['layer']}": row["slope"]})
     for name, table in tables.items():
-        if name != "probe_predictions":  # large, and in the run folder
+        if name not in ("probe_predictions", "steering_ratings"):  # large, and in the run folder
             track.table(name, table)
     for path in figures:
         track.figure(path.stem, path)

@@ -252,6 +252,52 @@ def transfer(path: Path, *, title: str, table: pd.DataFrame) -> Path:
 
 
 @as_written
+def concept_by_layer(path: Path, *, title: str, tests: pd.DataFrame, lines: pd.DataFrame) -> Path:
+    """What a concept's vectors separate (above) and where they point (below), by layer, a column for each position.
+
+    ``tests`` has columns test, position, layer, n, auc, auc_low, auc_high, the first test's interval being drawn;
+    ``lines`` has columns line, position, layer, value, from -1 to 1. Any number may be NaN.
+    """
+    positions = list(dict.fromkeys(tests["position"])) or [""]
+    figure = Figure(figsize=(max(7.5, 4.4 * len(positions)), 8.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for column, position in enumerate(positions):
+        above = figure.add_subplot(2, len(positions), column + 1)
+        below = figure.add_subplot(2, len(positions), len(positions) + column + 1)
+        for at, (test, rows) in enumerate(tests.groupby("test", sort=False)):
+            here = rows.loc[rows["position"] == position, :].sort_values(by="layer")
+            layers, auc = here["layer"].to_numpy(dtype=int), here["auc"].to_numpy(dtype=float)
+            label = f"{_short(test)} ({_counted(rows['n'].to_numpy(dtype=float))})"
+            above.plot(
+                layers, auc, color=COLOURS[at % len(COLOURS)], linestyle=("-", "--", ":")[at // len(COLOURS) % 3],
+                linewidth=2.2 if at == 0 else 1.2, label=label,
+            )  # fmt: skip
+            if at == 0:
+                low, high = (here[name].to_numpy(dtype=float) for name in ("auc_low", "auc_high"))
+                above.fill_between(layers, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+        for at, (line, rows) in enumerate(lines.groupby("line", sort=False)):
+            here = rows.loc[rows["position"] == position, :].sort_values(by="layer")
+            layers, value = here["layer"].to_numpy(dtype=int), here["value"].to_numpy(dtype=float)
+            marker = MARKERS[at // len(COLOURS) % len(MARKERS)]
+            below.plot(layers, value, marker=marker, markersize=3, color=COLOURS[at % len(COLOURS)], label=_short(line))
+        above.axhline(0.5, color="black", linewidth=0.8)
+        below.axhline(0, color="black", linewidth=0.8)
+        above.set_ylim(-0.03, 1.03)
+        below.set_ylim(-1.05, 1.05)
+        above.set_title(str(position), fontsize="medium")
+        below.set_xlabel("layer (residual stream after the block)")
+        for axes in (above, below):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if column == 0:
+            above.set_ylabel("AUC of the projection")
+            below.set_ylabel("cosine, or r with the rating")
+    figure.suptitle(title)
+    _legend(figure, columns=2)
+    return _save(figure, path)
+
+
+@as_written
 def stability_bars(path: Path, *, title: str, table: pd.DataFrame) -> Path:
     """Cross-seed r over all tasks and over the informative ones, with its SD over pairs of seeds; d is written above.
 

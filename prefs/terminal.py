@@ -70,3 +70,10 @@ def show_files(
         console.print(f"store               {store}", soft_wrap=True)
     for name, path in wandb.items():
         console.print(f"W&B, offline        wandb sync {path}    ({name})", soft_wrap=True)
+
+
+def spaced_layers(layers: Sequence[int], most: int) -> list[int]:
+    """All layers, or so many of them evenly spaced, the first and last among them."""
+    if len(layers) <= most:
+        return list(layers)
+    return [layers[round(at * (len(layers) - 1) / (most - 1))] for at in range(most)]

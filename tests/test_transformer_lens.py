@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from prefs.chat import Message
 from prefs.errors import UserError
+from prefs.models.architecture import Architecture, architecture
 from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models, model_folder
-from prefs.models.transformer_lens import config_layers
 from prefs.options import ask
 
 ALL = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
@@ -224,8 +224,8 @@ def test_control_tokens_in_a_task_do_not_move_the_roles(backend):
     assert backend.encoder.tokenizer.decode(ids[start - 4 : start]) == "<|im_start|>assistant\n"
 
 
-def test_config_layers():
-    assert config_layers(str(smollm2_folder()), None) == 30
+def test_the_architecture_is_read_without_weights():
+    assert architecture(str(smollm2_folder()), None) == Architecture(30, 576, "llama")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from prefs.errors import UserError
+from prefs.errors import UserError, first_line
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec
 
@@ -168,8 +168,3 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 from transformers.cache_utils import DynamicCache
 
 from prefs.chat import ChatEncoder, Message
@@ -34,7 +33,7 @@ from prefs.models.backend import (
     Steering,
     Usage,
 )
-from prefs.models.bridge import first_line, load_bridge
+from prefs.models.bridge import load_bridge
 from prefs.models.loading import ModelSpec
 from prefs.models.memory import Halving
 from prefs.models.residuals import AllRecorded, Recorder, spots
@@ -511,18 +510,3 @@ def _shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
             " template a job (-m template=a,b in place of template=[a,b])"
         )
     return prefix
-
-
-def config_layers(path: str, revision: str | None) -> int:
-    """Number of layers a model's config gives, without loading weights.
-
-    Raises
-    ------
-    UserError
-        If the config cannot be read.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the config of {path}: {first_line(error)}") from None
-    return int(config.get_text_config().num_hidden_layers)

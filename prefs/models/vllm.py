@@ -17,7 +17,7 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from prefs.chat import ChatEncoder, Message
-from prefs.errors import UserError
+from prefs.errors import UserError, first_line
 from prefs.models.backend import (
     Answer,
     Ask,
@@ -97,8 +97,7 @@ class VllmBackend:
             except OSError:  # none: then the model's config says it
                 generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, **options))
         except (OSError, ValueError, KeyError) as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"cannot load {spec.name} from {path}: {first_line}") from None
+            raise UserError(f"cannot load {spec.name} from {path}: {first_line(error)}") from None
         backend = cls(lambda: Engines(spec, path), tokenizer, stop_tokens(tokenizer, generation), spec)
         for note in backend.encoder.notes(spec.name):
             log.info("%s", note)
