@@ -116,10 +116,10 @@ def test_a_model_on_two_devices(tiny_llama):
     steering = [Steering(1, torch.ones(64)), Steering(3, torch.ones(64), at="last", kind="project_out")]
     steered = Steered.of(steering, [places_of_completion(row) for row in rows], backend.device)
     recorder = Recorder.of_last(range(5), [len(row) for row in rows], stops=False)
-    state, logits = backend._start(rows, steered, recorder)
+    state, logits = backend.passes.start(rows, steered, [recorder])
     assert logits.device == there
     assert [kept.device for kept in recorder._kept] == [here, here, there, there, there]
-    _, logits = backend._extend(state.fork().select(torch.tensor([1, 0, 1])), [(5,), (6, 7), (8,)])
+    _, logits = backend.passes.extend(state.fork().select(torch.tensor([1, 0, 1])), [(5,), (6, 7), (8,)])
     assert logits.shape == (3, 1, 49152)
 
 

@@ -50,7 +50,7 @@ def observed(backend):
 def test_logits_of_a_padded_batch_equal_plain_transformers(backend, plain):
     rows = [backend.encoder.encode(row, answer="").ids for row in CONVERSATIONS]
     assert len({len(row) for row in rows}) == len(rows)
-    _, logits = backend._start(rows)
+    _, logits = backend.passes.start(rows)
     for row, ids in enumerate(rows):
         expected = plain(torch.tensor([ids])).logits[0, -1]
         torch.testing.assert_close(logits[row, -1], expected, atol=2e-3, rtol=1e-4)

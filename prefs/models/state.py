@@ -34,6 +34,12 @@ class State:
             layer.batch_select_indices(rows.to(getattr(layer, "device", rows.device)))  # type: ignore[attr-defined]
         return State(cache, self.mask[rows], self.lengths[rows], self.steered.select(rows))
 
+    def with_lower(self, other: State, count: int) -> State:
+        """With the keys and values of another state over the same tokens in its lowest `count` blocks."""
+        cache = _fork(self.cache)
+        cache.layers[:count] = _fork(other.cache).layers[:count]
+        return replace(self, cache=cache)
+
 
 def _fork(cache: Cache | None) -> Cache:
     """A cache that can be extended without changing this one. Growing layers replace their tensors, so these are

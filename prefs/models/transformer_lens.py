@@ -6,7 +6,6 @@ values are kept, and each question goes on from there.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from collections.abc import Sequence, Set
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache
 
 from prefs.chat import ChatEncoder, Message
 from prefs.config import POSITIONS
@@ -25,6 +23,7 @@ from prefs.models.backend import (
     Ask,
     CaptureRequest,
     Conversation,
+    Dosed,
     Observation,
     Question,
     Sample,
@@ -34,9 +33,11 @@ from prefs.models.backend import (
     Usage,
 )
 from prefs.models.bridge import load_bridge
+from prefs.models.doses import Dose, DoseResponse, active, dosed, finite_rows, likelihood_alone
 from prefs.models.loading import ModelSpec
 from prefs.models.memory import Halving
-from prefs.models.residuals import AllRecorded, Recorder, spots
+from prefs.models.passes import Passes
+from prefs.models.residuals import Recorder, spots
 from prefs.models.state import State
 from prefs.models.steering import Steered, check, places_of_answer, places_of_completion
 from prefs.models.stops import stop_tokens
@@ -59,18 +60,13 @@ class TransformerLensBackend:
         self.spec = spec
         self.encoder = ChatEncoder(tokenizer, json.loads(spec.chat_template_kwargs), spec.thinking)
         model = bridge.original_model
-        # Where tokens go. With a device map, blocks and logits may be elsewhere.
-        self.device = model.get_input_embeddings().weight.device
-        self.n_layers = int(bridge.cfg.n_layers)
         self.d_model = int(bridge.cfg.d_model)
         text_config = model.config.get_text_config()
         self.max_context = spec.max_context or int(text_config.max_position_embeddings)
         self._stops = stop_tokens(tokenizer, model.generation_config)
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stops, default=0)
-        self._hooks = [f"blocks.{layer}.hook_out" for layer in range(self.n_layers)]
-        absent = [name for name in self._hooks if name not in bridge.hook_dict]
-        if absent:
-            raise UserError(f"{spec.name}: TransformerLens offers no residual stream at {absent[0]}")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stops, default=0)
+        self.passes = Passes(bridge, pad, spec.name)
+        self.device, self.n_layers = self.passes.device, self.passes.n_layers
         self._halving = Halving(spec.name)
 
     @classmethod
@@ -116,6 +112,28 @@ class TransformerLensBackend:
         )
 
     @torch.inference_mode()
+    def observe_doses(
+        self,
+        batch: Sequence[Conversation],
+        question: Ask,
+        sampling: Sampling,
+        doses: Sequence[Sequence[Steering]],
+        *,
+        likelihood: bool = True,
+    ) -> list[list[Dosed]]:
+        for dose in doses:
+            check(dose, self.n_layers, self.d_model)
+        changes = [active(dose) for dose in doses]
+        # Each once: the unsteered model may be among them under several names.
+        different = list(dict.fromkeys(changes))
+        shared = self.encoder.thinking is None and self.passes.shares_blocks
+        run = self._observe_doses if shared else self._observe_each_dose
+        by_row = self._halving.run(
+            lambda rows: run(rows, question, sampling, different, likelihood), batch, tokens=self.conversation_tokens
+        )
+        return [[of_row[different.index(change)] for of_row in by_row] for change in changes]
+
+    @torch.inference_mode()
     def residual_stream(
         self, conversation: Conversation, layer: int, question: Question | None = None, thought: str | None = None
     ) -> TokenStream:
@@ -158,7 +176,7 @@ class TransformerLensBackend:
     def _every_token(self, ids: tuple[int, ...], layer: int) -> torch.Tensor:
         """[tokens, d_model] after a block."""
         recorder = Recorder([layer], [{str(at): (at, at + 1) for at in range(len(ids))}], [len(ids)], stops=True)
-        self._start([ids], recorder=recorder, cached=False)
+        self.passes.start([ids], watchers=[recorder], cached=False)
         (by_token,) = recorder.vectors()
         return torch.cat([by_token[str(at)] for at in range(len(ids))])
 
@@ -173,7 +191,7 @@ class TransformerLensBackend:
             self.encoder.open_thought(row) if thinks else self.encoder.encode(row, answer="").ids for row in batch
         ]
         steered = Steered.of(steering, [places_of_completion(row) for row in opened], self.device)
-        state, logits = self._start(opened, steered)
+        state, logits = self.passes.start(opened, steered)
         if not thinks:
             return [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
         thoughts = [of_row[seed] for of_row in self._think(state, logits, seeds, batch, sampling)]
@@ -181,7 +199,7 @@ class TransformerLensBackend:
             self.encoder.encode(row, answer="", thought=thought.text).ids
             for row, thought in zip(batch, thoughts, strict=True)
         ]
-        state, logits = self._start(after, steered)
+        state, logits = self.passes.start(after, steered)
         samples = [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
         return [thought.before(sample) for thought, sample in zip(thoughts, samples, strict=True)]
 
@@ -207,7 +225,9 @@ class TransformerLensBackend:
                 stops=not _reads_logits(asks),
             )
         # What is steered before the questions does not depend on them.
-        state, _ = self._start(prefixes, self._steered(steering, asked[0]), recorder, cached=bool(asks))
+        state, _ = self.passes.start(
+            prefixes, self._steered(steering, asked[0]), [] if recorder is None else [recorder], cached=bool(asks)
+        )
         at_rating = capture if capture is not None and "rating" in capture.positions else None
         answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
         by_question = [
@@ -227,6 +247,54 @@ class TransformerLensBackend:
             Observation(tuple(answers[row] for answers in by_question), residuals[row]) for row in range(len(batch))
         ]
 
+    def _observe_doses(
+        self,
+        batch: Sequence[Conversation],
+        question: Ask,
+        sampling: Sampling,
+        doses: Sequence[Dose],
+        likelihood: bool,
+    ) -> list[list[Dosed]]:
+        """[rows][doses], sharing what doses do not change."""
+        if not batch or not doses:
+            return [[] for _ in batch]
+        asked = [ask(self.encoder, row, question.question) for row in batch]
+
+        def read(state: State, logits: torch.Tensor, rows: Sequence[int]) -> list[Answer]:
+            here = [asked[row] for row in rows], [batch[row] for row in rows]
+            return self._read(state, logits, question, *here, sampling)
+
+        by_dose = DoseResponse(self.passes, question, asked, read, likelihood).under(doses)
+        return [list(of_row) for of_row in zip(*by_dose, strict=True)]
+
+    def _observe_each_dose(
+        self,
+        batch: Sequence[Conversation],
+        question: Ask,
+        sampling: Sampling,
+        doses: Sequence[Dose],
+        likelihood: bool,
+    ) -> list[list[Dosed]]:
+        """[rows][doses], each dose by passes of its own: of models that think, and families whose blocks share more
+        than the residual stream."""
+        found: list[list[Dosed]] = [[] for _ in batch]
+        if not batch:
+            return found
+        asked = [ask(self.encoder, row, question.question) for row in batch]
+        opened = asked
+        if self.encoder.thinking is not None:
+            turns = [(*row, Message("user", question.question.text)) for row in batch]
+            opened = [replace(row, ids=self.encoder.open_thought(turn)) for row, turn in zip(asked, turns, strict=True)]
+        for dose in doses:
+            _, logits = self.passes.start([row.ids for row in opened], self._steered(dose, opened), cached=False)
+            rows = finite_rows(logits)
+            observed = self._observe([batch[row] for row in rows], [question], sampling, None, dose)
+            answers = {row: each.answers[0] for row, each in zip(rows, observed, strict=True)}
+            for row, of_row in enumerate(found):
+                nll = likelihood_alone(self.passes, opened[row], dose) if likelihood else None
+                of_row.append(dosed(question, answers.get(row), nll))
+        return found
+
     def _steered(self, steering: Sequence[Steering], asked: Sequence[Asked]) -> Steered:
         return Steered.of(steering, [places_of_answer(row) for row in asked], self.device)
 
@@ -237,21 +305,21 @@ class TransformerLensBackend:
     def _choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
         thoughts: list[str | None] = [None] * len(batch)
         if self.encoder.thinking is not None:
-            state, logits = self._start([self.encoder.open_thought(row) for row in batch])
+            state, logits = self.passes.start([self.encoder.open_thought(row) for row in batch])
             drawn = self._think(state, logits, [(0,)] * len(batch), batch, Sampling(0.0, 1.0, 1))
             thoughts = [of_row[0].text for of_row in drawn]
         asked = [
             ask(self.encoder, row[:-1], Question(row[-1].content, tuple(options)), thought)
             for row, thought in zip(batch, thoughts, strict=True)
         ]
-        masses = self._score(*self._start([row.ids for row in asked]), asked)
+        masses = self._score(*self.passes.start([row.ids for row in asked]), asked)
         return [options[int(at)] for at in masses.argmax(axis=1)]
 
     def usage(self) -> Usage:
         return Usage()
 
     def close(self) -> None:
-        del self.bridge
+        del self.bridge, self.passes
 
     def _answer(
         self,
@@ -270,7 +338,23 @@ class TransformerLensBackend:
         recorder = None
         if capture is not None:
             recorder = Recorder.of_last(capture.layers, [len(row) for row in rest], stops=not _reads_logits([each]))
-        state, logits = self._extend(state, rest, recorder=recorder)
+        state, logits = self.passes.extend(state, rest, watchers=[] if recorder is None else [recorder])
+        answers = self._read(state, logits, each, asked, batch, sampling)
+        if recorder is None:
+            return answers
+        vectors = recorder.vectors()
+        return [replace(answer, residual=of_row.get("rating")) for answer, of_row in zip(answers, vectors, strict=True)]
+
+    def _read(
+        self,
+        state: State,
+        logits: torch.Tensor,
+        each: Ask,
+        asked: Sequence[Asked],
+        batch: Sequence[Conversation],
+        sampling: Sampling,
+    ) -> list[Answer]:
+        """What a batch answers that has been run to the end of a question."""
         masses = self._score(state, logits, asked) if each.scores else None
         samples: list[dict[int, Sample]] = [{} for _ in batch]
         conversations = [(*row, Message("user", each.question.text)) for row in batch]
@@ -279,12 +363,10 @@ class TransformerLensBackend:
             decoded = self._decode(state.fork(), logits, [seeds] * len(batch), conversations, sampling)
             for row, of_row in enumerate(decoded):
                 samples[row] |= of_row
-        rating = recorder.vectors() if recorder is not None else [{}] * len(batch)
         return [
             Answer(
                 scores={} if masses is None else {0: Score(tuple(float(mass) for mass in masses[row]))},
                 samples=samples[row],
-                residual=rating[row].get("rating"),
             )
             for row in range(len(batch))
         ]
@@ -309,7 +391,7 @@ class TransformerLensBackend:
         rest = [row.ids[len(prefix) :] for row, prefix in zip(opened, prefixes, strict=True)]
         # The answer goes on from a thought that was generated, so what is steered is counted from the prompt before it.
         state = replace(state, steered=self._steered(state.steered.steering, opened))
-        thoughts = self._think(*self._extend(state.fork(), rest), [seeds] * len(batch), conversations, sampling)
+        thoughts = self._think(*self.passes.extend(state.fork(), rest), [seeds] * len(batch), conversations, sampling)
         answers = [Answer() for _ in batch]
         for seed in seeds:
             after = [
@@ -354,11 +436,11 @@ class TransformerLensBackend:
         columns = []
         for option in range(len(asked[0].tails)):
             tails = [row.tails[option] for row in asked]
-            log_prob = first.gather(1, self._tensor([[tail[0]] for tail in tails]).to(first.device))[:, 0]
+            log_prob = first.gather(1, self.passes.tensor([[tail[0]] for tail in tails]).to(first.device))[:, 0]
             if any(len(tail) > 1 for tail in tails):
                 # The last token is only predicted, never run.
                 longest = max(len(tail) for tail in tails)
-                _, after = self._extend(state.fork(), [tail[:-1] for tail in tails], keep=longest - 1)
+                _, after = self.passes.extend(state.fork(), [tail[:-1] for tail in tails], keep=longest - 1)
                 after = after.float().log_softmax(dim=-1)
                 for row, tail in enumerate(tails):
                     for back, token in enumerate(reversed(tail[1:]), start=1):
@@ -421,76 +503,15 @@ class TransformerLensBackend:
                         grown.setdefault((at, token), []).append(stream)
             if not grown or step + 1 == sampling.max_new_tokens:
                 break
-            parents = self._tensor([at for at, _ in grown])
-            state, logits = self._extend(state.select(parents), [(token,) for _, token in grown])
+            parents = self.passes.tensor([at for at, _ in grown])
+            state, logits = self.passes.extend(state.select(parents), [(token,) for _, token in grown])
             branches = list(grown.values())
         return {stream: (ids, stopped.get(stream)) for stream, ids in drawn.items()}
-
-    def _start(
-        self,
-        rows: Sequence[tuple[int, ...]],
-        steered: Steered | None = None,
-        recorder: Recorder | None = None,
-        cached: bool = True,
-    ) -> tuple[State, torch.Tensor]:
-        """Run whole sequences from nothing; `cached` unless nothing goes on from them."""
-        empty = torch.zeros((len(rows), 0), dtype=torch.long, device=self.device)
-        # A pass that stops cannot hand over the cache that the model makes, and so is given one.
-        cache = DynamicCache(config=self.bridge.original_model.config) if cached and _stops(recorder) else None
-        steered = steered or Steered.of((), [{}] * len(rows), self.device)
-        return self._run(State(cache, empty, empty.sum(dim=1), steered), rows, 1, recorder, cached)
-
-    def _extend(
-        self, state: State, rows: Sequence[tuple[int, ...]], keep: int = 1, recorder: Recorder | None = None
-    ) -> tuple[State, torch.Tensor]:
-        """Run more tokens after a state; rows may differ in length. The given state must not be used again."""
-        return self._run(state, rows, keep, recorder, cached=True)
-
-    def _run(
-        self, state: State, rows: Sequence[tuple[int, ...]], keep: int, recorder: Recorder | None, cached: bool
-    ) -> tuple[State, torch.Tensor]:
-        """One forward pass over left-padded rows.
-
-        Returns
-        -------
-        state
-            With these tokens in it.
-        logits
-            [rows, keep, vocabulary] after each of the last `keep` tokens; [rows, 0, 0] where the recorder stops the
-            pass before them.
-        """
-        width = max(len(row) for row in rows)
-        ids = self._tensor([[self._pad] * (width - len(row)) + list(row) for row in rows])
-        real = self._tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        # Padding stands at position 0: it is masked, and positions must lie inside the model's range.
-        positions = (state.lengths[:, None] + real.cumsum(dim=1) - 1).clamp(min=0) * real
-        mask = torch.cat([state.mask, real], dim=1)
-        # In this order, vectors are recorded as they flow on: after steering.
-        by_layer = [*state.steered.hooks(positions, real), *(recorder.hooks() if recorder is not None else [])]
-        logits, cache = torch.empty((len(rows), 0, 0)), state.cache
-        with contextlib.suppress(AllRecorded), self.bridge.hooks([(self._hooks[at], hook) for at, hook in by_layer]):
-            logits, cache = self.bridge(
-                ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cached,
-                logits_to_keep=keep,
-                return_type="logits_and_cache",
-            )
-        return State(cache, mask, state.lengths + real.sum(dim=1), state.steered), logits
-
-    def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
 
 
 def _reads_logits(asks: Sequence[Ask]) -> bool:
     """Whether anything is asked that only the model's output answers."""
     return any(each.seeds or each.scores for each in asks)
-
-
-def _stops(recorder: Recorder | None) -> bool:
-    return recorder is not None and recorder.stops
 
 
 def _shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
