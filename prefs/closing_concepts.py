@@ -38,26 +38,27 @@ def concept_lines(concept: Concept, cosines: pd.DataFrame, ratings: pd.DataFrame
     layers = sorted({int(layer) for layer in concept.vectors["layer"]})
     spaced = spaced_layers(layers, most)
     of = "" if len(spaced) == len(layers) else f" ({len(spaced)} of {len(layers)})"
-    table = new_table(f"Concept {name} at {position}, from {concept.n} tasks, by layer{of}", first="AUC")
-    for layer in spaced:
-        table.add_column(str(layer), justify="right")
+    table = new_table(f"Concept {name} at {position}, by layer{of}", first="AUC")
+    for title in ("n", *map(str, spaced)):
+        table.add_column(title, justify="right", no_wrap=True)
 
     def add(title: str, frame: pd.DataFrame, column: str, style: str | None = None) -> None:
         here = frame.loc[(frame["concept"] == name) & (frame["position"] == position), :]
         values = dict(zip(here["layer"].astype(int), here[column], strict=True))
         if values:
-            table.add_row(title, *(number(values.get(layer)) for layer in spaced), style=style)
+            n = str(int(here["n"].max())) if "n" in here else ""
+            table.add_row(title, n, *(number(values.get(layer)) for layer in spaced), style=style)
 
     for test in dict.fromkeys(concept.tests["test"]):
         rows = concept.tests.loc[concept.tests["test"] == test, :]
-        add(f"{test} (n = {int(rows['n'].max())})", rows, "auc", "bold" if test == HELD_OUT else None)
+        add(str(test), rows, "auc", "bold" if test == HELD_OUT else None)
     table.add_section()
     held_out = concept.tests.loc[concept.tests["test"] == HELD_OUT, :]
     add("Cohen's d, held-out tasks", held_out, "d")
     add("split-half cosine", concept.vectors, "split_half")
     add("norm / activation norm", concept.vectors, "relative")
     if len(ratings):
-        add(f"r of projection and {rated}", ratings, "r")
+        add(f"r with the {rated}", ratings, "r")
     for other in dict.fromkeys(cosines["with"]) if len(cosines) else ():
         add(f"cosine with {other}", cosines.loc[cosines["with"] == other, :], "cosine")
     return table
@@ -91,13 +92,16 @@ def concept_remarks(found: Sequence[Concept | NoConcept]) -> list[str]:
 
 def slope_lines(found: DoseResponse, unit: str) -> Table:
     """How far each vector moves the rating, beside its controls."""
-    table = new_table(f"Steering at {found.at}: exact rating by coefficient ({unit})", first="vector, layer")
+    table = new_table(f"Steering at {found.at}: rating points a unit ({unit})", first="layer, vector")
     for name in ("slope [95 %]", "Δ at −1", "Δ at +1", "doses"):
-        table.add_column(name, justify="right")
-    for row in found.slopes.to_dict("records"):
-        style = "bold" if row["control"] == "concept" else None
-        numbers = (with_interval(row, name) for name in ("slope", "delta_minus", "delta_plus"))
-        table.add_row(f"{row['vector']}, {int(row['layer'])}", *numbers, str(int(row["doses"])), style=style)
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in dict.fromkeys(int(each) for each in found.slopes["layer"]):
+        for row in found.slopes.loc[found.slopes["layer"] == layer, :].to_dict("records"):
+            style = "bold" if row["control"] == "concept" else None
+            deltas = (number(row[name]) for name in ("delta_minus", "delta_plus"))
+            slope = with_interval(row, "slope")
+            table.add_row(f"{layer}, {row['vector']}", slope, *deltas, str(int(row["doses"])), style=style)
+        table.add_section()
     return table
 
 
@@ -105,21 +109,23 @@ def dose_lines(found: DoseResponse) -> Table:
     """The concept's own curve, and what it leaves of the model, a row a layer and coefficient."""
     doses = found.doses
     own = doses.loc[doses["control"].isin(["concept", "unsteered"]), :]
-    table = new_table("Doses of the concept's vector, and what they leave of the model", first="layer, coefficient")
-    for name in ("× norm", "rating [95 %]", "Δ [95 %]", "valid mass", "perplexity", "invalid", "coherent"):
-        table.add_column(name, justify="right")
+    table = new_table("Doses of the vector, and what they leave of the model", first="layer, dose")
+    table.padding = (0, 1, 0, 0)
+    for name in ("× norm", "rating", "Δ [95 %]", "mass", "perpl.", "inv.", "kept"):
+        table.add_column(name, justify="right", no_wrap=True)
     for layer in sorted({int(layer) for layer in own["layer"].dropna()}):
         rows = own.loc[(own["layer"] == layer) | own["layer"].isna(), :]
         for row in rows.sort_values(by="coefficient").to_dict("records"):
             table.add_row(
                 f"{layer}, {row['coefficient']:g}".replace("-", "−"),
                 number(row["norm_multiple"]),
-                with_interval(row, "mean"),
+                number(row["mean"]),
                 MISSING if row["coefficient"] == 0 else with_interval(row, "delta"),
                 number(row["valid_mass"]),
-                MISSING if np.isnan(row["perplexity_ratio"]) else f"× {number(row['perplexity_ratio'])}",
+                MISSING if np.isnan(row["perplexity_ratio"]) else f"× {row['perplexity_ratio']:.2g}",
                 MISSING if np.isnan(row["invalid"]) else f"{row['invalid']:.0%}",
                 "yes" if row["coherent"] else "no",
                 style=None if row["coherent"] else "dim",
             )
+        table.add_section()
     return table

@@ -147,7 +147,7 @@ def dose_response(
     tasks = np.flatnonzero(responses.asked)
     draws = Resamples.draw(len(tasks), bootstrap, seed)
     ratings = np.stack([exact_summary(mass[tasks], values).mean for mass in responses.mass])
-    states = [_State.of(responses, dose, tasks, coherence) for dose in range(len(responses.doses))]
+    states = [_State.of(responses, dose, tasks, coherence, draws) for dose in range(len(responses.doses))]
     doses = pd.DataFrame(
         [
             {**_named(responses, dose), **_dose(ratings, dose, draws), **states[dose].cells}
@@ -199,17 +199,17 @@ class _State:
         return bool(self.cells["coherent"])
 
     @classmethod
-    def of(cls, responses: Responses, dose: int, tasks: np.ndarray, allowed: CoherenceConfig) -> _State:
-        def state(at: int) -> tuple[float, float]:
-            valid = responses.mass[at, tasks].sum(axis=-1)
-            sampled = responses.sampled[at, tasks]
-            mass = float(np.nanmean(valid)) if np.isfinite(valid).any() else math.nan
-            return mass, float(np.isnan(sampled).mean()) if sampled.size else math.nan
-
-        (mass, invalid), (mass_before, invalid_before) = state(dose), state(0)
-        change = responses.nll[dose, tasks] - responses.nll[0, tasks]
-        surprise = float(np.nanmean(change)) if np.isfinite(change).any() else math.nan
-        ratio = math.exp(min(surprise, 700.0))
+    def of(
+        cls, responses: Responses, dose: int, tasks: np.ndarray, allowed: CoherenceConfig, draws: Resamples
+    ) -> _State:
+        valid = responses.mass[:, tasks].sum(axis=-1)
+        mass, mass_before = _mean(valid[dose]), _mean(valid[0])
+        ratio = math.exp(min(_mean(responses.nll[dose, tasks] - responses.nll[0, tasks]), 700.0))
+        shares = np.isnan(responses.sampled[:, tasks]).mean(axis=-1) if responses.sampled.size else None
+        more = (
+            Estimate.missing("nothing was sampled", 0) if shares is None else mean_of(shares[dose] - shares[0], draws)
+        )
+        invalid = math.nan if shares is None else float(shares[dose].mean())
         reasons = []
         if broken := int((~responses.finite[dose, tasks]).sum()):
             reasons.append(f"logits are not finite for {broken} of {len(tasks)} tasks")
@@ -218,10 +218,15 @@ class _State:
                 reasons.append(f"valid mass {mass:.2f}, unsteered {mass_before:.2f}")
             if ratio > allowed.perplexity:
                 reasons.append(f"perplexity × {ratio:.3g}")
-            if invalid > invalid_before + allowed.invalid:
-                reasons.append(f"{invalid:.0%} of sampled answers invalid, unsteered {invalid_before:.0%}")
+            # Of few sampled answers a fifth is soon invalid by chance: its interval must lie above none, too.
+            if more.value is not None and more.value > allowed.invalid and (more.low is None or more.low > 0):
+                reasons.append(f"{more.value:.0%} more of the sampled answers invalid")
         cells: dict[str, object] = {"valid_mass": mass, "perplexity_ratio": ratio, "invalid": invalid}
         return cls(cells | {"coherent": not reasons, "reason": "; ".join(reasons) or None})
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
 
 def _slope(
@@ -254,11 +259,13 @@ def _slope(
 def _remarks(doses: pd.DataFrame, slopes: pd.DataFrame, left_out: int, at: str) -> list[str]:
     said = []
     if left_out:
-        said.append(f"Steering: {left_out} tasks have no completion, or the question does not fit behind it.")
+        said.append(
+            f"Steering: tasks without a completion, or that the question does not fit behind: {left_out} left out."
+        )
     broken = doses.loc[~doses["coherent"].astype(bool), :]
     for _, rows in broken.groupby(["vector", "layer"], sort=False):
         vector, layer = rows["vector"].iloc[0], int(rows["layer"].iloc[0])
-        numbers = ", ".join(f"{value:g}" for value in rows["coefficient"])
+        numbers = ", ".join(f"{value:g}".replace("-", "−") for value in rows["coefficient"])
         worst = rows["reason"].iloc[int(np.argmax(np.abs(rows["coefficient"].to_numpy(dtype=float))))]
         said.append(
             f"Steering by {vector} at layer {layer}: coefficients {numbers} leave no coherent model ({worst}), and"

@@ -27,8 +27,8 @@ from prefs.tasks import Task
 FLIPS = 1000
 HELD_OUT = "held-out tasks"
 OTHER_ORIGINS = "other origins"
-READ_UNDER = "same text, read under the prompts"
-WRITTEN_UNDER = "written under the prompts, read without"
+READ_UNDER = "same text, prompts differ"
+WRITTEN_UNDER = "texts differ, no prompt"
 Pair = tuple[Read, Read]
 
 
