@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf, open_dict
 
-from prefs.config import JudgeConfig, ProbeConfig, TemplateConfig, register
+from prefs.config import JudgeConfig, ProbeConfig, TemplateConfig, register, with_prompts
 from prefs.files import write_table
 from prefs.job import answers_table, completions_table, exact_table, thoughts_table
 from prefs.jobs import Work, recorded
@@ -66,7 +66,7 @@ def config(*overrides: str) -> Mapping[str, Any]:
         composed = compose("config", overrides=[*always, *overrides])
     plain = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return with_prompts({str(key): value for key, value in plain.items()})
 
 
 def some_tasks(count: int, first: int = 0) -> list[Task]:

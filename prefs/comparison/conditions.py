@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from prefs.comparison.cells import FIRST, Cell, flat, telling
+from prefs.measured import Measured
 from prefs.statistics.estimates import Estimate, known_mean
 from prefs.statistics.factorial import Contrast, Factorial, factorial
 from prefs.summary import columns, groups_by_origin, numeric
 from prefs.tasks import ALL
-from prefs.terminal import number, with_interval
+from prefs.terminal import with_interval
 
 # The first factor and the second, by the section of the config that has the condition.
 ROLES = ("completer", "rating")
@@ -101,7 +102,7 @@ def _means(cell: Cell, kind: str) -> np.ndarray:
     return measured.exact.mean if kind == EXACT and measured.exact is not None else measured.seed_means
 
 
-def _share_valid(measured) -> np.ndarray:
+def _share_valid(measured: Measured) -> np.ndarray:
     return np.isfinite(measured.sampled).mean(axis=1)
 
 
@@ -112,7 +113,7 @@ def grids(cells: Sequence[Cell]) -> list[Grid]:
     for cell in cells:
         base = _base(cell)
         same = json.dumps([cell.rater, cell.key, base], sort_keys=True)
-        found.setdefault(same, {})[_level(cell, "completer"), _level(cell, "rating")] = cell
+        found.setdefault(same, {})[level(cell, "completer"), level(cell, "rating")] = cell
         facts[same] = base
     several = {same: there for same, there in found.items() if len(there) > 1}
     firsts = [next(iter(there.values())) for there in several.values()]
@@ -143,9 +144,10 @@ def _base(cell: Cell) -> dict[str, str]:
     return {key: value for key, value in cell.facts.items() if key not in aside} | flat({"concept": meaning})
 
 
-def _level(cell: Cell, role: str) -> str:
-    level = cell.job.config[role].get("condition")
-    return NONE if level is None else str(level)
+def level(cell: Cell, role: str) -> str:
+    """The condition a cell is in when it completes (``completer``) or rates (``rating``)."""
+    name = cell.job.config[role].get("condition")
+    return NONE if name is None else str(name)
 
 
 def _ordered(there: Mapping[tuple[str, str], Cell], at: int) -> tuple[str, ...]:
@@ -176,8 +178,13 @@ def condition_table(found: Sequence[Grid], *, resamples: int, seed: int) -> pd.D
                     row = _named(grid) | {"completing": pair[0], "rating": pair[1], "origin": group.origin}
                     row |= {"ratings": kind, "n": mean.n, **columns("mean", mean)}
                     row["sd"] = np.nanstd(values, ddof=1) if mean.n > 1 else None
-                    rows.append(row | {"valid": known_mean(valid[group.tasks], group.draws.none(len(values)), "").value})
+                    rows.append(row | {"valid": _mean(valid[group.tasks])})
     return numeric(pd.DataFrame(rows), words=WORDS) if rows else pd.DataFrame()
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
 
 
 def _pairs(grid: Grid) -> list[tuple[str, str]]:
@@ -269,8 +276,8 @@ def condition_remarks(found: Sequence[Grid], effects: pd.DataFrame) -> list[str]
     if seeds:
         counts = " or ".join(map(str, seeds))
         said.append(
-            f"Sampled ratings of a condition are means over {counts} rating seed{'s' * (seeds != [1])}, whose noise widens"
-            " their spread and dilutes shares of variation; exact ratings have none of it."
+            f"Sampled ratings by condition are of {counts} rating seed{'s' * (seeds != [1])} a task, whose noise widens"
+            " their spread and lowers the shares of variation; exact ratings have none of it."
         )
     return said
 
@@ -298,15 +305,11 @@ def _dominance(grid: Grid, rows: Sequence[Mapping]) -> str:
         verdict = f"the {RATING if low > 0 else COMPLETING} context dominates"
     else:
         verdict = f"neither context clearly dominates (they differ by {with_interval(difference, 'points')})"
-    parts = [
-        f"{_done(role)} under {levels[0]} instead of {levels[-1]} moves ratings by {with_interval(of[role], 'points')}"
-        for role, levels in reversed(outer.items())
-    ]
-    return f"being {parts[0]} points, having been {parts[1]}: {verdict}."
-
-
-def _done(role: str) -> str:
-    return "rated" if role == RATING else "completed"
+    rated, completed = (
+        f"under {outer[role][0]} instead of {outer[role][-1]}{moves} by {with_interval(of[role], 'points')}"
+        for role, moves in ((RATING, " moves ratings"), (COMPLETING, ""))
+    )
+    return f"being rated {rated} points, having been completed {completed}: {verdict}."
 
 
 def _own_completions(grid: Grid) -> list[str]:
@@ -339,4 +342,5 @@ def violin_tables(grid: Grid, table: pd.DataFrame) -> tuple[pd.DataFrame, pd.Dat
     means = means.assign(
         row=means["ratings"].map(labels), panel="rated: " + means["rating"].astype(str), violin=means["completing"]
     )
-    return pd.concat(parts, ignore_index=True), means.loc[:, ["row", "panel", "violin", "n", "mean", "mean_low", "mean_high"]]
+    shown = ["row", "panel", "violin", "n", "mean", "mean_low", "mean_high"]
+    return pd.concat(parts, ignore_index=True), means.loc[:, shown]

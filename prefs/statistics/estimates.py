@@ -206,7 +206,7 @@ def pearson_of_sums(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy:
 
 
 def known_mean(values: Floats, draws: Resamples, undefined: str) -> Estimate:
-    """Mean over the tasks for which it is known, of values [T]; missing, with the reason given, where it is for none."""
+    """Mean of values [T] over the tasks for which they are known; missing, for the reason given, where none is."""
     known = np.isfinite(values)
     parts = np.stack([known.astype(np.float64), np.where(known, values, 0.0)], axis=1)
     count, total = np.moveaxis(draws.sums(parts), 1, 0)

@@ -1,8 +1,8 @@
 """How two crossed conditions move the ratings of the same tasks: a within-task (repeated-measures) two-way design.
 
 Tasks t are random, the levels c of the first factor and r of the second are fixed, and each task has one value in each
-cell of the design, y[t, c, r] (Winer, Brown & Michels 1991, "Statistical Principles in Experimental Design", chapter 7).
-What tasks differ by as a whole drops out of everything here but the standard deviation.
+cell of the design, y[t, c, r] (Winer, Brown & Michels 1991, "Statistical Principles in Experimental Design", 3rd
+edition, chapter 7). What tasks differ by as a whole drops out of everything here but the standard deviation.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def factorial(y: ArrayLike, draws: Resamples | None = None) -> Factorial:
     if y.ndim != 3 or 0 in y.shape[1:]:
         raise ValueError(f"y must be [tasks, levels of the first factor, levels of the second], got {y.shape}")
     draws = resampling(draws, len(y))
-    present = np.isfinite(y).any(axis=0)
-    complete = (np.isfinite(y) | ~present).all(axis=1).all(axis=1) & present.any()
+    finite = np.isfinite(y)
+    present = np.asarray(finite.any(axis=0))
+    complete = (finite | ~present).all(axis=(1, 2)) & present.any()
     n, left_out = int(complete.sum()), int((~complete).sum())
     # Tasks left out have no part in a resample, which then is of as many of the others as were drawn.
     y, draws = y[complete], Resamples(draws.times[:, complete])
@@ -203,17 +204,15 @@ class _Within:
         effects[1:] = np.maximum(effects[1:] - by_task[1:] / (self.n - 1), 0.0)
         levels = np.array(self.shape[1:])
         several = (levels[0] > 1, levels[1] > 1, bool((levels > 1).all()))
-        found = [
+        first, second, interaction = (
             Estimate.of(ratio(part, whole), self.n, NO_VARIATION) if there else Estimate.missing(ONE_LEVEL, self.n)
             for part, there in zip(effects.T, several, strict=True)
-        ]
+        )
         residual = Estimate.of(ratio(excess(whole, effects.sum(axis=1)), whole), self.n, NO_VARIATION)
-        return Shares(*found, residual)
+        return Shares(first, second, interaction, residual)
 
 
-def _sums_of_squares(
-    z: Floats, means: Floats, draws: Resamples, tasks: Floats
-) -> tuple[Floats, Floats, Floats]:
+def _sums_of_squares(z: Floats, means: Floats, draws: Resamples, tasks: Floats) -> tuple[Floats, Floats, Floats]:
     """Sums of squares of the first factor, the second and their interaction, of values less each task's mean.
 
     Returns
