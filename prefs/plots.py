@@ -430,8 +430,9 @@ def violins(path: Path, *, title: str, table: pd.DataFrame, means: pd.DataFrame,
 def _violin(axes: Axes, place: int, values: np.ndarray, colour: str) -> None:
     """A violin where there is a density to estimate, else a line for each value."""
     if len(values) >= FEW_VALUES and np.ptp(values) > 1e-6 * np.abs(values).max():
-        parts = axes.violinplot([values], [place], widths=0.85, showextrema=False)
-        for body in np.atleast_1d(parts["bodies"]):
+        before = len(axes.collections)
+        axes.violinplot([values], [place], widths=0.85, showextrema=False)
+        for body in axes.collections[before:]:
             body.set(facecolor=colour, edgecolor=colour, alpha=0.45)
     else:
         axes.hlines(np.unique(values), place - 0.3, place + 0.3, color=colour, alpha=0.45, linewidth=3)

@@ -118,7 +118,7 @@ def grids(cells: Sequence[Cell]) -> list[Grid]:
     several = {same: there for same, there in found.items() if len(there) > 1}
     firsts = [next(iter(there.values())) for there in several.values()]
     names = [(cell.rater, cell.key) for cell in firsts]
-    extras = telling(names, [facts[same] for same in several], FIRST)
+    extras = telling(names, [facts[same] for same in several], ("concept.name", *FIRST))
     made = []
     for (rater, key), extra, there in zip(names, extras, several.values(), strict=True):
         name = " ".join([f"{rater}-{key}", *(f"{fact}={value}" for fact, value in extra.items())])
