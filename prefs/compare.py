@@ -10,7 +10,7 @@ import argparse
 import datetime
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from rich.table import Table
 
 from prefs.comparison.cautions import cautions, unfinished
 from prefs.comparison.cells import Sweep, align, read_sweep
+from prefs.comparison.conditions import EXACT, condition_effects, condition_remarks, condition_table, grids
 from prefs.comparison.figures import draw
 from prefs.comparison.page import comparison_page
 from prefs.comparison.probe_tables import probe_cosines, probe_table, probe_transfer
 from prefs.comparison.probed import Probed, read_probes
+from prefs.comparison.steered import CONCEPT, read_steered, steering_table
 from prefs.comparison.tables import (
     Block,
     agreement,
@@ -47,6 +49,10 @@ log = logging.getLogger("prefs")
 FOLDER = "comparison"
 # Metrics of each cell and origin in the W&B summary.
 SUMMARY = ("cross_seed_r", "informative_r", "d", "icc1", "predicted_r", "valid_mass")
+
+
+# Conditions beyond which the sources of noise of each would fill the screen; the report has them all.
+MOST_CONDITIONS = 4
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,10 @@ def compare(folders: Sequence[Path], out: Path | None = None, wandb_mode: str | 
         for row in compared.tables["probes"].to_dict("records") if "probes" in compared.tables else ():
             if pd.notna(row["score"]):
                 track.metrics({f"compare/probe/{row['cell']}/{row['target']}": row["score"]})
+        for row in compared.tables["condition_effects"].to_dict("records") if "conditions" in compared.tables else ():
+            if pd.notna(row["points"]):
+                name = f"{row['grid']}/{row['ratings']}/{row['of']}/{row['contrast']}"
+                track.metrics({f"compare/condition/{name}": row["points"]})
         for name, table in compared.tables.items():
             track.table(name, table)
         for name, path in compared.figures.items():
@@ -131,9 +141,19 @@ def _compare(folders: Sequence[Path], found: Sweep, out: Path, stats: StatsConfi
     probed, damaged = read_probes(found)
     of_probes, without = _probe_tables(probed, found, stats)
     tables |= of_probes
+    of_conditions = grids(found.cells)
+    effects = condition_effects(of_conditions, resamples=stats.bootstrap, seed=stats.seed)
+    steered, not_steered = read_steered(found)
+    optional = {
+        "conditions": condition_table(of_conditions, resamples=stats.bootstrap, seed=stats.seed),
+        "condition_effects": effects.effects,
+        "condition_shares": effects.shares,
+        "steering": steering_table(steered),
+    }
+    tables |= {name: table for name, table in optional.items() if len(table)}
     for name, table in tables.items():
         write_table(table, out / name)
-    figures = draw(out / "figures", blocks, probed, tables)
+    figures = draw(out / "figures", blocks, probed, of_conditions, steered, tables)
     left_out = unfinished(folders, found)
     doubles = [
         f"{cell.job.folder}/{cell.key}{' (but for its probes)' * any(each.cell is cell for each in probed)}"
@@ -145,8 +165,10 @@ def _compare(folders: Sequence[Path], found: Sweep, out: Path, stats: StatsConfi
         *([alignment] if alignment else []),
         *cautions(found.cells, blocks, tables),
         *variances.remarks,
+        *condition_remarks(of_conditions, effects.effects),
         *damaged,
         *without,
+        *not_steered,
     ]
     return Comparison(blocks, tables, figures, tuple(remarks))
 
@@ -167,8 +189,13 @@ def _probe_tables(
 def _print(found: Sweep, compared: Comparison, out: Path, page: Path, synced: dict[str, Path]) -> None:
     console = Console(markup=False, highlight=False, emoji=False)
     lines = [cell_lines(compared.tables["cells"])]
-    if compared.tables["variance"]["share"].notna().to_numpy().any():
-        lines.append(variance_lines(compared.tables["variance"]))
+    variances = compared.tables["variance"]
+    if variances["share"].notna().to_numpy().any() and len(set(variances["condition"])) <= MOST_CONDITIONS:
+        lines.append(variance_lines(variances))
+    if "conditions" in compared.tables:
+        lines += condition_lines(compared.tables)
+    if "steering" in compared.tables:
+        lines.append(steering_lines(compared.tables["steering"]))
     if "probes" in compared.tables:
         lines.append(probe_lines(compared.tables["probes"]))
     counts = (len(found.cells), "cell"), (len(found.jobs), "job")
@@ -189,7 +216,7 @@ def cell_lines(frame: pd.DataFrame) -> Table:
     for name in ("r ± SD", "inf. r", "d", "mode", "pred. r", "mass"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in whole.to_dict("records"):
-        name, r = str(row["cell"]), number(row["cross_seed_r"])
+        name, r = _with_conditions(str(row["cell"])), number(row["cross_seed_r"])
         kind = "" if row["kind"] == DIRECT else f" ({row['kind']})"
         table.add_row(
             (name.removeprefix(f"{row['rater']}-") if one_rater else name) + kind,
@@ -202,6 +229,11 @@ def cell_lines(frame: pd.DataFrame) -> Table:
         )
     table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 24
     return table
+
+
+def _with_conditions(name: str) -> str:
+    """A cell's name with its conditions in words short enough for a table."""
+    return name.replace("completer.condition=", "completed: ").replace("rating.condition=", "rated: ")
 
 
 def variance_lines(frame: pd.DataFrame) -> Table:
@@ -235,6 +267,67 @@ def probe_lines(frame: pd.DataFrame) -> Table:
             score = with_interval(row, "score")
             numbers = (number(row[name]) for name in ("p", "ceiling", "best_control_score"))
             table.add_row(f"  {row['target']}", score, *numbers, f"{row['layer']}, {row['position']}")
+    table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 18
+    return table
+
+
+def condition_lines(tables: Mapping[str, pd.DataFrame]) -> list[Table]:
+    """Of each grid: means by the two conditions, then main effects and interaction with their shares of variation.
+
+    Of exact ratings, where there are any.
+    """
+    lines = []
+    for grid, rows in tables["conditions"].groupby("grid", sort=False):
+        kind = rows["ratings"].iloc[0]
+        rows = rows.loc[(rows["ratings"] == kind) & (rows["origin"] == ALL), :]
+        effects, shares = (
+            table.loc[(table["grid"] == grid) & (table["ratings"] == kind), :]
+            for table in (tables["condition_effects"], tables["condition_shares"])
+        )
+        of = "exact ratings" if kind == EXACT else "means over seeds"
+        lines += [_mean_lines(str(grid), of, rows), _effect_lines(effects, shares)]
+    return lines
+
+
+def _mean_lines(grid: str, of: str, rows: pd.DataFrame) -> Table:
+    table = new_table(f"{grid}: {of} by condition, mean [95 % over tasks]", first="completed under")
+    levels = list(dict.fromkeys(rows["rating"]))
+    for level in levels:
+        table.add_column(f"rated: {level}", justify="right")
+    for completing, there in rows.groupby("completing", sort=False):
+        of_level = {row["rating"]: with_interval(row, "mean") for row in there.to_dict("records")}
+        table.add_row(str(completing), *(of_level.get(level, MISSING) for level in levels))
+    return table
+
+
+def _effect_lines(effects: pd.DataFrame, shares: pd.DataFrame) -> Table:
+    """The effects of each source below its share of the variation within tasks."""
+    table = new_table(f"What conditions do to the same {effects['n'].iloc[0]} tasks", first="effect")
+    for name in ("points [95 %]", "in SDs", "share of variation"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for share in shares.to_dict("records"):
+        rows = effects.loc[effects["of"] == share["source"], :]
+        if len(rows) or pd.notna(share["share"]):
+            table.add_row(str(share["source"]), "", "", with_interval(share, "share"), style="bold")
+        for row in rows.to_dict("records"):
+            table.add_row(f"  {row['contrast']}", with_interval(row, "points"), number(row["standardised"]), "")
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    return table
+
+
+def steering_lines(frame: pd.DataFrame) -> Table:
+    """Each cell's slope along the concept's vector, beside the largest along one that means nothing."""
+    table = new_table("Steering: rating points a unit of the vector; Δ at the outermost coherent doses", first="cell")
+    for name in ("layer", "slope [95 %]", "empty", "Δ−", "Δ+"):
+        table.add_column(name, justify="right", no_wrap=True)
+    one_rater = len(set(frame["rater"])) == 1
+    rows = frame.loc[frame["control"] == CONCEPT, :].to_dict("records")
+    several = len({row["vector"] for row in rows}) > 1
+    for row in rows:
+        name = _with_conditions(str(row["cell"])).removeprefix(f"{row['rater']}-" if one_rater else "")
+        numbers = (number(row[each]) for each in ("empty_slope", "delta_minus", "delta_plus"))
+        slope = with_interval(row, "slope")
+        table.add_row(f"{name} {row['vector']}" if several else name, f"{row['layer']}", slope, *numbers)
     table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 18
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from prefs.errors import UserError
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D")
 DPI = 150
+# Values of which a density says nothing.
+FEW_VALUES = 5
 # Origins and options are the user's text: a dollar sign in them is no formula.
 as_written = rc_context({"text.parse_math": False})
 
@@ -428,6 +431,118 @@ def variance_shares(path: Path, *, title: str, table: pd.DataFrame) -> Path:
     return _save(figure, path)
 
 
+@as_written
+def violins(path: Path, *, title: str, table: pd.DataFrame, means: pd.DataFrame, label: str = "") -> Path:
+    """Distributions of values over tasks: a panel for each row and panel of the tables, violins side by side in it.
+
+    Each violin has its mean and interval in it and its n below; of fewer than 5 values, or of values that are all the
+    same, the values themselves are drawn. ``table`` has columns row, panel, violin, value (NaN: left out), one row a
+    value; ``means`` has row, panel, violin, n, mean, mean_low, mean_high. `label` says what the violins are.
+    """
+    lines, panels, names = (list(dict.fromkeys(table[name])) for name in ("row", "panel", "violin"))
+    figure = Figure(
+        figsize=(max(6.0, (0.9 * len(names) + 0.7) * len(panels) + 1.0), 3.3 * max(len(lines), 1) + 0.6),
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)
+    axes: Axes | None = None
+    values = table.groupby(["row", "panel", "violin"])["value"]
+    numbers = {(row["row"], row["panel"], row["violin"]): row for row in means.to_dict("records")}
+    for at, (line, panel) in enumerate(itertools.product(lines, panels)):
+        axes = figure.add_subplot(len(lines), len(panels), at + 1, sharey=axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        counts = []
+        for place, name in enumerate(names):
+            key = (line, panel, name)
+            here = values.get_group(key).dropna().to_numpy(dtype=float) if key in values.indices else np.empty(0)
+            _violin(axes, place, here, COLOURS[place % len(COLOURS)])
+            if key in numbers:
+                mean, low, high = (float(numbers[key][name]) for name in ("mean", "mean_low", "mean_high"))
+                reach = _reach(mean, low, high)
+                axes.errorbar(place, mean, yerr=reach, fmt="o", markersize=4, color="black", capsize=4)
+            counts.append(f"{_short(name)}\nn = {len(here)}")
+        _name_ticks(axes, counts)
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.set_title(str(panel), fontsize="medium")
+        if at % len(panels) == 0:
+            axes.set_ylabel(_short(line))
+        else:
+            axes.tick_params(labelleft=False)
+    figure.suptitle(title)
+    figure.supxlabel(label, fontsize="medium")
+    return _save(figure, path)
+
+
+def _violin(axes: Axes, place: int, values: np.ndarray, colour: str) -> None:
+    """A violin where there is a density to estimate, else a line for each value."""
+    if len(values) >= FEW_VALUES and np.ptp(values) > 1e-6 * np.abs(values).max():
+        before = len(axes.collections)
+        axes.violinplot([values], [place], widths=0.85, showextrema=False)
+        for body in axes.collections[before:]:
+            body.set(facecolor=colour, edgecolor=colour, alpha=0.45)
+    else:
+        axes.hlines(np.unique(values), place - 0.3, place + 0.3, color=colour, alpha=0.45, linewidth=3)
+
+
+def _reach(value: np.ndarray | float, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
+    """[2, N] how far an interval reaches below and above its value; 0 where there is none."""
+    value, low, high = np.atleast_1d(value), np.atleast_1d(low), np.atleast_1d(high)
+    return np.nan_to_num(np.clip(np.stack([value - low, high - value]), 0, None))
+
+
+@as_written
+def dose_response(
+    path: Path,
+    *,
+    title: str,
+    table: pd.DataFrame,
+    dose: str = "coefficient of the vector",
+    label: str = "mean rating",
+) -> Path:
+    """Mean rating by steering coefficient, a panel for each panel and a line for each line of the table.
+
+    Doses that are not coherent are hollow: what is measured there is a broken model. ``table`` has columns panel, line,
+    coefficient, mean, mean_low, mean_high (NaN: none), coherent; a dose without a mean is left out.
+    """
+    table = table.loc[np.isfinite(table["mean"].to_numpy(dtype=float)), :]
+    panels = list(dict.fromkeys(table["panel"])) or [""]
+    looks = {name: at for at, name in enumerate(dict.fromkeys(table["line"]))}
+    columns = min(len(panels), 3)
+    rows, legend = -(-len(panels) // columns), 0.24 * (-(-len(looks) // 3) + 1)
+    figure = Figure(figsize=(max(6.0, 3.6 * columns), 3.3 * rows + legend + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Axes | None = None
+    for at, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, at + 1, sharey=axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        for name, lines in table.loc[table["panel"] == panel, :].groupby("line", sort=False):
+            _dose_line(axes, lines.sort_values("coefficient"), str(name), looks[name])
+        axes.axvline(0, color="black", linewidth=0.8, zorder=0.5)
+        axes.set_title(str(panel), fontsize="medium")
+        axes.set_xlabel(dose)
+        if at % columns == 0:
+            axes.set_ylabel(label)
+    if axes is not None and not table["coherent"].to_numpy(dtype=bool).all():
+        axes.plot([], [], "o", color="grey", markerfacecolor="white", markersize=5, label="not coherent")
+    figure.suptitle(title)
+    _legend(figure, columns=3)
+    return _save(figure, path)
+
+
+def _dose_line(axes: Axes, rows: pd.DataFrame, name: str, look: int) -> None:
+    colour, marker = COLOURS[look % len(COLOURS)], MARKERS[look // len(COLOURS) % len(MARKERS)]
+    coefficient, mean, low, high = (
+        rows[column].to_numpy(dtype=float) for column in ("coefficient", "mean", "mean_low", "mean_high")
+    )
+    axes.errorbar(coefficient, mean, yerr=_reach(mean, low, high), color=colour, linewidth=1.2, capsize=2)
+    for coherent, fill in ((True, colour), (False, "white")):
+        chosen = rows["coherent"].to_numpy(dtype=bool) == coherent
+        axes.plot(
+            coefficient[chosen], mean[chosen], marker, color=colour, markerfacecolor=fill, markersize=5,
+            label=f"\u200b{_short(name)}",
+        )  # fmt: skip
+
+
 def _option(say: str, value: float) -> str:
     return say if say == f"{value:g}" else f"{say}\n({value:g})"
 
@@ -462,7 +577,7 @@ def _legend(figure: Figure, columns: int = 1) -> list[Artist]:
 def _name_ticks(axes: Axes, names: Iterable[str]) -> None:
     """Names below the bars, slanted where they would run into each other."""
     names = [_short(name) for name in names]
-    slanted = max((len(name) for name in names), default=0) > 14
+    slanted = max((len(line) for name in names for line in name.splitlines()), default=0) > 14
     axes.set_xticks(np.arange(len(names)), names, rotation=25 if slanted else 0, ha="right" if slanted else "center")
 
 

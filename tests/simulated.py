@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from hydra import compose, initialize_config_module
 from hydra._internal.callbacks import Callbacks
@@ -21,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf, open_dict
 
-from prefs.config import JudgeConfig, ProbeConfig, TemplateConfig, register
+from prefs.config import JudgeConfig, ProbeConfig, TemplateConfig, register, with_prompts
 from prefs.files import write_table
 from prefs.job import answers_table, completions_table, exact_table, thoughts_table
 from prefs.jobs import Work, recorded
@@ -66,7 +67,7 @@ def config(*overrides: str) -> Mapping[str, Any]:
         composed = compose("config", overrides=[*always, *overrides])
     plain = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return with_prompts({str(key): value for key, value in plain.items()})
 
 
 def some_tasks(count: int, first: int = 0) -> list[Task]:
@@ -211,6 +212,33 @@ def _ratings(
 def _answer(template: Template, seed: int, text: str) -> Answer:
     read = template.read(text)
     return Answer(seed, text, None, read) if isinstance(read, Invalid) else Answer(seed, text, read, None)
+
+
+def steer(folder: Path, doses: Sequence[Mapping[str, Any]]) -> None:
+    """Write the tables of a template's steered ratings (`folder`), from doses as dictionaries of their columns.
+
+    What is not given of a dose is as of one that went well; slopes are fitted to the coherent doses.
+    """
+    usual = {"vector": "liking_math", "control": "concept", "layer": 15, "n": 8, "coherent": True, "reason": None}
+    usual |= {"valid_mass": 1.0, "perplexity_ratio": 1.0, "invalid": 0.0, "delta_reason": None}
+    rows = []
+    for dose in doses:
+        row = {**usual, **dose}
+        row = {"mean_low": row["mean"] - 0.1, "mean_high": row["mean"] + 0.1, "norm_multiple": row["coefficient"]} | row
+        rows.append(row | {"delta": row["mean"], "delta_low": row["mean"], "delta_high": row["mean"]})
+    table = pd.DataFrame(rows)
+    slopes = []
+    for (vector, control, layer), of_vector in table.groupby(["vector", "control", "layer"], sort=False):
+        there = of_vector.loc[of_vector["coherent"], :].sort_values(by="coefficient")
+        slope = float(np.polyfit(there["coefficient"], there["mean"], 1)[0])
+        at_none = float(np.interp(0, there["coefficient"], there["mean"]))
+        row = {"vector": vector, "control": control, "layer": layer, "n": 8, "doses": len(there)}
+        deltas = {"delta_minus": there["mean"].iloc[0] - at_none, "delta_plus": there["mean"].iloc[-1] - at_none}
+        for name, value in ({"slope": slope} | deltas).items():
+            row |= {name: value, f"{name}_low": value - 0.01, f"{name}_high": value + 0.01, f"{name}_reason": None}
+        slopes.append(row)
+    write_table(table, folder / "steering_doses")
+    write_table(pd.DataFrame(slopes), folder / "steering_slopes")
 
 
 class _Launcher:

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
@@ -211,6 +212,97 @@ def test_nothing_to_correlate_is_a_dash(drawn):
         "none\nR² = –, r = –, n = 0",
     ]
     drawn(plots.predicted_against_measured, table=table.iloc[:0])
+
+
+def by_condition(**values: np.ndarray) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Values by violin, the same in both rows and panels, with their means."""
+    keys = list(itertools.product(("exact", "sampled"), ("rated: a", "rated: b"), values.items()))
+    parts, means = [], []
+    for row, panel, (name, each) in keys:
+        named = {"row": row, "panel": panel, "violin": name}
+        parts.append(pd.DataFrame({**named, "value": each}))
+        mean = np.nanmean(each) if np.isfinite(each).any() else np.nan
+        means.append({**named, "n": len(each), "mean": mean, "mean_low": mean - 0.2, "mean_high": mean + 0.1})
+    return pd.concat(parts), pd.DataFrame(means)
+
+
+def test_a_panel_a_condition_and_a_violin_of_each_distribution(drawn):
+    spread = np.random.default_rng(0).normal(3, 1, size=50)
+    table, means = by_condition(love=spread, hate=np.append(spread - 1, np.nan))
+    figure = drawn(plots.violins, table=table, means=means, label="written under")
+    assert [axes.get_title() for axes in figure.axes] == ["rated: a", "rated: b"] * 2
+    assert [axes.get_ylabel() for axes in figure.axes] == ["exact", "", "sampled", ""]
+    for axes in figure.axes:
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["love\nn = 50", "hate\nn = 50"]
+        love, hate = (each for each in axes.collections if isinstance(each, PolyCollection))
+        heights = [(paths.vertices[:, 1].min(), paths.vertices[:, 1].max()) for paths in love.get_paths()]
+        assert heights == [pytest.approx((spread.min(), spread.max()))]
+        assert to_hex(love.get_facecolor()[0]) == plots.COLOURS[0].lower()
+        assert to_hex(hate.get_facecolor()[0]) == plots.COLOURS[1].lower()
+        dots = [float(line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "o"]
+        assert dots == pytest.approx([spread.mean(), spread.mean() - 1])
+        assert axes.get_ylim() == figure.axes[0].get_ylim()
+
+
+@pytest.mark.parametrize(
+    ("values", "lines"),
+    [([3.0], 1), ([2.0, 4.0], 2), ([4.0] * 30, 1), ([4.0, 4.0 + 1e-12] * 10, 2), ([0.0] * 9, 1), ([np.nan] * 4, 0)],
+)
+def test_what_has_no_density_is_drawn_as_it_is(drawn, values, lines):
+    table, means = by_condition(few=np.array(values))
+    for axes in drawn(plots.violins, table=table, means=means).axes:
+        (drawn_lines, *_) = axes.collections
+        assert len(drawn_lines.get_segments()) == lines
+
+
+def test_violins_of_names_as_they_are_written_and_of_nothing(drawn):
+    table, means = by_condition(**{name: np.arange(9.0) for name in HOSTILE})
+    drawn(plots.violins, table=table.assign(panel=HOSTILE[0], row=HOSTILE[1]), means=means.iloc[:0])
+    drawn(plots.violins, table=table.iloc[:0], means=means.iloc[:0])
+
+
+def doses(panels=("layer 3", "layer 9"), lines=("vector", "random")) -> pd.DataFrame:
+    rows = [
+        {"panel": panel, "line": line, "coefficient": dose, "mean": 3 + 0.1 * dose * (line == "vector")}
+        for panel, line, dose in itertools.product(panels, lines, (4.0, -4.0, -1.0, 0.0, 1.0))
+    ]
+    table = pd.DataFrame(rows)
+    table = table.assign(coherent=table["coefficient"].abs() < 4)
+    return table.assign(mean_low=table["mean"] - 0.2, mean_high=table["mean"] + 0.1)
+
+
+def test_dose_response(drawn):
+    figure = drawn(plots.dose_response, table=doses(), dose="× the vector")
+    assert [axes.get_title() for axes in figure.axes] == ["layer 3", "layer 9"]
+    assert figure.axes[0].get_xlabel() == "× the vector"
+    assert [label.strip("\u200b") for label in labels(figure)] == ["vector", "random", "not coherent"]
+    for axes in figure.axes:
+        filled, hollow = (
+            [
+                line
+                for line in axes.lines
+                if line.get_marker() == "o" and (line.get_markerfacecolor() == "white") == white
+            ]
+            for white in (False, True)
+        )
+        assert [list(line.get_xdata()) for line in filled] == [[-1, 0, 1]] * 2
+        assert [list(line.get_xdata()) for line in hollow][:2] == [[-4, 4]] * 2
+        np.testing.assert_allclose(filled[0].get_ydata(), [2.9, 3.0, 3.1])
+        (reach, _) = (each.get_segments() for each in axes.collections[:2])
+        np.testing.assert_allclose(reach[0][:, 1], [2.4, 2.7])
+    together = doses().assign(coherent=True)
+    assert "not coherent" not in labels(drawn(plots.dose_response, table=together))
+
+
+def test_doses_that_are_not_there(drawn):
+    table = doses()
+    table.loc[0, "mean"] = np.nan
+    table[["mean_low", "mean_high"]] = np.nan
+    axes = drawn(plots.dose_response, table=table).axes[0]
+    assert sum(len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o") == 9
+    drawn(plots.dose_response, table=table.assign(mean=np.nan))
+    drawn(plots.dose_response, table=table.iloc[:0])
+    drawn(plots.dose_response, table=doses(panels=HOSTILE, lines=[f"{HOSTILE[0]}{at}" for at in range(10)]))
 
 
 def test_transfer(drawn):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import os
 import re
@@ -230,6 +231,28 @@ def test_an_experiment_is_a_multirun_and_templates_share_a_job(uninterrupted, tm
     agreement = pd.read_csv(job.parent / "comparison" / "agreement.csv")
     assert len(agreement) == 15
     assert agreement["n"].eq(12).all()
+
+
+@pytest.mark.slow
+def test_system_prompts_is_three_by_three_on_three_sets_of_completions(uninterrupted, tmp_path):
+    _, store, _ = uninterrupted
+    small = ["dataset.limit=5", "completer.max_new_tokens=8", "rating.seeds=[0,1]", "rating.max_new_tokens=4"]
+    printed = run(tmp_path, store, "+experiment=system_prompts", *small)
+    jobs = sorted(tmp_path.glob("multirun/*/*/[0-9]"))
+    assert len(jobs) == 9
+    assert printed.count("Loading smollm2") == 1
+    assert len({(job / "completions.csv").read_bytes() for job in jobs}) == 3
+    compared = jobs[0].parent / "comparison"
+    table = pd.read_csv(compared / "conditions.csv").query("ratings == 'exact' and origin == 'ALL'")
+    levels = ["positive", "neutral", "negative"]
+    assert list(zip(table["completing"], table["rating"], strict=True)) == list(itertools.product(levels, levels))
+    for job, mean in zip(jobs, table["mean"], strict=True):
+        assert pd.read_csv(job / "anchored_precise" / "exact.csv")["mean"].mean() == pytest.approx(mean)
+    assert table["mean"].nunique() == 9
+    effects = pd.read_csv(compared / "condition_effects.csv")
+    assert set(effects["n"] + effects["left_out"]) == {5}
+    assert "smollm2-anchored_precise: exact ratings by condition" in printed
+    assert (compared / "figures" / "conditions.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

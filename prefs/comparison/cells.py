@@ -303,6 +303,7 @@ def telling(
 def also_different(cells: Sequence[Cell]) -> list[str]:
     """Config keys in which cells differ though nothing in their names says so (a temperature, beside the rater)."""
     named = {key for cell in cells for key in cell.extra}
+    named |= {key.replace("condition", "system_prompt") for key in named.intersection(CONDITIONS)}
     keys = {key for cell in cells for key in cell.facts if not key.startswith(("model.", "template."))} - named
     return sorted(key for key in keys if len({cell.facts.get(key) for cell in cells}) > 1)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from prefs import plots
+from prefs.comparison.conditions import Grid, violin_tables
 from prefs.comparison.probe_tables import cosine_matrices
 from prefs.comparison.probed import Probed
+from prefs.comparison.steered import Steered, dose_tables
 from prefs.comparison.tables import Block, agreement_matrices, refused_distribution
 from prefs.summary import by_origin
 from prefs.tasks import ALL
@@ -24,7 +26,12 @@ LONGEST = 100
 
 
 def draw(
-    folder: Path, blocks: Sequence[Block], probed: Sequence[Probed], tables: Mapping[str, pd.DataFrame]
+    folder: Path,
+    blocks: Sequence[Block],
+    probed: Sequence[Probed],
+    grids: Sequence[Grid],
+    steered: Sequence[Steered],
+    tables: Mapping[str, pd.DataFrame],
 ) -> dict[str, Path]:
     """The report's figures, each where there is something to show."""
     figures: dict[str, Path] = {}
@@ -67,7 +74,27 @@ def draw(
                 title=f"Ratings of refused tasks and of the others: {cell.name}",
                 table=by_origin(refused_distribution(cell)),
             )
-    return figures | _of_probes(folder, probed, tables)
+    return figures | _of_conditions(folder, grids, steered, tables) | _of_probes(folder, probed, tables)
+
+
+def _of_conditions(
+    folder: Path, grids: Sequence[Grid], steered: Sequence[Steered], tables: Mapping[str, pd.DataFrame]
+) -> dict[str, Path]:
+    figures: dict[str, Path] = {}
+    for at, grid in enumerate(grids[:MOST_CELLS]):
+        name = f"conditions_{at}" if at else "conditions"
+        values, means = violin_tables(grid, tables["conditions"])
+        figures[name] = plots.violins(
+            folder / f"{name}.png",
+            title=f"Ratings by condition: {grid.name}",
+            table=values,
+            means=means,
+            label="condition the completion was written in",
+        )
+    for at, (title, doses) in enumerate(list(dose_tables(steered, grids).items())[:MOST_CELLS]):
+        name = f"steering_{at}" if at else "steering"
+        figures[name] = plots.dose_response(folder / f"{name}.png", title=f"Steered ratings: {title}", table=doses)
+    return figures
 
 
 def _of_probes(folder: Path, probed: Sequence[Probed], tables: Mapping[str, pd.DataFrame]) -> dict[str, Path]:

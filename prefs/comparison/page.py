@@ -90,6 +90,8 @@ def comparison_page(
             drawn("refused_"),
             (Table("Refusal × rating", _present(tables["refusals"])),),
         ),
+        *_condition_sections(tables, drawn("conditions")),
+        *_steering_sections(tables, drawn("steering")),
         *_probe_sections(tables, drawn("probe_")),
         Section(
             "Jobs",
@@ -116,6 +118,62 @@ def comparison_page(
             for job in found.jobs
         ),
     )
+
+
+def _condition_sections(tables: Mapping[str, pd.DataFrame], figures: tuple[Figure, ...]) -> list[Section]:
+    """One section, where cells differ in the conditions of completing and rating."""
+    if "conditions" not in tables:
+        return []
+    means, effects = tables["conditions"], tables["condition_effects"]
+    whole = means["origin"] == ALL
+    shown = [
+        Table(
+            "Means by condition",
+            _present(means.loc[whole, :].drop(columns="origin")),
+            "Over the tasks that have a rating there. valid is the mean valid mass of exact ratings, or the share of"
+            " sampled answers that are valid.",
+        ),
+        Table(
+            "Main effects and interaction",
+            _present(effects),
+            "Differences in rating points, over the tasks that have all their ratings; of a main effect, averaged over"
+            " the levels of the other factor (over). standardised is divided by the SD over tasks: the root of the mean"
+            " over conditions of the variance over tasks. The interaction is a difference of differences. rating over"
+            " completing compares the two outermost contrasts without their signs.",
+        ),
+        Table(
+            "Shares of the variation within tasks",
+            _present(tables["condition_shares"]),
+            "Sums of squares of a task's ratings about the task's mean over conditions. What differs from task to task"
+            " in how conditions move it is task × condition, which in sampled ratings holds the seeds' noise.",
+        ),
+    ]
+    if len(set(means["origin"])) > 2:
+        shown.insert(1, Table("Means by condition and origin", _present(by_origin(means))))
+    note = (
+        "How much does the condition that a completion was written in move its rating, and how much the condition it is"
+        " rated in? The same tasks in all; cells completed under one condition share their completions. Violins are"
+        " over tasks; dots are means with 95 % intervals over tasks."
+    )
+    return [Section("Conditions", note, figures, tuple(shown))]
+
+
+def _steering_sections(tables: Mapping[str, pd.DataFrame], figures: tuple[Figure, ...]) -> list[Section]:
+    """One section, where any cell has steered ratings."""
+    if "steering" not in tables:
+        return []
+    note = (
+        "Mean rating with a vector added to the residual stream, by its coefficient; doses after which the model no"
+        " longer answers coherently are hollow, and in no slope."
+    )
+    table = Table(
+        "Slopes and changes",
+        _present(tables["steering"]),
+        "slope is in rating points a unit of the coefficient; delta_minus and delta_plus are the changes at the"
+        " outermost coherent doses. empty_slope is the largest slope, without its sign, of the vectors of the layer"
+        " that mean nothing (random directions, shuffled labels): a vector that does no more does nothing of its own.",
+    )
+    return [Section("Steering", note, figures, (table,))]
 
 
 def _probe_sections(tables: Mapping[str, pd.DataFrame], figures: tuple[Figure, ...]) -> list[Section]:

@@ -205,6 +205,14 @@ def pearson_of_sums(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy:
     return np.clip(r, -1.0, 1.0)
 
 
+def known_mean(values: Floats, draws: Resamples, undefined: str) -> Estimate:
+    """Mean of values [T] over the tasks for which they are known; missing, for the reason given, where none is."""
+    known = np.isfinite(values)
+    parts = np.stack([known.astype(np.float64), np.where(known, values, 0.0)], axis=1)
+    count, total = np.moveaxis(draws.sums(parts), 1, 0)
+    return Estimate.of(ratio(total, count), int(known.sum()), undefined)
+
+
 def mean_of_defined(values: Floats) -> Floats:
     """Mean over the last axis without its NaN: [R] from [R, P]; NaN where there is nothing else."""
     defined = ~np.isnan(values)

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prefs.statistics.estimates import ROUNDING, Estimate, Floats, Resamples, excess, ratio, resampling
+from prefs.statistics.estimates import (
+    ROUNDING,
+    Estimate,
+    Floats,
+    Resamples,
+    excess,
+    known_mean,
+    ratio,
+    resampling,
+)
 
 MIN_TASKS = 3
 FEW_EXACT = "fewer than 3 tasks with an exact rating"
@@ -181,18 +190,10 @@ def exact_moments(exact: ExactSummary, draws: Resamples | None = None) -> ExactM
     return ExactMoments(
         mean=Estimate.of(centre + ratio(total, count), n, NO_EXACT),
         sd=Estimate.of(np.sqrt(_spread(count, total, squares)), n, ONE_EXACT if n else NO_EXACT),
-        noise=_mean(exact.variance, draws, unknown),
-        between=_mean(np.where(rated, exact.between, np.nan), draws, unknown),
-        valid_mass=_mean(exact.valid_mass, draws, NO_EXACT),
+        noise=known_mean(exact.variance, draws, unknown),
+        between=known_mean(np.where(rated, exact.between, np.nan), draws, unknown),
+        valid_mass=known_mean(exact.valid_mass, draws, NO_EXACT),
     )
-
-
-def _mean(values: Floats, draws: Resamples, undefined: str) -> Estimate:
-    """Mean over the tasks for which it is known."""
-    known = np.isfinite(values)
-    parts = np.stack([known.astype(np.float64), np.where(known, values, 0.0)], axis=1)
-    count, total = np.moveaxis(draws.sums(parts), 1, 0)
-    return Estimate.of(ratio(total, count), int(known.sum()), undefined)
 
 
 def predicted_r(
