@@ -130,6 +130,18 @@ class DoseResponse:
         """The tables by file name."""
         return {"steering_doses": self.doses, "steering_slopes": self.slopes, "steering_ratings": self.ratings}
 
+    def curves(self) -> pd.DataFrame:
+        """Doses as `prefs.plots.dose_response` draws them: a panel a layer and a line a vector, all through the
+        unsteered model. An ablation is no curve."""
+        before = self.doses.loc[self.doses["control"] == UNSTEERED, :]
+        parts = []
+        for layer in dict.fromkeys(int(each) for each in self.doses["layer"].dropna()):
+            rows = self.doses.loc[(self.doses["layer"] == layer) & (self.doses["control"] != "ablation"), :]
+            for vector in dict.fromkeys(rows["vector"]):
+                line = pd.concat([before, rows.loc[rows["vector"] == vector, :]], ignore_index=True)
+                parts.append(line.assign(panel=f"layer {layer}", line=vector))
+        return pd.concat(parts, ignore_index=True)
+
 
 def dose_response(
     completions: Sequence[Completion],

@@ -278,6 +278,16 @@ def _report(
         write_table(table, cell.folder / name)
     figures = draw_figures(cell.folder / "figures", tables, probed, seeds=len(ratings.seeds), title=title)
     figures += of_concepts.figures
+    if isinstance(doses, DoseResponse):
+        figures.append(
+            plots.dose_response(
+                cell.folder / "figures" / "dose_response.png",
+                title=f"Steering at {doses.at}: {title}",
+                table=doses.curves(),
+                dose=f"coefficient ({_unit(config)})",
+                label="mean exact rating",
+            )
+        )
     _track(track, {**tables, **cell.of_job}, figures)
     if isinstance(probed, ProbeReport):
         _save_probes(config, cell, probed, residuals, rater, track, plain_config)
@@ -289,8 +299,7 @@ def _report(
         lines += [closing.probe_lines(probed), closing.chosen_lines(probed), closing.control_lines(probed)]
     lines += of_concepts.lines
     if isinstance(doses, DoseResponse):
-        unit = "multiples of the vector" if config.steering.unit == "vector" else "multiples of the activation norm"
-        lines += [slope_lines(doses, unit), dose_lines(doses)]
+        lines += [slope_lines(doses, _unit(config)), dose_lines(doses)]
     title = f"{rater.name} · {ratings.template.name} · {config.dataset.name} · completions by {config.completer.name}"
     said = closing.remarks(ratings, rows, tables["refusals"], probed)
     if "judges" in cell.of_job:
@@ -299,6 +308,10 @@ def _report(
     said += [doses] if isinstance(doses, str) else doses.remarks if doses is not None else []
     show(console, title=title, tables=lines, said=said)
     return probed
+
+
+def _unit(config: Config) -> str:
+    return f"multiples of the {'vector' if config.steering.unit == 'vector' else 'activation norm'}"
 
 
 @dataclass(frozen=True)
