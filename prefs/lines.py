@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -55,6 +56,11 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return str(ConfigError(group, option, sorted(error.options)))
+    if isinstance(error, MissingConfigException) and "/" in (missing := str(error.missing_cfg_file or "")):
+        # Hydra gives no options where several can be chosen at once (template=[a,b]).
+        group, _, option = missing.rpartition("/")
+        shipped = ", ".join(_shipped(group))
+        return str(ConfigError(group, option, f"{shipped}, or a file of your own (--config-dir)"))
     needed = re.search(r"Missing mandatory value: (\S+)", str(error))
     if needed:
         return str(missing_value(needed[1]))
@@ -64,6 +70,11 @@ def explain(error: Exception) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return f"{cause.full_key}: {_one_line(str(cause.msg or cause).splitlines()[0])}"
     return _one_line(str(error))
+
+
+def _shipped(group: str) -> list[str]:
+    folder = files("prefs.conf") / group
+    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def _unknown_key(error: OmegaConfBaseException) -> str:

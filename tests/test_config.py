@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefs.config import Config, register, typed
+from prefs.config import Config, register, typed, with_prompts
 from prefs.errors import UserError
 from prefs.lines import explain
 from prefs.measured import Measured
@@ -222,6 +223,35 @@ def test_the_config_survives_yaml():
     assert "smollm2" in text
 
 
+CONCEPT = ["concept=[liking_math]"]
+LIKING = "concept.liking_math"
+STEERING = [*CONCEPT, "steering=concept"]
+
+
+def test_conditions_are_the_first_concept_s_system_prompts():
+    roles = ["completer.condition=positive", "rating.condition=neutral"]
+    config = composed("concept=[liking_math,liking_poetry]", *roles)
+    assert config.completer.system_prompt == config.concept["liking_math"].conditions["positive"]
+    assert config.rating.system_prompt is None
+    plain = OmegaConf.to_container(compose("config", overrides=[*CONCEPT, *roles]), resolve=True)
+    filled = with_prompts(plain)
+    assert filled["completer"]["system_prompt"] == config.completer.system_prompt
+    assert filled["rating"]["system_prompt"] is None
+    assert plain["completer"]["system_prompt"] is None
+
+
+@pytest.mark.parametrize("name", shipped("concept"))
+def test_every_concept(name):
+    assert composed(f"concept=[{name}]").concept[name].contrast == ["positive", "negative"]
+
+
+@pytest.mark.parametrize("name", ["concept_vectors", "steering"])
+def test_the_reports_concepts_with_its_own_model(name):
+    config = composed(f"+experiment={name}", "model=llama8b", "dataset=mixed")
+    assert config.model.name == "llama8b"
+    assert next(iter(config.concept)) == "liking_math"
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -288,6 +318,30 @@ def test_the_config_survives_yaml():
         (["template.anchored_precise.options=[]"], "template.anchored_precise.options: got []; allowed: two options"),
         ([f"{OPTIONS}=[{{say: '1', value: 2}},{{say: '2', value: 1}}]"], "got '1: 2.0'; allowed: numbers"),
         ([f"{OPTIONS}=[{{say: a, value: 1}},{{say: A, value: 2}}]"], "options that differ in more than case"),
+        (["completer.condition=positive"], "completer.condition: got 'positive'; allowed: null, since no concept"),
+        ([*CONCEPT, "rating.condition=good"], "rating.condition: got 'good'; allowed: one of positive, neutral, negat"),
+        ([*CONCEPT, "rating.condition=neutral", "rating.system_prompt=Hi"], "rating.system_prompt: got 'Hi'; allowed"),
+        (["concept=[liking_maths]"], "concept: got 'liking_maths'; allowed: liking_math, liking_poetry, or a file of"),
+        ([*CONCEPT, f"{LIKING}.contrast=[positive]"], "contrast: got ['positive']; allowed: two conditions"),
+        ([*CONCEPT, f"{LIKING}.contrast=[positive,bad]"], "contrast: got 'bad'; allowed: one of positive, neutral"),
+        ([*CONCEPT, f"{LIKING}.conditions.positive=null", f"{LIKING}.conditions.negative=null"], "different system pr"),
+        ([*CONCEPT, f"{LIKING}.conditions.positive=' '"], "conditions.positive: got ' '; allowed: some text, or null"),
+        ([*CONCEPT, f"+{LIKING}.wordings.third.positive=Hi"], "wordings.third: got ['positive']; allowed: a system"),
+        ([*CONCEPT, f"{LIKING}.origins=[]"], "origins: got []; allowed: at least one origin, or null for all"),
+        ([*CONCEPT, f"{LIKING}.folds=1"], "folds: got 1; allowed: 2 or more"),
+        (["steering=concept"], "steering.vector: got 'concept'; allowed: a folder of saved vectors, since no concept"),
+        (["steering=concept", "steering.vector=/no"], "steering.vector: got '/no'; allowed: concept, none, or a"),
+        ([*STEERING, "steering.position=first_completion"], "steering.position: got 'first_completion'; allowed: a ca"),
+        ([*STEERING, "steering.position=rating"], "steering.position: got 'rating'; allowed: one of last_prompt"),
+        ([*STEERING, "steering.layers=[]"], "steering.layers: got []; allowed: at least one layer number"),
+        ([*STEERING, "steering.coefficients=[1,1]"], "steering.coefficients: got [1.0, 1.0]; allowed: two or more"),
+        ([*STEERING, "steering.coefficients=[1,inf]"], "steering.coefficients: got [1.0, inf]; allowed: two or more"),
+        ([*STEERING, "steering.unit=sd"], "steering.unit: got 'sd'; allowed: one of vector, norm"),
+        ([*STEERING, "steering.at=answer"], "steering.at: got 'answer'; allowed: one of all, last, completion, quest"),
+        ([*STEERING, "rating.exact=false", "probe=none"], "rating.exact: got False; allowed: true, since steered"),
+        ([*STEERING, "steering.controls.random=-1"], "steering.controls.random: got -1; allowed: 0 to 1000"),
+        ([*STEERING, "steering.coherence.perplexity=nan"], "steering.coherence.perplexity: got nan; allowed: 0 or"),
+        ([*STEERING, "steering.coeficients=[1]"], "steering.coeficients: there is no such key; did you mean 'coeffici"),
         (["experiment=smoke"], "Could not override 'experiment'"),
         (["template=[a"], "no viable alternative at input '[a'"),
     ],
@@ -296,20 +350,31 @@ def test_what_is_wrong_is_one_line(overrides, expected):
     assert expected in message(*overrides)
 
 
-def test_a_users_own_template_of_any_scale(tmp_path):
-    (tmp_path / "template").mkdir()
-    (tmp_path / "template" / "mine.yaml").write_text(
-        "mine:\n  name: from_0_to_10\n  question: From 0 to 10?\n  options:\n"
-        + "".join(f"    - {{say: '{n}', value: {n}}}\n" for n in range(11))
-    )
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
+@pytest.fixture
+def own_folder(tmp_path):
+    """Compose from a folder of a user's own YAML files beside the shipped ones."""
     GlobalHydra.instance().clear()
     (tmp_path / "main.yaml").write_text("defaults:\n  - config\n  - _self_\nhydra:\n  searchpath: [pkg://prefs.conf]\n")
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        config = typed(compose("main", overrides=["template=mine"]))
+        yield tmp_path
+
+
+def test_a_users_own_template_of_any_scale(own_folder):
+    (own_folder / "template").mkdir()
+    (own_folder / "template" / "mine.yaml").write_text(
+        "mine:\n  name: from_0_to_10\n  question: From 0 to 10?\n  options:\n"
+        + "".join(f"    - {{say: '{n}', value: {n}}}\n" for n in range(11))
+    )
+    config = typed(compose("main", overrides=["template=mine"]))
     assert [option.value for option in config.template["mine"].options] == list(range(11))
+
+
+def test_a_users_own_concept(own_folder):
+    (own_folder / "concept").mkdir()
+    text = "mine:\n  name: mine\n  conditions: {kind: Be kind., plain: null}\n  contrast: [kind, plain]\n"
+    (own_folder / "concept" / "mine.yaml").write_text(text)
+    config = typed(compose("main", overrides=["concept=[mine]", "completer.condition=kind"]))
+    assert (config.concept["mine"].origins, config.completer.system_prompt) == (None, "Be kind.")
 
 
 @pytest.mark.parametrize(
