@@ -165,7 +165,7 @@ def _compare(folders: Sequence[Path], found: Sweep, out: Path, stats: StatsConfi
         *([alignment] if alignment else []),
         *cautions(found.cells, blocks, tables),
         *variances.remarks,
-        *condition_remarks(of_conditions, effects.effects),
+        *condition_remarks(of_conditions, effects),
         *damaged,
         *without,
         *not_steered,
@@ -318,14 +318,14 @@ def _effect_lines(effects: pd.DataFrame, shares: pd.DataFrame) -> Table:
 def steering_lines(frame: pd.DataFrame) -> Table:
     """Each cell's slope along the concept's vector, beside the largest along one that means nothing."""
     table = new_table("Steering: rating points a unit of the vector; Δ at the outermost coherent doses", first="cell")
-    for name in ("layer", "slope [95 %]", "empty", "Δ−", "Δ+"):
+    for name in ("layer", "slope [95 %]", "null", "Δ−", "Δ+"):
         table.add_column(name, justify="right", no_wrap=True)
     one_rater = len(set(frame["rater"])) == 1
     rows = frame.loc[frame["control"] == CONCEPT, :].to_dict("records")
     several = len({row["vector"] for row in rows}) > 1
     for row in rows:
         name = _with_conditions(str(row["cell"])).removeprefix(f"{row['rater']}-" if one_rater else "")
-        numbers = (number(row[each]) for each in ("empty_slope", "delta_minus", "delta_plus"))
+        numbers = (number(row[each]) for each in ("null_slope", "delta_minus", "delta_plus"))
         slope = with_interval(row, "slope")
         table.add_row(f"{name} {row['vector']}" if several else name, f"{row['layer']}", slope, *numbers)
     table.columns[0].no_wrap, table.columns[0].overflow, table.columns[0].min_width = False, "fold", 18

@@ -72,7 +72,7 @@ class Grid:
     def missing(self) -> list[str]:
         """The combinations of levels without a cell."""
         pairs = [(c, r) for c in self.completing for r in self.rating]
-        return [f"{COMPLETING} {c} {RATING} {r}" for c, r in pairs if (c, r) not in self.cells]
+        return [f"completed {c} and rated {r}" for c, r in pairs if (c, r) not in self.cells]
 
     def values(self, kind: str) -> np.ndarray:
         """[T, C, R] rating of each task in each cell, NaN where there is none: the exact mean, or that over seeds."""
@@ -256,16 +256,19 @@ def _of(levels: Sequence[str], chosen: Sequence[int]) -> list[str]:
     return [levels[at] for at in chosen]
 
 
-def condition_remarks(found: Sequence[Grid], effects: pd.DataFrame) -> list[str]:
+def condition_remarks(found: Sequence[Grid], found_effects: Effects) -> list[str]:
     """Which context dominates in each grid, in plain words, and what to know when reading it."""
     said: list[str] = []
     for grid in found:
         kind = grid.kinds[0]
-        rows = effects.loc[(effects["grid"] == grid.name) & (effects["ratings"] == kind), :].to_dict("records")
-        said.append(f"{grid.name}: {_dominance(grid, rows)}")
+        rows, shares = (
+            table.loc[(table["grid"] == grid.name) & (table["ratings"] == kind), :].to_dict("records")
+            for table in (found_effects.effects, found_effects.shares)
+        )
+        said.append(f"{grid.name}: {_dominance(grid, rows)}{_shares(shares)}")
         if grid.missing:
             said.append(
-                f"{grid.name}: there is no cell {', '.join(grid.missing)}; main effects are over the levels that have"
+                f"{grid.name}: there is no cell {' or '.join(grid.missing)}; main effects are over the levels that have"
                 " both sides, and shares of variation are not known."
             )
         left_out = int(rows[0]["left_out"])
@@ -310,6 +313,14 @@ def _dominance(grid: Grid, rows: Sequence[Mapping]) -> str:
         for role, moves in ((RATING, " moves ratings"), (COMPLETING, ""))
     )
     return f"being rated {rated} points, having been completed {completed}: {verdict}."
+
+
+def _shares(rows: Sequence[Mapping]) -> str:
+    """The levels between the outermost count here too."""
+    of = {row["source"]: with_interval(row, "share") for row in rows if pd.notna(row["share"])}
+    if RATING not in of or COMPLETING not in of:
+        return ""
+    return f" Of the variation within tasks, {of[RATING]} is rating's and {of[COMPLETING]} completing's."
 
 
 def _own_completions(grid: Grid) -> list[str]:

@@ -170,7 +170,7 @@ def _steering_sections(tables: Mapping[str, pd.DataFrame], figures: tuple[Figure
         "Slopes and changes",
         _present(tables["steering"]),
         "slope is in rating points a unit of the coefficient; delta_minus and delta_plus are the changes at the"
-        " outermost coherent doses. empty_slope is the largest slope, without its sign, of the vectors of the layer"
+        " outermost coherent doses. null_slope is the largest slope, without its sign, of the vectors of the layer"
         " that mean nothing (random directions, shuffled labels): a vector that does no more does nothing of its own.",
     )
     return [Section("Steering", note, figures, (table,))]

@@ -94,22 +94,22 @@ def _told_apart(steered: Sequence[Steered]) -> list[Steered]:
 def steering_table(steered: Sequence[Steered]) -> pd.DataFrame:
     """One row a cell, vector and layer: slope and changes at the outermost doses, with the cell's conditions.
 
-    ``empty_slope`` is the largest slope, without its sign, of the vectors that mean nothing (random directions and
+    ``null_slope`` is the largest slope, without its sign, of the vectors that mean nothing (random directions and
     shuffled labels) at the same layer.
     """
     rows: list[dict[str, object]] = []
     for each in steered:
         slopes = each.slopes
         nothing = slopes.loc[slopes["control"].isin(EMPTY), :]
-        empty: dict[int, float] = {}
+        null: dict[int, float] = {}
         for layer, slope in zip(nothing["layer"], nothing["slope"], strict=True):
-            empty[layer] = np.fmax(empty.get(layer, np.nan), abs(float(slope)))
+            null[layer] = np.fmax(null.get(layer, np.nan), abs(float(slope)))
         for row in slopes.to_dict("records"):
             named: dict[str, object] = {"cell": each.name, "rater": each.cell.rater, "template": each.cell.key}
             named |= {"completing": level(each.cell, "completer"), "rating": level(each.cell, "rating")}
             named |= {name: row[name] for name in ("vector", "control", "layer", "n", "doses")}
             named |= {f"{name}{part}": row[f"{name}{part}"] for name in ESTIMATES for part in PARTS}
-            rows.append(named | {"empty_slope": empty.get(row["layer"])})
+            rows.append(named | {"null_slope": null.get(row["layer"])})
     words = ("cell", "rater", "template", "completing", "rating", "vector", "control")
     return numeric(pd.DataFrame(rows), words=words) if rows else pd.DataFrame()
 
