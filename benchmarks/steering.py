@@ -93,7 +93,7 @@ def main() -> None:
         raise SystemExit("the plain side scores options of one token")
     batches = [slice(at, at + given.batch) for at in range(0, len(turns), given.batch)]
     plain = Plain(backend.encoder.tokenizer.pad_token_id or 0)  # type: ignore[attr-defined]
-    # As long as the residual stream is wide: the largest coefficients turn the model over, the smallest hardly touch it.
+    # The largest coefficients turn the model over, the smallest hardly touch it.
     vector = torch.randn(576, generator=torch.Generator().manual_seed(0))
     coefficients = torch.linspace(-1, 1, given.coefficients).tolist()
 

@@ -155,6 +155,7 @@ class Passes:
             )[0]
 
     @cached_property
+    @torch.inference_mode()
     def shares_blocks(self) -> bool:
         """Whether a pass can begin above a block: whether all that reaches the next one is the residual stream.
 
