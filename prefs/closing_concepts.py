@@ -39,6 +39,7 @@ def concept_lines(concept: Concept, cosines: pd.DataFrame, ratings: pd.DataFrame
     spaced = spaced_layers(layers, most)
     of = "" if len(spaced) == len(layers) else f" ({len(spaced)} of {len(layers)})"
     table = new_table(f"Concept {name} at {position}, by layer{of}", first="AUC")
+    table.padding = (0, 1, 0, 0)
     for title in ("n", *map(str, spaced)):
         table.add_column(title, justify="right", no_wrap=True)
 

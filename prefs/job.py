@@ -282,7 +282,9 @@ def _report(
         figures.append(
             plots.dose_response(
                 cell.folder / "figures" / "dose_response.png",
-                title=f"Steering at {doses.at}: {title}",
+                title=f"Steering at {doses.at} tokens: {title}"
+                if doses.at == "all"
+                else f"Steering at {doses.at}: {title}",
                 table=doses.curves(),
                 dose=f"coefficient ({_unit(config)})",
                 label="mean exact rating",

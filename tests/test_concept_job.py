@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import offline_wandb
 import pandas as pd
 import pytest
 import torch
@@ -57,6 +58,11 @@ def test_vectors_tables_and_figures(extracted):
     assert set(cosines["with"]) == {"probe on exact"}
     assert cosines["cosine"].abs().max() < 1
     assert (folder / "anchored_precise" / "figures" / "concept_liking_math.png").stat().st_size > 10_000
+    (logged,) = folder.glob("wandb/offline-run-*")
+    logs = offline_wandb.read(logged)
+    names = {key for row in logs.history for key in row}
+    assert {"tables/concept_tests", "tables/concept_vectors", "figures/concept_liking_math"} <= names
+    assert ("concept", "concept-smollm2-liking_math") in logs.artifacts
     assert pd.read_parquet(folder / "anchored_precise" / "concept_ratings.parquet")["r"].notna().any()
 
 
