@@ -25,7 +25,7 @@ CONVERSATIONS = [
 WORDS = Question("Did you like it?", ("Strongly agree", "Strongly disagree", "no"), "Answer: ")
 DIGITS = Question("How much did you like doing that task, from 1 to 10?", ("1", "10", "7 or so"), "I say ")
 # Of few tokens: of 49,152 about as likely, rounding chooses another one now and then.
-DRAWN = Sampling(0.5, 0.5, 4)
+DRAWN = Sampling(0.5, 0.5, 3)
 SEEDS = (0, 3)
 D = 64
 AT = ("all", "last", "completion", "question")
@@ -52,6 +52,12 @@ def backend(request, tmp_path_factory):
     return Models().get(tiny_model(tmp_path_factory.mktemp("model"), request.param()))
 
 
+@pytest.fixture(scope="module", params=[llama, gemma2], ids=["llama", "gemma2"])
+def both(request, tmp_path_factory):
+    spec = tiny_model(tmp_path_factory.mktemp("model"), request.param())
+    return Models().get(spec), plain_model(spec)
+
+
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("llama"), llama())
@@ -64,7 +70,7 @@ def llama_backend(tiny_llama):
     return backend
 
 
-def same_as_observed(backend, doses, question=WORDS, batch=CONVERSATIONS, *, scores=(0,), seeds=SEEDS, atol=1e-4):
+def same_as_observed(backend, doses, question=WORDS, batch=CONVERSATIONS, *, scores=(0,), seeds=SEEDS):
     """Compare with one `observe` a dose; give what was found."""
     asked = Ask(question, seeds, scores)
     found = backend.observe_doses(batch, asked, DRAWN, doses)
@@ -76,36 +82,38 @@ def same_as_observed(backend, doses, question=WORDS, batch=CONVERSATIONS, *, sco
             assert dosed.answer.samples == answer.samples
             assert list(dosed.answer.scores) == list(answer.scores)
             for seed, score in answer.scores.items():
-                assert dosed.answer.scores[seed].mass == pytest.approx(score.mass, abs=atol, rel=1e-3)
+                assert dosed.answer.scores[seed].mass == pytest.approx(score.mass, rel=1e-3, abs=1e-9)
     return found
 
 
 def every_kind(at: str) -> list[list[Steering]]:
-    """Doses at the first, a middle and the last layer, of both kinds; some at two layers; and none."""
+    """Doses at the first, a middle and the last layer, of both kinds; one at two layers; and none."""
     doses = [
-        [Steering(layer, vector(layer), coefficient, at, kind)]
-        for layer in (0, 2, 4)
-        for kind, coefficient in (("add", 2.0), ("add", -1.0), ("project_out", 1.0))
+        [Steering(0, vector(0), 2.0, at)],
+        [Steering(0, vector(0), 1.0, at, "project_out")],
+        [Steering(2, vector(2), -1.0, at)],
+        [Steering(4, vector(4), 2.0, at)],
+        [Steering(4, vector(4), 0.5, at, "project_out")],
     ]
     two = [Steering(3, vector(5), 2.0, at), Steering(1, vector(6), 1.0, at, "project_out")]
-    return [*doses, two, [], [Steering(1, vector(7), 0.0, at)]]
+    return [*doses, two, []]
 
 
 @pytest.mark.parametrize("at", AT)
-def test_the_same_as_one_pass_a_dose(backend, at):
-    assert backend.passes.shares_blocks
-    same_as_observed(backend, every_kind(at))
+def test_the_same_as_one_pass_a_dose(both, at):
+    same_as_observed(both[0], every_kind(at), seeds=(0,))
 
 
 @pytest.mark.parametrize("at", AT)
 def test_options_that_open_one_another(llama_backend, at):
-    same_as_observed(llama_backend, every_kind(at), DIGITS, seeds=())
+    same_as_observed(llama_backend, every_kind(at)[1:4], DIGITS, seeds=())
 
 
 def test_doses_that_begin_to_steer_at_different_tokens(backend):
-    doses = [dose for at in AT for dose in every_kind(at)[1:4]]
+    assert backend.passes.shares_blocks
+    doses = [dose for at in AT for dose in every_kind(at)[1:3]]
     mixed = [Steering(2, vector(8), 2.0, "last"), Steering(3, vector(9), 1.5, "completion")]
-    same_as_observed(backend, [*doses, mixed, [Steering(4, vector(9), 1.0, "last"), *mixed]])
+    same_as_observed(backend, [*doses, mixed, []], seeds=(0,))
 
 
 def test_samples_alone_and_scores_alone(llama_backend):
@@ -147,13 +155,10 @@ def plain_nll(plain, asked, dose) -> float:
     return -sum(float(log_probs[at - 1, asked.ids[at]]) for at in range(start, end)) / (end - start)
 
 
-@pytest.mark.parametrize("config", [llama, gemma2], ids=["llama", "gemma2"])
 @pytest.mark.parametrize("at", AT)
-@pytest.mark.parametrize("tokens_at_once", [3, 256])
-def test_the_likelihood_of_completions(tmp_path_factory, monkeypatch, config, at, tokens_at_once):
-    monkeypatch.setattr("prefs.models.doses.TOKENS_AT_ONCE", tokens_at_once)
-    spec = tiny_model(tmp_path_factory.mktemp("model"), config())
-    backend, plain = Models().get(spec), plain_model(spec)
+def test_the_likelihood_of_completions(both, monkeypatch, at):
+    monkeypatch.setattr("prefs.models.doses.TOKENS_AT_ONCE", 7)
+    backend, plain = both
     doses = [[], [Steering(0, vector(0), 1.0, at)], [Steering(4, vector(1), 2.0, at), Steering(2, vector(2), 2.0, at)]]
     found = backend.observe_doses(CONVERSATIONS, Ask(WORDS), DRAWN, doses)
     for dose, of_dose in zip(doses, found, strict=True):
@@ -249,7 +254,7 @@ def test_logits_that_are_not_finite_are_named_and_spare_other_rows(backend):
     for one, dosed in ((2, found[2]), (0, other[0]), (1, other[1]), (2, other[2])):
         answer = expected[one].answers[0]
         assert dosed.answer.samples == answer.samples
-        assert dosed.answer.scores[0].mass == pytest.approx(answer.scores[0].mass, abs=1e-4)
+        assert dosed.answer.scores[0].mass == pytest.approx(answer.scores[0].mass, rel=1e-3, abs=1e-9)
 
 
 def test_no_row_that_is_finite(llama_backend):
@@ -296,7 +301,7 @@ def test_halves_where_memory_runs_out(llama_backend, monkeypatch):
     for of_dose, others in zip(found, expected, strict=True):
         for one, other in zip(of_dose, others, strict=True):
             assert one.answer.samples == other.answer.samples
-            assert one.answer.scores[0].mass == pytest.approx(other.answer.scores[0].mass, abs=1e-4)
+            assert one.answer.scores[0].mass == pytest.approx(other.answer.scores[0].mass, rel=1e-3, abs=1e-9)
             assert one.nll == (None if other.nll is None else pytest.approx(other.nll, rel=1e-4))
 
 
@@ -305,7 +310,7 @@ def test_a_model_that_thinks_runs_each_dose_by_itself(tiny_llama):
         tiny_llama, thinking=Thinking(open="", close=".", gap="", max_tokens=5, force_close=True)
     )
     backend = Models().get(spec)
-    doses = [[Steering(2, vector(1), -3.0, "last")], [Steering(0, vector(2), 2.0)], []]
+    doses = [[Steering(2, vector(1), -3.0, "last")], [Steering(0, vector(2), 2.0)]]
     found = same_as_observed(backend, doses, ONE_TOKEN, scores=SEEDS)
     assert found[0][0].answer.scores[0].thought is not None
     shared = Models().get(tiny_llama).observe_doses(CONVERSATIONS, Ask(ONE_TOKEN), DRAWN, doses)
