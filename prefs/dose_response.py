@@ -168,21 +168,23 @@ def dose_response(
     )
     doses = numeric(doses, words=WORDS)
     slopes = numeric(pd.DataFrame([_slope(arrow, responses, ratings, states, draws) for arrow in found]), words=WORDS)
-    mass = responses.mass.sum(axis=-1)
-    per_task = [
-        {
-            **_named(responses, dose),
-            "task": completions[row].task.id,
-            "origin": completions[row].task.origin,
-            "mean": ratings[dose, column],
-            "valid_mass": mass[dose, row],
-            "nll": responses.nll[dose, row],
-        }
-        for dose in range(len(responses.doses))
-        for column, row in enumerate(tasks.tolist())
-    ]
     remarks = [*_remarks(doses, slopes, len(completions) - len(tasks), at), *without]
-    return DoseResponse(at, doses, slopes, numeric(pd.DataFrame(per_task), words=WORDS), remarks)
+    return DoseResponse(at, doses, slopes, _per_task(completions, responses, ratings, tasks), remarks)
+
+
+def _per_task(
+    completions: Sequence[Completion], responses: Responses, ratings: np.ndarray, tasks: np.ndarray
+) -> pd.DataFrame:
+    """One row a dose and task."""
+    named = pd.DataFrame([_named(responses, dose) for dose in range(len(responses.doses))])
+    table = named.loc[named.index.repeat(len(tasks))].reset_index(drop=True)
+    of_tasks = [completions[row].task for row in tasks.tolist()]
+    table["task"] = [task.id for task in of_tasks] * len(named)
+    table["origin"] = [task.origin for task in of_tasks] * len(named)
+    table["mean"] = ratings.ravel()
+    table["valid_mass"] = responses.mass[:, tasks].sum(axis=-1).ravel()
+    table["nll"] = responses.nll[:, tasks].ravel()
+    return numeric(table, words=WORDS)
 
 
 def _named(responses: Responses, dose: int) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ def _extract(
         return NoConcept(key, f"the vector of a task at {error.site} holds a NaN or an infinity: capture it again")
     words = ("concept", "test", "position")
     table = numeric(pd.concat(tests, ignore_index=True), words=words)
-    return Concept(**{**vars(found), "tests": table})
+    return replace(found, tests=table)
 
 
 def _tests(
@@ -191,7 +191,8 @@ def _tests(
     prompts = [config.conditions[name] for name in names]
     first, second = contrasts[concept.key]
     tests: list[tuple[str, Pair, Sequence[Task]]] = [(HELD_OUT, (first, second), own)]
-    others = [task for task in tasks if task not in own]
+    ids = {task.id for task in own}
+    others = [task for task in tasks if task.id not in ids]
     origins = list(dict.fromkeys(task.origin for task in others))
     tests += [(OTHER_ORIGINS, (first, second), others)] if len(origins) > 1 else []
     tests += [(f"origin {origin}", (first, second), _of_origins(others, [origin])) for origin in origins]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Read:
     completions: Sequence[Completion]
     residuals: Mapping[str, Residuals]
 
-    @property
+    @cached_property
     def present(self) -> dict[str, int]:
         """The tasks that have a vector at every position, by id, and where they stand."""
         there = np.all([each.present() for each in self.residuals.values()], axis=0)
