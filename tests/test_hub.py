@@ -295,6 +295,7 @@ def test_out_of_reach_is_one_line_in_seconds(tmp_path, offline):
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()

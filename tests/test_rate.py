@@ -120,6 +120,7 @@ def test_more_seeds_templates_and_layers_add_to_what_is_there(store, spec_fp32, 
     assert before.vectors.gather(before.keys, (0, 15, 29)).equal(after.vectors.gather(after.keys, (0, 15, 29)))
 
 
+@pytest.mark.slow
 def test_templates_together_equal_templates_apart(store, tmp_path, spec_fp32, models):
     options = {"tasks": TASKS[:3], "capture": None}
     together = run(store, spec_fp32, models, names=("anchored", "likert"), **options)[1]
@@ -129,6 +130,7 @@ def test_templates_together_equal_templates_apart(store, tmp_path, spec_fp32, mo
         assert together.ratings[name].answers == apart.ratings[name].answers
 
 
+@pytest.mark.slow
 def test_the_order_of_the_tasks_does_not_matter(store, tmp_path, spec, models):
     _, first = run(store, spec, models)
     _, second = run(Store.open(str(tmp_path / "other")), spec, models, tasks=TASKS[::-1])

@@ -275,11 +275,17 @@ def test_a_sweep_goes_on_after_a_job_that_fails(uninterrupted, tmp_path):
         (["model.nme=x"], "prefs: model.nme: there is no such key; did you mean 'name'?"),
         (["rating.seeds=[1,1]"], "prefs: rating.seeds: got [1, 1]"),
         (["capture.layers=[30]"], "prefs: capture.layers: got 30; allowed: all, or from -30 to 29"),
-        (
+        # These come late, after torch is loaded.
+        pytest.param(
             ["capture.layers=[3,7]", "probe.layers=[8]"],
             "prefs: probe.layers: got 8; allowed: a layer that is captured (3, 7)",
+            marks=pytest.mark.slow,
         ),
-        (["dataset=file", "dataset.path=tasks.jsonl"], "tasks.jsonl:2: the `prompt` is empty"),
+        pytest.param(
+            ["dataset=file", "dataset.path=tasks.jsonl"],
+            "tasks.jsonl:2: the `prompt` is empty",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, arguments, line):
@@ -292,6 +298,7 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, arguments,
     assert "Loading" not in out
 
 
+@pytest.mark.slow
 def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

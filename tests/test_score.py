@@ -392,7 +392,11 @@ def test_the_command(folder):
         (["text=Hi"], "prefs: probe: got '???'"),
         (["probe=none", "text= "], "prefs: text: got ' '; allowed: a prompt that is not empty"),
         (["probe=none", "text=Hi", "text_file=x"], "prefs: text_file: got 'x'; allowed: null, since there is text="),
-        (["probe=none", "text=Hi"], "prefs: no probe in none: give a folder with probe.json"),
+        pytest.param(
+            ["probe=none", "text=Hi"],
+            "prefs: no probe in none: give a folder with probe.json",
+            marks=pytest.mark.slow,  # after torch is loaded
+        ),
         (["probe=none", "text=Hi", "out=file/below"], "prefs: file/below: Not a directory"),
         (["probe=none", "text=Hi", "device=gpu"], "prefs: device: got 'gpu'; allowed: auto, cpu"),
         (["probe=none", "text=Hi", "max_new_tokens=0"], "prefs: max_new_tokens: got 0; allowed: 1 or more"),

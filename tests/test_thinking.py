@@ -48,6 +48,7 @@ def question() -> Question:
     return Question(asked.question, asked.says, "Answer: ")
 
 
+@pytest.mark.slow
 def test_padded_rows_think_and_answer_as_single_ones(thinker, question):
     capture = CaptureRequest((0, 29), ("last_prompt", "rating"))
     asks = [Ask(question, seeds=(3, 1), scores=(1, 2))]
@@ -121,6 +122,7 @@ def test_completions_leave_the_thought_aside(thinker):
     assert alone == first
 
 
+@pytest.mark.slow
 def test_thoughts_go_through_the_store(tmp_path, thinkers, thinker_spec):
     store = Store.open(str(tmp_path))
     completions, _ = complete(TASKS, thinker_spec, SAMPLING, seed=0, system_prompt=None, store=store, models=thinkers)

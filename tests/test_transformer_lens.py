@@ -70,6 +70,7 @@ def test_a_batch_equals_its_rows_one_at_a_time(backend, observed):
             torch.testing.assert_close(vectors, together.residuals[position], atol=5e-2, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_completions_of_a_batch_equal_single_ones(backend):
     prompts = [row[:-1] for row in CONVERSATIONS]
     sampling = Sampling(1.0, 0.95, 8)
@@ -101,7 +102,7 @@ def test_residuals_equal_the_hidden_states_of_plain_transformers(backend, plain,
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["anchored", "agreement"])
+@pytest.mark.parametrize("name", [pytest.param("anchored", marks=pytest.mark.slow), "agreement"])
 def test_option_masses_equal_whole_strings_scored_one_by_one(backend, plain, name):
     (asking,) = questions(name)
     asking = dataclasses.replace(asking, seeds=())
