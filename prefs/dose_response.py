@@ -279,6 +279,11 @@ def _remarks(doses: pd.DataFrame, slopes: pd.DataFrame, left_out: int, at: str) 
     broken = doses.loc[~doses["coherent"].astype(bool), :]
     for _, rows in broken.groupby(["vector", "layer"], sort=False):
         vector, layer = rows["vector"].iloc[0], int(rows["layer"].iloc[0])
+        if rows["control"].iloc[0] == "ablation":
+            said.append(
+                f"Projecting the vector out at layer {layer} leaves no coherent model ({rows['reason'].iloc[0]})."
+            )
+            continue
         numbers = ", ".join(f"{value:g}".replace("-", "−") for value in rows["coefficient"])
         worst = rows["reason"].iloc[int(np.argmax(np.abs(rows["coefficient"].to_numpy(dtype=float))))]
         said.append(
