@@ -507,6 +507,9 @@ def check(config: Config) -> None:
     _check_probe(config)
     for key, concept in config.concept.items():
         _check_concept(f"concept.{key}", concept)
+    names = [concept.name for concept in config.concept.values()]
+    if len(set(names)) < len(names):
+        raise ConfigError("concept", names, "concepts with different names")
     _check_condition("completer", config.completer, config)
     _check_condition("rating", config.rating, config)
     _check_steering(config)

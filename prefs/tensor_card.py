@@ -35,6 +35,8 @@ def save_pair(
         If the card has a NaN or infinity, or uses a name that is one of `own`.
     TypeError
         If the card is not JSON.
+    UserError
+        If the disk refuses.
     """
     content = save({name: part.detach().cpu().contiguous() for name, part in tensors.items()})
     own = {**own, "sha256": hashlib.sha256(content).hexdigest()}
@@ -42,9 +44,12 @@ def save_pair(
         raise ValueError(f"the card's {', '.join(taken)} is written with the tensors themselves")
     text = json.dumps({**own, **card}, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     card_file = tensors_file.with_suffix(".json")
-    tensors_file.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(tensors_file, content)
-    write_durably(card_file, text.encode())
+    try:
+        tensors_file.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(tensors_file, content)
+        write_durably(card_file, text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {tensors_file}: {error.strerror or error}") from None
     return [tensors_file, card_file]
 
 

@@ -329,6 +329,7 @@ def test_the_reports_concepts_with_its_own_model(name):
         ([*CONCEPT, f"+{LIKING}.wordings.third.positive=Hi"], "wordings.third: got ['positive']; allowed: a system"),
         ([*CONCEPT, f"{LIKING}.origins=[]"], "origins: got []; allowed: at least one origin, or null for all"),
         ([*CONCEPT, f"{LIKING}.folds=1"], "folds: got 1; allowed: 2 or more"),
+        (["concept=[liking_math,liking_poetry]", f"{LIKING}.name=liking_poetry"], "concepts with different names"),
         (["steering=concept"], "steering.vector: got 'concept'; allowed: a folder of saved vectors, since no concept"),
         (["steering=concept", "steering.vector=/no"], "steering.vector: got '/no'; allowed: concept, none, or a"),
         ([*STEERING, "steering.position=first_completion"], "steering.position: got 'first_completion'; allowed: a ca"),

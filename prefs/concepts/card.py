@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,9 +133,10 @@ def export_gguf(path: Path, saved: SavedVectors, position: str, model_type: str)
     rows = {site.layer: at for at, site in enumerate(saved.sites) if site.position == position and site.layer > 0}
     if not rows:
         return None
+    part = path.parent / f".part-{uuid.uuid4().hex}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(path, ARCHITECTURE)
+        writer = GGUFWriter(part, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_type)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(rows))
         for layer, at in sorted(rows.items()):
@@ -141,7 +145,10 @@ def export_gguf(path: Path, saved: SavedVectors, position: str, model_type: str)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        os.replace(part, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     return path
 
