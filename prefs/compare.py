@@ -317,8 +317,8 @@ def _effect_lines(effects: pd.DataFrame, shares: pd.DataFrame) -> Table:
 
 def steering_lines(frame: pd.DataFrame) -> Table:
     """Each cell's slope along the concept's vector, beside the largest along one that means nothing."""
-    table = new_table("Steering: rating points a unit of the vector; Δ at the outermost coherent doses", first="cell")
-    for name in ("layer", "slope [95 %]", "null", "Δ−", "Δ+"):
+    table = new_table("Steering: rating points a unit of the coefficient; Δ at coefficients −1 and 1", first="cell")
+    for name in ("layer", "slope [95 %]", "null", "Δ at −1", "Δ at 1"):
         table.add_column(name, justify="right", no_wrap=True)
     one_rater = len(set(frame["rater"])) == 1
     rows = frame.loc[frame["control"] == CONCEPT, :].to_dict("records")

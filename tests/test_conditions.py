@@ -407,7 +407,7 @@ def test_the_table_of_steering_has_conditions_and_slopes(steered_sweep):
     assert (row["slope"], row["slope_low"]) == (pytest.approx(0.2), pytest.approx(0.19))
     assert (row["delta_minus"], row["delta_plus"]) == (pytest.approx(-0.4), pytest.approx(0.4))
     assert row["null_slope"] == pytest.approx(0.02)
-    assert "Steering: rating points a unit of the vector" in steered_sweep.printed
+    assert "Steering: rating points a unit of the coefficient" in steered_sweep.printed
     assert ".20 [.19, .21]" in steered_sweep.printed
     assert "Slopes and changes" in (steered_sweep.out / "report.html").read_text()
     assert (steered_sweep.out / "figures" / "steering.png").exists()

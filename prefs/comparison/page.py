@@ -169,8 +169,9 @@ def _steering_sections(tables: Mapping[str, pd.DataFrame], figures: tuple[Figure
     table = Table(
         "Slopes and changes",
         _present(tables["steering"]),
-        "slope is in rating points a unit of the coefficient; delta_minus and delta_plus are the changes at the"
-        " outermost coherent doses. null_slope is the largest slope, without its sign, of the vectors of the layer"
+        "slope is in rating points a unit of the coefficient; delta_minus and delta_plus are the changes at"
+        " the coefficients -1 and 1, where these were given. null_slope is the largest slope, without its sign, of the"
+        " vectors of the layer"
         " that mean nothing (random directions, shuffled labels): a vector that does no more does nothing of its own.",
     )
     return [Section("Steering", note, figures, (table,))]

@@ -92,7 +92,7 @@ def _told_apart(steered: Sequence[Steered]) -> list[Steered]:
 
 
 def steering_table(steered: Sequence[Steered]) -> pd.DataFrame:
-    """One row a cell, vector and layer: slope and changes at the outermost doses, with the cell's conditions.
+    """One row a cell, vector and layer: slope and changes at coefficients -1 and 1, with the cell's conditions.
 
     ``null_slope`` is the largest slope, without its sign, of the vectors that mean nothing (random directions and
     shuffled labels) at the same layer.
