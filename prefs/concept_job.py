@@ -24,6 +24,7 @@ from prefs.measured import Measured
 from prefs.models.architecture import Architecture
 from prefs.models.backend import Sampling
 from prefs.models.loading import Models, ModelSpec, identity
+from prefs.probes.probe import Site
 from prefs.probing import NoProbe, ProbeReport
 from prefs.rate import CapturePlan
 from prefs.records import Rated, Ratings
@@ -183,10 +184,9 @@ def steered(
         first = concepts.found[0]
         if isinstance(first, NoConcept):
             return f"No steering, since there are no vectors of concept {first.key}."
-        concept, saved = first, first.saved({"model": identity(rater)})
+        concept, saved = first, first.saved({})
     else:
-        saved = load_vectors(Path(steering.vector).expanduser())
-        check_model(saved, identity(rater), rater.name)
+        saved = load_vectors(Path(steering.vector).expanduser())  # which `check_saved` has seen
     found, without = arrows(steering, layers, saved, concept, probed if isinstance(probed, ProbeReport) else None)
     sampling = Sampling(config.rating.temperature, config.rating.top_p, config.rating.max_new_tokens)
     at = cast(Place, steering.at)
@@ -227,8 +227,6 @@ def check_saved(config: Config, rater: ModelSpec, layers: Sequence[int], archite
     UserError
         If they are of another model, or lack a layer or the position.
     """
-    from prefs.probes.probe import Site
-
     if config.steering.vector in ("none", "concept"):
         return
     saved: SavedVectors = load_vectors(Path(config.steering.vector).expanduser())

@@ -162,7 +162,7 @@ def origins_held_out(path: Path, *, title: str, table: pd.DataFrame, metric: str
         )
         x = np.arange(len(origins)) + (2 * at - len(targets) + 0.5) * width
         axes.bar(x, score, 0.92 * width, color=colour, label=f"{_short(target)}: trained on other origins only")
-        reach = np.nan_to_num(np.clip(np.stack([score - low, high - score]), 0, None))
+        reach = _reach(score, low, high)
         axes.errorbar(x, score, yerr=reach, fmt="none", ecolor="black", capsize=3)
         axes.bar(
             x + width, within, 0.92 * width, facecolor="white", edgecolor=colour, hatch="///",
@@ -419,7 +419,7 @@ def variance_shares(path: Path, *, title: str, table: pd.DataFrame) -> Path:
     share = table["share"].to_numpy(dtype=float)
     low, high = (table[name].to_numpy(dtype=float) for name in ("share_low", "share_high"))
     axes.barh(y, share, 0.6, color=COLOURS[0])
-    reach = np.nan_to_num(np.clip(np.stack([share - low, high - share]), 0, None))
+    reach = _reach(share, low, high)
     axes.errorbar(share, y, xerr=reach, fmt="none", ecolor="black", capsize=3)
     for at, value in enumerate(share):
         end = value if np.isnan(high[at]) else max(value, high[at])

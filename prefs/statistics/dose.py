@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from prefs.statistics.estimates import Estimate, Floats, Resamples
+from prefs.statistics.estimates import Estimate, Floats, Resamples, known_mean
 
 NO_SLOPE = "fewer than 2 coefficients"
 
 
 def mean_of(values: Floats, draws: Resamples) -> Estimate:
     """The mean over tasks [T], without those that are NaN; missing where none is left."""
-    kept = np.isfinite(values)
-    n = int(kept.sum())
-    if n == 0:
-        return Estimate.missing("no task has a rating", 0)
-    sums = draws.sums(np.stack([np.where(kept, values, 0.0), kept.astype(float)], axis=1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return Estimate.of(sums[:, 0] / sums[:, 1], n, "no task has a rating")
+    return known_mean(values, draws, "no task has a rating")
 
 
 def slope(responses: Floats, coefficients: Floats, draws: Resamples) -> Estimate:
