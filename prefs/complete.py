@@ -14,6 +14,7 @@ from prefs.models.backend import Conversation, Interrupted, Sample, Sampling
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.progress import progress
 from prefs.records import Completion
+from prefs.sharing import Found, share
 from prefs.store import Store, batches
 from prefs.tasks import Task
 from prefs.templates import Invalid
@@ -55,6 +56,8 @@ def complete(
     work
         What was reused and what computed.
 
+    What another job is completing at the same time is waited for.
+
     Raises
     ------
     Interrupted
@@ -68,42 +71,40 @@ def complete(
     conversations = [conversation(task.prompt, system_prompt) for task in tasks]
     keys = [table.key(messages=as_dicts(messages), seed=seed) for messages in conversations]
     rows = dict(zip(keys, conversations, strict=True))
-    found = table.read()
-    missing = rows.keys() - found.keys()
+    found = Found(table)
+    missing = found.lacking(rows)
     if missing:
         backend = models.get(completer)
         lengths = {key: backend.prompt_tokens(messages) + sampling.max_new_tokens for key, messages in rows.items()}
-        too_long = {key for key in missing if lengths[key] > backend.max_context}
-        refused = {
-            key: {
-                "text": None,
-                "tokens": lengths[key] - sampling.max_new_tokens,
-                "finished": True,
-                "invalid": "too_long",
-                "thought": None,
-            }
-            for key in sorted(too_long)
-        }
-        table.append(refused)
-        found |= refused
+        too_long = [key for key in missing if lengths[key] > backend.max_context]
+        found.write({key: _too_long(lengths[key] - sampling.max_new_tokens) for key in sorted(too_long)})
         fitting = {key: length for key, length in lengths.items() if length <= backend.max_context}
-        with progress("Completing", len(missing - too_long)) as advance:
-            for batch in batches(fitting, completer.batch_tokens):
-                new = [key for key in batch if key in missing]
-                if not new:
-                    continue
+        with progress("Completing", len(missing) - len(too_long)) as advance:
+
+            def compute(batch: Sequence[str]) -> None:
+                new = found.lacking(batch)
                 asked = new if completer.rows_apart else batch
                 try:
                     samples = backend.complete([rows[key] for key in asked], seed, sampling)
                 except Interrupted as stopped:
-                    table.append(_records(asked, stopped.done, missing))
+                    found.write(_records(asked, stopped.done, new))
                     raise
-                done = _records(asked, samples, missing)
-                table.append(done)
-                found |= done
+                found.write(_records(asked, samples, new))
                 advance(len(new))
-    completions = [_completion(task, found[key]) for task, key in zip(tasks, keys, strict=True)]
-    return completions, Work("completions", len(rows) - len(missing), len(missing))
+
+            share(
+                batches(fitting, completer.batch_tokens),
+                store.leases,
+                lacking=found.lacking,
+                compute=compute,
+                refresh=found.refresh,
+            )
+    completions = [_completion(task, found.rows[key]) for task, key in zip(tasks, keys, strict=True)]
+    return completions, Work("completions", len(rows) - len(found.made), len(found.made))
+
+
+def _too_long(tokens: int) -> dict[str, Any]:
+    return {"text": None, "tokens": tokens, "finished": True, "invalid": Invalid.too_long.value, "thought": None}
 
 
 def _records(keys: Sequence[str], samples: Sequence[object], missing: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -367,9 +367,14 @@ class ProbeConfig:
 
 @dataclass
 class StoreConfig:
-    """Where records live. ``dir: null`` is the user's data directory, one for all runs."""
+    """Where records live. ``dir: null`` is the user's data directory, one for all runs.
+
+    Jobs that run at the same time lease what they compute. A job that gives no sign of life for ``lease_s`` seconds is
+    taken for dead, and another goes on in its place (0: nothing is leased, and two jobs may do the same work).
+    """
 
     dir: str | None = None
+    lease_s: float = 60.0
 
 
 @dataclass
@@ -513,6 +518,8 @@ def check(config: Config) -> None:
     _check_condition("completer", config.completer, config)
     _check_condition("rating", config.rating, config)
     _check_steering(config)
+    if not (math.isfinite(config.store.lease_s) and config.store.lease_s >= 0):
+        raise ConfigError("store.lease_s", config.store.lease_s, "seconds, 0 or more")
     _check_choice("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
     _check_range("stats.bootstrap", config.stats.bootstrap, 0, 1_000_000)
     if not 0 < config.stats.target_r < 1:

@@ -69,7 +69,7 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
         For anything the user can mend: a bad row, a model that is not there, a full disk.
     """
     tasks = load_tasks(config.dataset)
-    store = Store.open(config.store.dir)
+    store = Store.open(config.store.dir, config.store.lease_s)
     rater = ModelSpec.from_config(config.model)
     completer = ModelSpec.from_config(config.completer.model) if config.completer.model else rater
     templates = {key: Template.from_config(each) for key, each in config.template.items()}

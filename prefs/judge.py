@@ -15,7 +15,8 @@ from prefs.models.backend import Conversation, Interrupted
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.progress import progress
 from prefs.records import Completion
-from prefs.store import Store, Table, batches
+from prefs.sharing import Found, share
+from prefs.store import Store, batches
 from prefs.templates import Invalid
 
 VERDICTS = pa.schema([("verdict", pa.string()), ("invalid", pa.string())])
@@ -77,46 +78,45 @@ def _by_model(
     table = store.table("verdicts", {"model": identity(spec), "options": list(options)}, VERDICTS)
     asked = {at: _asked(config.question, each) for at, each in enumerate(completions) if each.text is not None}
     keys = {at: table.key(messages=as_dicts(conversation)) for at, conversation in asked.items()}
-    found = table.read()
-    lacking = {keys[at]: conversation for at, conversation in asked.items() if keys[at] not in found}
-    if lacking:
-        found |= _ask(table, lacking, {keys[at]: asked[at] for at in asked}, options, spec, models)
-    verdicts = {at: found[key]["verdict"] for at, key in keys.items()}
+    found = Found(table)
+    rows = {keys[at]: conversation for at, conversation in asked.items()}
+    if found.lacking(rows):
+        _ask(found, rows, options, spec, store, models)
+    verdicts = {at: found.rows[key]["verdict"] for at, key in keys.items()}
     refused = [None if verdicts.get(at) is None else verdicts[at] == config.refusal for at in range(len(completions))]
-    return refused, Work(f"verdicts, {config.name}", len(set(keys.values())) - len(lacking), len(lacking))
+    return refused, Work(f"verdicts, {config.name}", len(rows) - len(found.made), len(found.made))
 
 
 def _ask(
-    table: Table,
-    lacking: Mapping[str, Conversation],
+    found: Found,
     rows: Mapping[str, Conversation],
     options: Sequence[str],
     spec: ModelSpec,
+    store: Store,
     models: Models,
-) -> dict[str, dict]:
+) -> None:
     """Let the model judge what is missing; each batch is written before the next is begun."""
     backend = models.get(spec)
+    missing = found.lacking(rows)
     lengths = {key: backend.prompt_tokens(conversation) for key, conversation in rows.items()}
     too_long = {"verdict": None, "invalid": Invalid.too_long.value}
-    new = {key: too_long for key in lacking if lengths[key] >= backend.max_context}
-    table.append(new)
+    found.write({key: too_long for key in sorted(missing) if lengths[key] >= backend.max_context})
     fitting = {key: length for key, length in lengths.items() if length < backend.max_context}
-    with progress("Judging", len(lacking)) as advance:
-        for batch in batches(fitting, spec.batch_tokens):
-            wanted = [key for key in batch if key in lacking]
-            if not wanted:
-                continue
+    with progress("Judging", len(missing)) as advance:
+
+        def compute(batch: Sequence[str]) -> None:
+            wanted = found.lacking(batch)
             try:
                 said = backend.choose([rows[key] for key in wanted], options)
             except Interrupted as stopped:
                 pairs = zip(wanted, stopped.done, strict=True)
-                table.append({key: _verdict(word) for key, word in pairs if isinstance(word, str)})
+                found.write({key: _verdict(word) for key, word in pairs if isinstance(word, str)})
                 raise
-            done = {key: _verdict(word) for key, word in zip(wanted, said, strict=True)}
-            table.append(done)
-            new |= done
+            found.write({key: _verdict(word) for key, word in zip(wanted, said, strict=True)})
             advance(len(wanted))
-    return new
+
+        cut = batches(fitting, spec.batch_tokens)
+        share(cut, store.leases, lacking=found.lacking, compute=compute, refresh=found.refresh)
 
 
 def _verdict(word: str | None) -> dict[str, str | None]:

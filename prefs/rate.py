@@ -32,7 +32,8 @@ from prefs.models.backend import (
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.progress import progress
 from prefs.records import Answer, Completion, Rated, Ratings, Residuals, Thoughts
-from prefs.store import Store, Table, Vectors, batches, digest
+from prefs.sharing import Found, share
+from prefs.store import Store, Vectors, batches, digest
 from prefs.templates import Invalid, Template
 
 SCORES = pa.schema([("mass", pa.list_(pa.float64())), ("thought", pa.string()), ("invalid", pa.string())])
@@ -89,11 +90,10 @@ def rate(
         name: _Cell.open(template, rater, model, sampling, tuple(seeds), thoughts if exact else 0, rows, store)
         for name, template in templates.items()
     }
-    positions = _Positions.open(capture, cells, model, rows, store) if capture else _Positions(None, {}, {})
+    positions = _Positions.open(capture, cells, model, rows, store) if capture else _Positions(None, {}, {}, {})
+    if any(positions.lacks(row) or any(cell.lacks(row) for cell in cells.values()) for row in rows):
+        _compute(rows, cells, positions, rater, sampling, store, models.get(rater))
     work = [cell.work() for cell in cells.values()] + positions.work()
-    missing = {row for row in rows if any(cell.lacks(row) for cell in cells.values()) or positions.lacks(row)}
-    if missing:
-        _compute(rows, missing, cells, positions, rater, sampling, models.get(rater))
     return Rated(
         ratings={name: cell.ratings(completions, rows) for name, cell in cells.items()},
         residuals=positions.residuals(len(completions)),
@@ -116,12 +116,10 @@ class _Cell:
     seeds: tuple[int, ...]
     thinks: bool
     thoughts: tuple[int, ...]
-    scores: Table
-    answers: Table
+    scores: Found
+    answers: Found
     score_keys: Mapping[tuple[int, int], str]
     answer_keys: Mapping[tuple[int, int], str]
-    found_scores: dict[str, dict]
-    found_answers: dict[str, dict]
 
     @classmethod
     def open(
@@ -151,8 +149,8 @@ class _Cell:
             seeds=seeds,
             thinks=thinks,
             thoughts=after,
-            scores=scores,
-            answers=answers,
+            scores=Found(scores),
+            answers=Found(answers),
             score_keys={
                 (row, seed): scores.key(messages=turns, **({"thought": seed} if thinks else {}))
                 for row, turns in messages.items()
@@ -161,12 +159,10 @@ class _Cell:
             answer_keys={
                 (row, seed): answers.key(messages=turns, seed=seed) for row, turns in messages.items() for seed in seeds
             },
-            found_scores=scores.read() if after else {},
-            found_answers=answers.read() if seeds else {},
         )
 
     def missing_scores(self, row: int) -> tuple[int, ...]:
-        return tuple(seed for seed in self.thoughts if self.score_keys[row, seed] not in self.found_scores)
+        return tuple(seed for seed in self.thoughts if self.score_keys[row, seed] not in self.scores.rows)
 
     @property
     def first_thought(self) -> int:
@@ -174,16 +170,25 @@ class _Cell:
         return (*self.thoughts, *self.seeds, 0)[0]
 
     def missing_seeds(self, row: int) -> tuple[int, ...]:
-        return tuple(seed for seed in self.seeds if self.answer_keys[row, seed] not in self.found_answers)
+        return tuple(seed for seed in self.seeds if self.answer_keys[row, seed] not in self.answers.rows)
 
     def lacks(self, row: int) -> bool:
         return bool(self.missing_scores(row) or self.missing_seeds(row))
 
     def work(self) -> Work:
-        found = sum(key in self.found_scores for key in self.score_keys.values())
-        found += sum(key in self.found_answers for key in self.answer_keys.values())
+        made = len(self.scores.made) + len(self.answers.made)
         total = len(self.score_keys) + len(self.answer_keys)
-        return Work(f"ratings, {self.template.name}", found, total - found)
+        return Work(f"ratings, {self.template.name}", total - made, made)
+
+    def leases(self, row: int, turns: str, *, captured: bool) -> list[str]:
+        """What a job holds while it asks this question after a conversation (of digest `turns`), or captures at it."""
+        wanted = captured or self.lacks(row)
+        return [self.scores.table.key(conversation=turns, question=self.question.text)] if wanted else []
+
+    def refresh(self) -> None:
+        """Read what other jobs have written since."""
+        self.scores.refresh()
+        self.answers.refresh()
 
     def record_too_long(self, unscored: Sequence[int], unanswered: Sequence[int]) -> None:
         """Write down behind which conversations the question does not fit, and behind which its answer does not."""
@@ -217,10 +222,8 @@ class _Cell:
         self._write(scores, answers)
 
     def _write(self, scores: dict[str, dict], answers: dict[str, dict]) -> None:
-        self.scores.append(scores)
-        self.answers.append(answers)
-        self.found_scores.update(scores)
-        self.found_answers.update(answers)
+        self.scores.write(scores)
+        self.answers.write(answers)
 
     def ratings(self, completions: Sequence[Completion], rows: Mapping[int, Conversation]) -> Ratings:
         """The ratings of all completions, read by the template."""
@@ -258,7 +261,7 @@ class _Cell:
                 texts.append((None,) * len(self.thoughts))
                 invalid.append((completion.invalid,) * len(self.thoughts))
                 continue
-            found = [self.found_scores[self.score_keys[row, seed]] for seed in self.thoughts]
+            found = [self.scores.rows[self.score_keys[row, seed]] for seed in self.thoughts]
             for at, each in enumerate(found):
                 if each["invalid"] is None:
                     mass[row, at] = each["mass"]
@@ -267,7 +270,7 @@ class _Cell:
         return Thoughts(self.thoughts, mass, texts, invalid)
 
     def _read(self, row: int, seed: int) -> Answer:
-        found = self.found_answers[self.answer_keys[row, seed]]
+        found = self.answers.rows[self.answer_keys[row, seed]]
         thought = found["thought"]
         if found["invalid"] is not None:
             return Answer(seed, found["text"], None, Invalid(found["invalid"]), thought)
@@ -290,6 +293,7 @@ class _Positions:
     plan: CapturePlan | None
     shared: Mapping[str, tuple[Vectors, Mapping[int, str]]]
     at_rating: Mapping[str, tuple[Vectors, Mapping[int, str]]]
+    leased: Mapping[int, str]
 
     @classmethod
     def open(
@@ -321,7 +325,8 @@ class _Positions:
                 vectors,
                 {row: vectors.key(messages=as_dicts((*turns, question))) for row, turns in rows.items()},
             )
-        return cls(plan, shared, at_rating)
+        leased = {row: digest({"residuals": spec, "messages": as_dicts(turns)}) for row, turns in rows.items()}
+        return cls(plan, shared, at_rating, leased)
 
     def _lacks(self, of: tuple[Vectors, Mapping[int, str]], row: int) -> bool:
         assert self.plan is not None
@@ -340,9 +345,18 @@ class _Positions:
         if self.plan is None:
             return []
         collections = [*self.shared.values(), *self.at_rating.values()]
-        lacking = sum(self._lacks(of, row) for of in collections for row in of[1])
-        total = sum(len(of[1]) for of in collections)
-        return [Work("residual vectors", total - lacking, lacking)]
+        made = sum(len(vectors.made) for vectors, _ in collections)
+        total = sum(len(keys) for _, keys in collections)
+        return [Work("residual vectors", total - made, made)]
+
+    def leases(self, row: int) -> list[str]:
+        """What a job holds while it captures at the positions that all templates share."""
+        return [self.leased[row]] if self.lacks_shared(row) else []
+
+    def refresh(self) -> None:
+        """Read what other jobs have written since."""
+        for vectors, _ in (*self.shared.values(), *self.at_rating.values()):
+            vectors.refresh()
 
     def request(self, rows: Sequence[int], names: Sequence[str]) -> CaptureRequest | None:
         """What to capture for a batch that is asked these templates."""
@@ -414,14 +428,16 @@ class _Fit:
 
 def _compute(
     rows: Mapping[int, Conversation],
-    missing: set[int],
     cells: Mapping[str, _Cell],
     positions: _Positions,
     rater: ModelSpec,
     sampling: Sampling,
+    store: Store,
     backend: Backend,
 ) -> None:
     """Ask and capture what is missing, batch by batch; each batch is written before the next is begun.
+
+    A conversation is leased for each question, and once for the positions that all questions share.
 
     Batches are cut by the conversations alone, with the same allowance for any question, so that they do not depend on
     which templates a job has or in what order the tasks came.
@@ -442,20 +458,56 @@ def _compute(
                 members if name not in fit.questions else [], members if name not in fit.answers else []
             )
         positions.record_too_long(members, fit)
-    with progress("Rating", len(missing)) as advance:
-        for fit, members in fits.items():
-            if not fit.conversation:
-                advance(len(missing.intersection(members)))
-                continue
-            by_key = {digest(as_dicts(rows[row])): row for row in members}
-            budgeted = {key: lengths[row] + QUESTION_ALLOWANCE for key, row in by_key.items()}
-            for batch in batches(budgeted, rater.batch_tokens):
-                batch_rows = [by_key[key] for key in batch]
-                lacking = missing.intersection(batch_rows)
-                asked = _lacking_alike(lacking, cells) if rater.rows_apart else [batch_rows] if lacking else []
-                for together in asked:
-                    _compute_batch(together, rows, fit, cells, positions, sampling, backend)
-                advance(len(lacking))
+    turns = {row: digest(as_dicts(of)) for row, of in rows.items()}
+    lacking = {row for row in rows if any(cell.lacks(row) for cell in cells.values()) or positions.lacks(row)}
+    with progress("Rating", len(lacking)) as advance:
+
+        def wanted(batch: _Batch) -> list[str]:
+            held = [lease for row in batch.rows for lease in positions.leases(row)]
+            held += [
+                lease
+                for row in batch.rows
+                for name, cell in cells.items()
+                for lease in cell.leases(row, turns[row], captured=positions.lacks_rating(row, name))
+            ]
+            if not held:
+                advance(len(lacking.intersection(batch.rows)))
+                lacking.difference_update(batch.rows)
+            return held
+
+        def compute(batch: _Batch) -> None:
+            here = [row for row in batch.rows if any(c.lacks(row) for c in cells.values()) or positions.lacks(row)]
+            for together in _lacking_alike(here, cells) if rater.rows_apart else [batch.rows]:
+                _compute_batch(together, rows, batch.fit, cells, positions, sampling, backend)
+
+        def refresh() -> None:
+            positions.refresh()
+            for cell in cells.values():
+                cell.refresh()
+
+        cut = [
+            batch
+            for fit, members in fits.items()
+            if fit.conversation
+            for batch in _batches(fit, members, turns, lengths, rater.batch_tokens)
+        ]
+        share(cut, store.leases, lacking=wanted, compute=compute, refresh=refresh)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Conversations that are run together; the same of them fits behind each."""
+
+    fit: _Fit
+    rows: tuple[int, ...]
+
+
+def _batches(
+    fit: _Fit, rows: Sequence[int], turns: Mapping[int, str], lengths: Mapping[int, int], budget: int
+) -> list[_Batch]:
+    by_key = {turns[row]: row for row in rows}
+    budgeted = {key: lengths[row] + QUESTION_ALLOWANCE for key, row in by_key.items()}
+    return [_Batch(fit, tuple(by_key[key] for key in batch)) for batch in batches(budgeted, budget)]
 
 
 def _lacking_alike(rows: Collection[int], cells: Mapping[str, _Cell]) -> list[list[int]]:

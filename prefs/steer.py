@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -19,6 +19,7 @@ from prefs.models.loading import Models, ModelSpec, identity
 from prefs.progress import progress
 from prefs.rate import QUESTION_ALLOWANCE
 from prefs.records import Completion
+from prefs.sharing import Found, share
 from prefs.store import Store, batches, digest
 from prefs.templates import Invalid, Template
 
@@ -173,34 +174,47 @@ def steer(
         for at_dose, steering in enumerate(identities)
         for row, turns in messages.items()
     }
-    found = table.read()
+    found = Found(table)
     wanted = set(keys.values())
-    missing = {place for place, key in keys.items() if key not in found}
-    work = Work(f"steered ratings, {template.name}", len(wanted & found.keys()), len(wanted - found.keys()))
-    if missing:
+
+    def lacks(place: tuple[int, int]) -> bool:
+        return keys[place] not in found.rows
+
+    if missing := found.lacking(wanted):
         backend = models.get(rater)
         assert hasattr(backend, "observe_doses"), "the config lets only engines that steer come here"
         engine = cast(SteerableBackend, backend)
         ask = Ask(question, tuple(seeds))
         with progress("Steering", len(missing)) as advance:
-            for batch in _batches(rows, question, rater, sampling.max_new_tokens if seeds else 0, engine):
-                for group in _groups(doses, batch, missing):
-                    if batch.too_long:
-                        brought = [[None] * len(batch.rows)] * len(group)
-                    else:
-                        steerings = [doses[each].steering(at) for each in group]
-                        turns = [rows[row] for row in batch.rows]
-                        brought = engine.observe_doses(turns, ask, sampling, steerings)
-                    new = {
-                        keys[each, row]: _record(dosed, seeds)
-                        for each, of_dose in zip(group, brought, strict=True)
-                        for row, dosed in zip(batch.rows, of_dose, strict=True)
-                        if (each, row) in missing
-                    }
-                    table.append(new)
-                    found |= new
-                    advance(sum((each, row) in missing for each in group for row in batch.rows))
-    return _responses(doses, template, len(completions), rows, keys, found, len(seeds)), work
+
+            def lacking(group: _Group) -> list[str]:
+                return found.lacking(keys[place] for place in group.places)
+
+            def compute(group: _Group) -> None:
+                doses_lacking = [each for each in group.doses if any(lacks((each, row)) for row in group.batch.rows)]
+                if group.batch.too_long:
+                    brought = [[None] * len(group.batch.rows)] * len(doses_lacking)
+                else:
+                    steerings = [doses[each].steering(at) for each in doses_lacking]
+                    turns = [rows[row] for row in group.batch.rows]
+                    brought = engine.observe_doses(turns, ask, sampling, steerings)
+                new = {
+                    keys[each, row]: _record(dosed, seeds)
+                    for each, of_dose in zip(doses_lacking, brought, strict=True)
+                    for row, dosed in zip(group.batch.rows, of_dose, strict=True)
+                    if lacks((each, row))
+                }
+                found.write(new)
+                advance(len(new))
+
+            groups = [
+                group
+                for batch in _batches(rows, question, rater, sampling.max_new_tokens if seeds else 0, engine)
+                for group in _groups(doses, batch, lacks)
+            ]
+            share(groups, store.leases, lacking=lacking, compute=compute, refresh=found.refresh)
+    work = Work(f"steered ratings, {template.name}", len(wanted) - len(found.made), len(found.made))
+    return _responses(doses, template, len(completions), rows, keys, found.rows, len(seeds)), work
 
 
 def _doses(arrows: Sequence[Arrow], coefficients: Sequence[float]) -> list[Dose]:
@@ -230,11 +244,24 @@ def _batches(
     return cut + ([_Batch(long, True)] if long else [])
 
 
-def _groups(doses: Sequence[Dose], batch: _Batch, missing: set[tuple[int, int]]) -> list[list[int]]:
+@dataclass(frozen=True)
+class _Group:
+    """A batch with the doses that it is given at once."""
+
+    batch: _Batch
+    doses: tuple[int, ...]
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        return [(dose, row) for dose in self.doses for row in self.batch.rows]
+
+
+def _groups(doses: Sequence[Dose], batch: _Batch, lacks: Callable[[tuple[int, int]], bool]) -> list[_Group]:
     """The doses that a batch lacks, a layer after another, so many at once; what they share is found by the engine."""
-    lacking = [at for at in range(len(doses)) if any((at, row) in missing for row in batch.rows)]
+    lacking = [at for at in range(len(doses)) if any(lacks((at, row)) for row in batch.rows)]
     lacking.sort(key=lambda at: -1 if (arrow := doses[at].arrow) is None else arrow.layer)
-    return [lacking[start : start + DOSES_AT_ONCE] for start in range(0, len(lacking), DOSES_AT_ONCE)]
+    starts = range(0, len(lacking), DOSES_AT_ONCE)
+    return [_Group(batch, tuple(lacking[start : start + DOSES_AT_ONCE])) for start in starts]
 
 
 def _record(dosed: Dosed | None, seeds: Sequence[int]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A collection is the folder of everything that shares a specification (model, sampling, template ...); a record's key is
 the SHA-256 of the canonical JSON of that specification and of the record's own determinants (messages, seed). A part's
 name is the checksum of its bytes, so damage is seen when it is read, and two jobs that write the same part write the
-same file. There are no locks: a part appears whole or not at all.
+same file. There are no locks: a part appears whole or not at all. Leases (`prefs.leases`) keep jobs that run at the
+same time from computing the same records.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import hashlib
 import io
 import json
 import logging
+import os
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ from safetensors.torch import save
 
 from prefs.errors import UserError
 from prefs.files import write_durably
+from prefs.leases import Leases
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +56,11 @@ class Store:
     """A folder of collections; see `Table` and `Vectors`."""
 
     root: Path
+    leases: Leases
 
     @classmethod
-    def open(cls, directory: str | None) -> Store:
-        """The store at a folder, or at the user's data directory.
+    def open(cls, directory: str | None, lease_s: float = 60.0) -> Store:
+        """The store at a folder, or at the user's data directory; `lease_s` is the term of its `leases`.
 
         Raises
         ------
@@ -67,7 +72,7 @@ class Store:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"store.dir: cannot make {root}: {error.strerror}") from None
-        return cls(root.resolve())
+        return cls(root.resolve(), Leases(root.resolve() / "leases", lease_s))
 
     def table(self, kind: str, spec: Mapping[str, Any], schema: pa.Schema) -> Table:
         """The collection of rows of one kind under one specification."""
@@ -85,29 +90,55 @@ class _Collection:
         self.kind = kind
         self.spec = dict(spec)
         self.folder = root / kind / digest(self.spec)[:32]
+        # Names of the parts read so far, or written by this very object.
+        self._known: set[str] = set()
+        self._looked = self._tidied = False
 
     def key(self, **determinants: Any) -> str:
         """The key of a record: everything that determines it beyond the collection's specification."""
         return digest({"kind": self.kind, "spec": self.spec, "record": determinants})
 
-    def _parts(self) -> list[Path]:
-        """The undamaged parts, by name. A part whose bytes do not give its name is set aside and named in a warning."""
-        if not self.folder.is_dir():
-            return []
+    def _new_parts(self) -> list[Path]:
+        """The undamaged parts that are not known yet, by name; from now on they are.
+
+        A part whose bytes do not give its name is set aside and named in a warning.
+        """
         good = []
-        for path in sorted(self.folder.glob(f"*{self.suffix}")):
-            if path.name.startswith("."):
+        try:
+            names = sorted(name for name in self._names() if name.endswith(self.suffix) and not name.startswith("."))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"cannot read the store at {self.folder}: {error.strerror}") from None
+        for name in names:
+            if name in self._known:
                 continue
+            path = self.folder / name
             try:
-                if file_checksum(path) == path.name.removesuffix(self.suffix):
-                    good.append(path)
-                else:
+                if file_checksum(path) != name.removesuffix(self.suffix):
                     self._set_aside(path, "its bytes do not match its checksum")
+                    continue
             except FileNotFoundError:
                 continue  # set aside by another job
             except OSError as error:
                 raise UserError(f"cannot read the store at {path}: {error.strerror}") from None
+            self._known.add(name)
+            good.append(path)
         return good
+
+    def _names(self) -> list[str]:
+        """The folder's files as they are now, also where other hosts write to it.
+
+        An NFS client keeps what it knows of a folder for up to a minute. Making a file in it shows the client that
+        others have changed it.
+        """
+        if self._known or self._looked:
+            look = self.folder / f".part-{uuid.uuid4().hex}"
+            with contextlib.suppress(OSError):  # a folder that cannot be written to
+                look.touch()
+                look.unlink()
+        self._looked = True
+        return os.listdir(self.folder)
 
     def _set_aside(self, path: Path, reason: str) -> None:
         aside = self.folder / "damaged"
@@ -116,17 +147,21 @@ class _Collection:
             path.rename(aside / path.name)
             log.warning("Store: %s is damaged (%s); set aside in %s and computed again", path.name, reason, aside)
 
-    def _write(self, content: bytes) -> None:
+    def _write(self, content: bytes) -> Path:
         """Write a part: temporary name, flush, rename. Raises UserError where the disk refuses."""
         path = self.folder / f"{xxhash.xxh3_128_hexdigest(content)}{self.suffix}"
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_durably(self.folder / "spec.json", (canonical(self.spec) + "\n").encode())
-            self._forget_abandoned()
+            if not self._tidied:
+                self._forget_abandoned()
+                self._tidied = True
             write_durably(path, content)
         except OSError as error:
             raise UserError(f"cannot write to the store at {self.folder}: {error.strerror}") from None
+        self._known.add(path.name)
+        return path
 
     def _forget_abandoned(self) -> None:
         """Remove temporary files that a killed job left behind a day ago or more."""
@@ -147,8 +182,13 @@ class Table(_Collection):
 
     def read(self) -> dict[str, dict[str, Any]]:
         """All rows by key. Where two parts hold a key, the part whose name sorts first counts."""
+        self._known.clear()
+        return self.read_new()
+
+    def read_new(self) -> dict[str, dict[str, Any]]:
+        """The rows that others have written since the last reading, by key."""
         rows: dict[str, dict[str, Any]] = {}
-        for path in self._parts():
+        for path in self._new_parts():
             try:
                 part = pq.read_table(path, schema=self.schema)
             except (OSError, pa.ArrowException) as error:
@@ -189,22 +229,26 @@ class Vectors(_Collection):
         # By key, the parts that hold it and its row in each. A job has keys by the million, and layers by the dozen.
         self._where: dict[str, tuple[tuple[_Part, int], ...]] = {}
         self.absent: set[str] = set()
+        # Keys that were written by this very object.
+        self.made: set[str] = set()
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the index again: which keys are there at which layers, and which are known to be absent."""
-        self._where, self.absent = {}, set()
-        for path in self._parts():
+        """Read what others have written since: which keys are there at which layers, and which are absent."""
+        for path in self._new_parts():
             try:
                 with safe_open(path, framework="pt") as part:
                     meta = json.loads(part.metadata()["prefs"])
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 self._set_aside(path, str(error))
                 continue
-            self.absent.update(meta["absent"])
-            holding = _Part(path, frozenset(meta["layers"]))
-            for row, key in enumerate(meta["keys"]):
-                self._where[key] = (*self._where.get(key, ()), (holding, row))
+            self._index(path, meta)
+
+    def _index(self, path: Path, meta: Mapping[str, Any]) -> None:
+        self.absent.update(meta["absent"])
+        holding = _Part(path, frozenset(meta["layers"]))
+        for row, key in enumerate(meta["keys"]):
+            self._where[key] = (*self._where.get(key, ()), (holding, row))
 
     def has(self, key: str, layers: Iterable[int]) -> bool:
         """Whether a record needs no computing: there at all of these layers, or known to be absent."""
@@ -220,7 +264,8 @@ class Vectors(_Collection):
             return
         meta = {"keys": list(keys), "layers": list(layers), "absent": absent}
         tensors = {f"layer.{layer}": vectors[:, at].contiguous() for at, layer in enumerate(layers)} if keys else {}
-        self._write(save(tensors, metadata={"prefs": canonical(meta)}))
+        self.made.update(keys, absent)
+        self._index(self._write(save(tensors, metadata={"prefs": canonical(meta)})), meta)
 
     def in_order(self, keys: Sequence[str]) -> list[int]:
         """Indices of the keys in the order in which their vectors lie in the parts; every key must be there."""

@@ -194,7 +194,7 @@ def test_the_index_does_not_grow_with_the_layers(store):
     for start in range(0, len(keys), 100):
         vectors.append(keys[start : start + 100], range(40), torch.zeros(100, 40, 1), absent=[])
     tracemalloc.start()
-    vectors.refresh()
+    vectors = store.vectors("v", SPEC)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert vectors.has(keys[-1], range(40))
@@ -206,9 +206,33 @@ def test_damaged_vectors_are_set_aside(store, prefs_log):
     vectors.append(["a"], [0], torch.ones(1, 1, 4), absent=[])
     part = next(vectors.folder.glob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:-1] + b"\0")
-    vectors.refresh()
-    assert not vectors.has("a", [0])
+    assert not store.vectors("v", SPEC).has("a", [0])
     assert "damaged" in prefs_log.text
+
+
+def test_what_others_write_meanwhile_is_read_and_what_is_known_is_not_read_again(store):
+    ours, rows = fill(store)
+    theirs, more = fill(store, start=3)
+    vectors, other = store.vectors("v", SPEC), store.vectors("v", SPEC)
+    other.append(["a"], [0], torch.ones(1, 1, 4), absent=["b"])
+    assert ours.read_new() == more
+    assert ours.read_new() == {}
+    assert theirs.read() == rows | more
+    assert not vectors.has("a", [0])
+    vectors.refresh()
+    assert vectors.has("a", [0])
+    assert vectors.has("b", [0])
+    assert vectors.made == set()
+    assert other.made == {"a", "b"}
+
+
+def test_a_store_that_can_only_be_read_serves_what_it_has(store):
+    table, rows = fill(store)
+    table.folder.chmod(0o555)
+    reader = store.table("t", SPEC, SCHEMA)
+    assert reader.read() == rows
+    assert reader.read_new() == {}
+    table.folder.chmod(0o755)
 
 
 @given(st.dictionaries(st.text(max_size=4), st.integers(1, 50), max_size=40), st.integers(1, 200), st.randoms())
