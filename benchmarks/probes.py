@@ -17,7 +17,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import lightning
 import numpy as np
@@ -199,7 +198,7 @@ def stream(given: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
     n, layers, d = given.tasks, given.layers, given.width
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        store = Store(Path(folder))
+        store = Store.open(folder)
         shards = store.vectors("residuals", {"benchmark": True})
         keys = [shards.key(task=task) for task in range(n)]
         direction = rng.normal(size=d).astype(np.float32) / np.sqrt(d)

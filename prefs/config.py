@@ -115,6 +115,8 @@ class ModelConfig:
 
     ``batch_tokens: null`` is the engine's own: what is run, and written to the store, at a time. ``device_map`` spreads
     a model over several GPUs; ``attn_implementation: auto`` is ``sdpa`` where it computes what the model means.
+    ``gpus`` is how many of them a job asks a cluster for; null: those of vLLM's parallel sizes, one of any other model
+    that is not served.
     """
 
     name: str = MISSING
@@ -130,6 +132,7 @@ class ModelConfig:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     batch_tokens: int | None = None
+    gpus: int | None = None
     vllm: VllmConfig = field(default_factory=VllmConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
 
@@ -570,6 +573,8 @@ def _check_model(key: str, model: ModelConfig) -> None:
             raise ConfigError(f"{key}.thinking.close", model.thinking.close, "the text that ends a thought")
     for name in ("tensor_parallel_size", "data_parallel_size"):
         _check_range(f"{key}.vllm.{name}", getattr(model.vllm, name), 1)
+    if model.gpus is not None:
+        _check_range(f"{key}.gpus", model.gpus, 0)
     if not 0 < model.vllm.gpu_memory_utilization <= 1:
         raise ConfigError(
             f"{key}.vllm.gpu_memory_utilization", model.vllm.gpu_memory_utilization, "more than 0, at most 1"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +22,7 @@ from prefs.errors import UserError
 from prefs.jobs import FILE as JOB
 from prefs.jobs import recorded
 from prefs.lines import explain, one_line_errors
+from prefs.resources import sweep_gpus
 from prefs.sweep import name_suffix, noting_sweeps, sweep_name, swept
 
 if TYPE_CHECKING:
@@ -37,9 +38,6 @@ def main() -> None:
     register()
     register_resolvers()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    # Read when torch is loaded, later: threads that wait sleep instead of spinning, which costs a lone job nothing and
-    # makes two on the same cores finish in two thirds of the time.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Hydra prints errors in its own way unless this is set; then they come up to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED), _compared():
@@ -84,12 +82,20 @@ def _named_failure() -> Iterator[None]:
 
 
 def register_resolvers() -> None:
-    """Make ``${prefs.basename:PATH}`` known: the last part of a path, less a data file's ending."""
+    """Make known what configs call.
+
+    ``${prefs.basename:PATH}`` is the last part of a path, less a data file's ending. ``${prefs.gpus:NONE}`` is how many
+    GPUs each job of a sweep gets, and NONE where none needs any.
+    """
+
+    def gpus(none: Any, *, _root_: DictConfig) -> Any:
+        return sweep_gpus(_root_) or none
 
     def basename(path: str) -> str:
         return re.sub(r"\.(jsonl?|csv)$", "", Path(str(path)).name)
 
     OmegaConf.register_new_resolver("prefs.basename", basename, replace=True)
+    OmegaConf.register_new_resolver("prefs.gpus", gpus, replace=True)
 
 
 def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
@@ -97,6 +103,11 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
     loaded: list[Models] = []
 
     def job(cfg: DictConfig) -> None:
+        # Again, where a launcher runs the job in a process of its own.
+        register_resolvers()
+        # Read when torch is loaded, later: threads that wait sleep instead of spinning, which costs a lone job nothing
+        # and makes two on the same cores finish in two thirds of the time.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         with _named_failure() if sweep else one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED):
             hydra_config, plain = HydraConfig.get(), _plain(cfg)

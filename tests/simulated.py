@@ -115,7 +115,7 @@ def simulate(
             raise error
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JudgeConfig), plain["judge"]))
         assert isinstance(settings, JudgeConfig)
-        refused = judge(settings, completions, store=Store(folder), models=Models()).refused
+        refused = judge(settings, completions, store=Store.open(str(folder)), models=Models()).refused
         write_table(completions_table(list(completions), refused), folder / "completions")
         doings.work.append(Work("completions", 0, len(completions)))
         for key, probabilities in mass.items():
@@ -146,7 +146,7 @@ def _probe(
 ) -> None:
     """Probes of one template, trained and written as a job does it."""
     layers = vectors.shape[1]
-    captured = Store(folder / "store").vectors("residuals", {"template": key})
+    captured = Store.open(str(folder / "store")).vectors("residuals", {"template": key})
     keys = [captured.key(task=task) for task in measured.tasks]
     captured.append(keys, range(layers), torch.tensor(vectors, dtype=torch.float32), ())
     captured.refresh()

@@ -51,7 +51,7 @@ def captured(
     """Vectors [n, S, d] in a store, in several parts in random order; a row that is all NaN in all layers is absent."""
     n, count, _ = vectors.shape
     layers = tuple(range(count)) if layers is None else tuple(layers)
-    collection = Store(folder).vectors("residuals", {"position": position})
+    collection = Store.open(str(folder)).vectors("residuals", {"position": position})
     keys = [collection.key(task=at) for at in range(n)]
     gone = vectors.isnan().flatten(1).all(1)
     order = np.random.default_rng(0).permutation(n)

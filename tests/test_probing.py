@@ -36,7 +36,7 @@ def subject(
     """Ratings that layer 4 at `rating` knows, with vectors [N, positions * layers, d] in a store."""
     residuals = []
     for at, position in enumerate(POSITIONS):
-        shards = Store(folder).vectors("residuals", {"position": position, "of": name})
+        shards = Store.open(str(folder)).vectors("residuals", {"position": position, "of": name})
         keys = [shards.key(task=task) for task in range(N)]
         there = [task for task in range(N) if task not in absent]
         mine = x[there, at * len(LAYERS) : (at + 1) * len(LAYERS)]

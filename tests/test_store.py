@@ -169,7 +169,7 @@ def test_vectors_of_several_parts_with_other_layers_and_rows(store):
     }
     for keys, layers in parts.values():
         vectors.append(keys, layers, torch.randn(len(keys), len(layers), 4), absent=[])
-    vectors.refresh()
+    vectors = store.vectors("v", SPEC)
     expected: dict[tuple[str, int], torch.Tensor] = {}
     for path in sorted(vectors.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as part:

@@ -1,0 +1,75 @@
+"""Sweeps of real jobs, run by whatever launcher, and held against each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+# Small batches, so that there is something to share out and to be killed at.
+SWEEP = [
+    "-m",
+    "model=smollm2,smollm2_plain",
+    "template=anchored,likert",
+    "completer=smollm2",
+    "model.batch_tokens=1200",
+    "completer.model.batch_tokens=300",
+    "dataset.limit=24",
+    "completer.max_new_tokens=8",
+    "rating.seeds=[0,1]",
+    "rating.max_new_tokens=4",
+    "capture.layers=[0,14]",
+    "capture.positions=[last_prompt,rating]",
+    "probe=none",
+]
+
+
+def environment(store: Path, **more: str) -> dict[str, str]:
+    """One thread a job, since sums of several threads can differ in their last digit."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HYDRA", "PREFS", "RAY"))}
+    return clean | {"PREFS_STORE": str(store), "COLUMNS": "80", "OMP_NUM_THREADS": "1", **more}
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "prefs.run", *SWEEP, f"hydra.sweep.dir={folder / 'sweep'}", *arguments]
+
+
+def sweep(folder: Path, environment: dict[str, str], *arguments: str, timeout_s: float = 900) -> str:
+    """Run the sweep to its end, in ``sweep`` below a folder; what it printed."""
+    done = subprocess.run(
+        command(folder, *arguments),
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def jobs(folder: Path) -> list[dict]:
+    """The jobs' own records, by number."""
+    found = sorted((folder / "sweep").glob("*/job.json"), key=lambda path: int(path.parent.name))
+    return [json.loads(path.read_text()) for path in found]
+
+
+def assert_same_tables(one: Path, other: Path) -> None:
+    """Every table of every job and of their comparison, to the last digit."""
+    names = sorted(path.relative_to(one / "sweep") for path in (one / "sweep").rglob("*.parquet"))
+    assert names == sorted(path.relative_to(other / "sweep") for path in (other / "sweep").rglob("*.parquet"))
+    assert len(names) > 20
+    for name in names:
+        left, right = (pd.read_parquet(folder / "sweep" / name) for folder in (one, other))
+        pd.testing.assert_frame_equal(left, right, check_exact=True, obj=str(name))
+
+
+def computed(jobs: Iterable[dict], stage: str) -> int:
+    """How many records of a stage these jobs computed together."""
+    return sum(work["computed"] for job in jobs for work in job["work"] if work["stage"].startswith(stage))
