@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,8 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         with _named_failure() if sweep else one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED):
             hydra_config, plain = HydraConfig.get(), _plain(cfg)
+            if not hydra_config.job.chdir:
+                _enter(hydra_config.runtime.cwd)
             folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
             group, suffix = None, ""
             if sweep:
@@ -128,6 +131,17 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 run_job(config, Place(folder, group, suffix), loaded[0], doings, plain_config=plain)
 
     return job
+
+
+def _enter(folder: str) -> None:
+    """Be where the command was given, which a launcher's worker need not be: paths in a config can be relative."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{socket.gethostname()} cannot enter the folder of the command, {folder}: {error.strerror}; "
+            "the hosts of a sweep need to share it"
+        ) from None
 
 
 def _plain(cfg: DictConfig) -> dict[str, object]:
