@@ -11,9 +11,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from sweeps import assert_same_tables, command, computed, environment, free_port, jobs, sweep
 
 pytestmark = pytest.mark.slurm
@@ -137,21 +139,29 @@ def workers(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGUSR2], ids=["killed", "preempted"])
-def test_a_job_that_is_stopped_is_queued_again(how, serial, slurm, tmp_path):
+def test_jobs_that_are_stopped_are_queued_again(serial, slurm, tmp_path):
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             command(tmp_path, *SLURM), cwd=tmp_path, env=slurm.environment(tmp_path / "store"), stdout=log, stderr=log
         )
     try:
-        # When it has begun to write, and has more to do.
-        until(lambda: any((tmp_path / "store").rglob("*.parquet")), 120, slurm.logs)
-        stopped = workers(tmp_path)
-        assert stopped
-        for worker in stopped:
-            os.kill(worker, how)
+        # When they have begun to write, and have more to do.
+        until(lambda: len(workers(tmp_path)) == 2 and any((tmp_path / "store").rglob("*.parquet")), 120, slurm.logs)
+        killed, preempted = workers(tmp_path)
+        os.kill(killed, signal.SIGKILL)  # as by a node that is out of memory
+        os.kill(preempted, signal.SIGUSR2)  # as by Slurm, before it needs the place or when the time is over
         assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text() + slurm.logs()
     finally:
         process.kill()
     assert_same_tables(serial, tmp_path)
     assert {job["status"] for job in jobs(tmp_path)} == {"finished"}
+
+
+def test_a_cancelled_job_is_not_queued_again(slurm, tmp_path):
+    (setup,) = OmegaConf.load(files("prefs.conf.hydra.launcher") / "slurm.yaml").setup
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{setup}\nsrun --output={tmp_path}/begun hostname\nsrun sleep 600\n")
+    job = slurm.said("sbatch", "--parsable", f"--output={tmp_path}/log", str(tmp_path / "job.sh")).strip()
+    until((tmp_path / "begun").exists, 60, slurm.logs)
+    slurm.said("scancel", job)
+    until(lambda: slurm.said("squeue", "--noheader", "--job", job).strip() == "", 90, slurm.logs)
+    assert "JobState=CANCELLED" in slurm.said("scontrol", "show", "job", job)

@@ -110,9 +110,15 @@ def _thinking(config: ThinkingConfig) -> Thinking | None:
 
 @dataclass
 class Models:
-    """The models a process has loaded. One job after another asks it; only what the present job uses stays loaded."""
+    """The models a process has loaded. One job after another asks it; only what the present job uses stays loaded.
+
+    Pickled, it is empty: a job that a cluster queues again, elsewhere and with what it was called with, loads its own.
+    """
 
     _loaded: dict[str, Backend] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[type[Models], tuple[()]]:
+        return Models, ()
 
     def get(self, spec: ModelSpec) -> Backend:
         """The engine of a spec, loaded now if it is not yet."""
