@@ -24,6 +24,8 @@ from prefs.jobs import Doings, Spent
 from prefs.measured import Measured
 from prefs.models.backend import Usage
 from prefs.models.loading import Models, ModelSpec, check_weights, identity
+from prefs.plan.costs import plan
+from prefs.plan.show import show_plan
 from prefs.probing import AUC, NoProbe, ProbeReport, Subject, features_digest, probe
 from prefs.records import Completion, Rated, Ratings, Residuals
 from prefs.stages import Roles, measure, sites
@@ -57,13 +59,19 @@ class Place:
 
 
 def run_job(config: Config, place: Place, models: Models, doings: Doings, *, plain_config: Mapping[str, Any]) -> None:
-    """Run one job, write everything it found to its folder, and note in `doings` what it did and spent.
+    """Run one job, write everything it found to its folder, and note in `doings` what it did and spent; or, with
+    `Config.plan`, print what that would cost and do nothing.
 
     Raises
     ------
     UserError
         For anything the user can mend: a bad row, a model that is not there, a full disk.
     """
+    # Task ids and origins are the user's text: nothing in them is markup.
+    console = Console(markup=False, highlight=False, emoji=False)
+    if config.plan:
+        show_plan(plan(config), config, sweep=place.group is not None, console=console)
+        return
     tasks = load_tasks(config.dataset)
     store = Store.open(config.store.dir, config.store.lease_s)
     roles = Roles.of(config)
@@ -89,8 +97,6 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
         write_table(table, place.folder / name)
     family = of.architecture.family if of.architecture else ""
     vectors = concepts.save(place.folder, identity(rater), family, plain_config)
-    # Task ids and origins are the user's text: nothing in them is markup.
-    console = Console(markup=False, highlight=False, emoji=False)
     synced: dict[str, Path] = {}
     probed: list[ProbeReport] = []
     for at, (key, ratings) in enumerate(rated.ratings.items()):
