@@ -402,7 +402,11 @@ class StatsConfig:
 
 @dataclass
 class Config:
-    """The whole configuration of a run."""
+    """The whole configuration of a run.
+
+    With ``plan``, what it will cost is told and nothing is run; hours are those of a GPU that sustains ``plan_tflops``
+    (10^12 operations a second).
+    """
 
     model: ModelConfig = MISSING
     completer: CompleterConfig = MISSING
@@ -413,6 +417,8 @@ class Config:
     probe: ProbeConfig = MISSING
     steering: SteeringConfig = MISSING
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
+    plan: bool = False
+    plan_tflops: float = 200.0
     rating: RatingConfig = field(default_factory=RatingConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -523,6 +529,8 @@ def check(config: Config) -> None:
     _check_steering(config)
     if not (math.isfinite(config.store.lease_s) and config.store.lease_s >= 0):
         raise ConfigError("store.lease_s", config.store.lease_s, "seconds, 0 or more")
+    if not (math.isfinite(config.plan_tflops) and config.plan_tflops > 0):
+        raise ConfigError("plan_tflops", config.plan_tflops, "more than 0, in 10^12 operations a second")
     _check_choice("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
     _check_range("stats.bootstrap", config.stats.bootstrap, 0, 1_000_000)
     if not 0 < config.stats.target_r < 1:

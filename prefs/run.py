@@ -7,7 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefs.config import register, typed, with_prompts
 from prefs.errors import UserError
 from prefs.jobs import FILE as JOB
-from prefs.jobs import recorded
+from prefs.jobs import Doings, recorded
 from prefs.lines import explain, one_line_errors
 from prefs.resources import sweep_gpus
 from prefs.sweep import name_suffix, noting_sweeps, sweep_name, swept
@@ -120,7 +120,8 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 sweep_folder = Path(hydra_config.sweep.dir)
                 group = sweep_name(sweep_folder, hydra_config.runtime.choices.get("experiment"))
                 suffix = name_suffix(overrides, swept(sweep_folder))
-            with recorded(folder, plain, overrides, group) as doings:
+            planning = plain.get("plan") is True  # of which nothing stays
+            with nullcontext(Doings()) if planning else recorded(folder, plain, overrides, group) as doings:
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.
                 from prefs.job import Place, run_job

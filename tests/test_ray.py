@@ -46,7 +46,7 @@ def test_the_canonical_sweep(serial, cluster, tmp_path):
     printed = sweep(tmp_path, environment(tmp_path / "store", RAY_ADDRESS=cluster), LAUNCHER, "wandb.mode=offline")
     assert_same_tables(serial, tmp_path)
     assert "Comparison · 4 cells of 4 jobs" in printed
-    for stage in ("completions", "ratings", "residual"):
+    for stage in ("completions", "sampled ratings", "exact ratings", "residual"):
         assert computed(jobs(tmp_path), stage) == computed(jobs(serial), stage), stage
     assert {job["status"] for job in jobs(tmp_path)} == {"finished"}
     assert len({job["group"] for job in jobs(tmp_path)}) == 1
