@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from prefs.measured import Measured
 from prefs.models.architecture import architecture
 from prefs.models.backend import Sampling, Usage
 from prefs.models.loading import Models, ModelSpec, identity, model_folder
-from prefs.probing import AUC, NoProbe, ProbeReport, Subject, features_digest, probe
+from prefs.probes.outcome import AUC, NoProbe
+from prefs.probing import ProbeReport, Subject, features_digest, probe
 from prefs.rate import CapturePlan, rate
 from prefs.records import Completion, Rated, Ratings, Residuals
 from prefs.store import Store
@@ -264,9 +266,12 @@ def _report(
     probed = None
     if config.probe.kind != "none":
         # Loggers and callbacks of Lightning's Trainer come by `_target_`, as everywhere in Hydra.
-        probing = replace(config.probe, trainer=instantiate(config.probe.trainer, _convert_="all"))
-        probed = probe(_subject(cell, residuals), probing, config.stats.bootstrap, earlier)
+        trainer = partial(instantiate, config.probe.trainer, _convert_="all")
+        subject = _subject(cell, residuals)
+        probed = probe(subject, config.probe, config.stats.bootstrap, earlier, stages.store, trainer)
     if isinstance(probed, ProbeReport):
+        log.info("%s", probed.work)
+        stages.doings.work.append(probed.work)
         tables |= probed.tables
     title = f"{rater.name}, {ratings.template.name}"
     of_concepts = compared(stages.concepts, measured, rated, probed, config, cell.folder, title)

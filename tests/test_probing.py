@@ -14,7 +14,8 @@ from prefs.config import ProbeConfig, ProbeControlsConfig
 from prefs.measured import Measured
 from prefs.models.backend import Sampling
 from prefs.probes.card import load_probe
-from prefs.probing import NoProbe, ProbeReport, Subject, probe
+from prefs.probes.outcome import NoProbe
+from prefs.probing import ProbeReport, Subject, probe
 from prefs.records import Residuals
 from prefs.store import Store
 
@@ -66,13 +67,19 @@ def x() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    """Where outcomes are kept; each test probes something else."""
+    return Store.open(str(tmp_path_factory.mktemp("outcomes")))
+
+
+@pytest.fixture(scope="module")
 def cell(tmp_path_factory, x) -> Subject:
     return subject(tmp_path_factory.mktemp("store"), x, absent=(7,))
 
 
 @pytest.fixture(scope="module")
-def report(cell) -> ProbeReport:
-    found = probe(cell, config(), 50, [])
+def report(cell, store) -> ProbeReport:
+    found = probe(cell, config(), 50, [], store)
     assert isinstance(found, ProbeReport)
     return found
 
@@ -112,8 +119,8 @@ def test_saved_probes_predict_what_the_tables_say(report, tmp_path, x):
     assert np.corrcoef(saved.probe.predict(x[used, column]), y)[0, 1] > 0.9
 
 
-def test_transfer_between_two_templates_of_a_job(report, x, tmp_path):
-    other = probe(subject(tmp_path, x, name="likert", seed=1), config(targets=["exact"]), 0, [report])
+def test_transfer_between_two_templates_of_a_job(report, x, tmp_path, store):
+    other = probe(subject(tmp_path, x, name="likert", seed=1), config(targets=["exact"]), 0, [report], store)
     assert isinstance(other, ProbeReport)
     table = other.transfer.set_index(["trained_on", "tested_on"])
     assert len(table) == 16
@@ -123,11 +130,11 @@ def test_transfer_between_two_templates_of_a_job(report, x, tmp_path):
     assert there["r"] > 0.9
 
 
-def test_a_yes_and_no(cell):
+def test_a_yes_and_no(cell, store):
     logistic = config(
         kind="logistic", targets=["good", "refused"], threshold="median", max_epochs=80, patience=40, learning_rate=0.03
     )
-    found = probe(cell, logistic, 20, [])
+    found = probe(cell, logistic, 20, [], store)
     assert isinstance(found, ProbeReport)
     assert found.metric == "AUC"
     assert found.chosen["score"].min() > 0.8
@@ -135,46 +142,47 @@ def test_a_yes_and_no(cell):
 
 
 @pytest.mark.parametrize("kind", ["linear", "ordinal", "mlp", "mean_difference"])
-def test_every_kind_goes_through(cell, kind, tmp_path):
+def test_every_kind_goes_through(cell, kind, tmp_path, store):
     few = ProbeControlsConfig(permutations=2, random_directions=0, texts=False, embedding_model=None)
-    found = probe(cell, config(kind=kind, targets=["exact"], max_epochs=30, learning_rate=0.03, controls=few), 0, [])
+    settings = config(kind=kind, targets=["exact"], max_epochs=30, learning_rate=0.03, controls=few)
+    found = probe(cell, settings, 0, [], store)
     assert isinstance(found, ProbeReport)
     assert found.chosen["pearson"][0] > 0.5
     found.save(tmp_path, {})
     assert load_probe(tmp_path / "exact").probe.kind == {"mean_difference": "linear"}.get(kind, kind)
 
 
-def test_a_broken_vector_is_named_by_task_position_and_layer(tmp_path, x):
+def test_a_broken_vector_is_named_by_task_position_and_layer(tmp_path, x, store):
     broken = x.clone()
     broken[9, 3, 3] = torch.nan
-    found = probe(subject(tmp_path, broken), config(), 0, [])
+    found = probe(subject(tmp_path, broken), config(), 0, [], store)
     assert isinstance(found, NoProbe)
     assert found.reason.startswith("the vector of task task-9 at rating, layer 1 holds a NaN")
 
 
-def test_fewer_tasks_than_folds(tmp_path, x):
-    found = probe(subject(tmp_path, x, absent=tuple(range(3, N))), config(), 0, [])
+def test_fewer_tasks_than_folds(tmp_path, x, store):
+    found = probe(subject(tmp_path, x, absent=tuple(range(3, N))), config(), 0, [], store)
     assert isinstance(found, NoProbe)
     assert "3 tasks have a vector at mean_completion, rating; 4 folds need 4" in found.reason
-    found = probe(subject(tmp_path, x), config(folds=49), 0, [])
+    found = probe(subject(tmp_path, x), config(folds=49), 0, [], store)
     assert isinstance(found, NoProbe)
     assert found.reason == "48 tasks cannot fill 49 folds: give more tasks or fewer folds (probe.folds)"
 
 
-def test_a_constant_target_is_left_out_with_its_reason(cell):
+def test_a_constant_target_is_left_out_with_its_reason(cell, store):
     flat = replace(cell, measured=replace(cell.measured, sampled=np.full((N, 3), 5.0)))
-    found = probe(flat, config(), 0, [])
+    found = probe(flat, config(), 0, [], store)
     assert isinstance(found, ProbeReport)
     assert [each.target.key for each in found.nothing] == ["sampled", "single"]
     assert found.chosen["target"].tolist() == ["exact"]
-    found = probe(flat, config(targets=["sampled"]), 0, [])
+    found = probe(flat, config(targets=["sampled"]), 0, [], store)
     assert isinstance(found, NoProbe)
     assert found.reason == "mean of 3 seeds: all 47 tasks have the same value, 5: there is nothing to predict"
 
 
-def test_an_origin_of_one_task_has_its_reason(cell):
+def test_an_origin_of_one_task_has_its_reason(cell, store):
     lone = replace(cell, measured=replace(cell.measured, origins=("ONE",) + ("MATH",) * 24 + ("ALPACA",) * 23))
-    found = probe(lone, config(targets=["exact"]), 0, [])
+    found = probe(lone, config(targets=["exact"]), 0, [], store)
     assert isinstance(found, ProbeReport)
     row = found.origins.set_index("origin").loc["ONE"]
     assert np.isnan(row["score"])
