@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -11,16 +14,24 @@ import torch
 from simulated_vectors import residuals, signal_and_noise
 
 from prefs.config import ProbeConfig, ProbeControlsConfig
+from prefs.files import write_table
+from prefs.jobs import Work
 from prefs.measured import Measured
 from prefs.models.backend import Sampling
+from prefs.probes import tested
 from prefs.probes.card import load_probe
 from prefs.probes.outcome import NoProbe
 from prefs.probing import ProbeReport, Subject, probe
 from prefs.records import Residuals
-from prefs.store import Store
+from prefs.store import Store, Vectors
 
 N, LAYERS, POSITIONS = 48, (1, 4, 8), ("mean_completion", "rating")
 ORIGINS = ("MATH", "ALPACA", "WILDCHAT", "BAILBENCH")
+
+
+def reopened(vectors: Vectors) -> Vectors:
+    """The same collection as another process sees it."""
+    return Vectors(vectors.folder.parent.parent, vectors.kind, vectors.spec)
 
 
 def config(**changes: object) -> ProbeConfig:
@@ -187,3 +198,107 @@ def test_an_origin_of_one_task_has_its_reason(cell, store):
     row = found.origins.set_index("origin").loc["ONE"]
     assert np.isnan(row["score"])
     assert row["score_reason"] == "fewer than 3 tasks (1)"
+
+
+def files(report: ProbeReport, folder: Path) -> dict[str, bytes]:
+    """All that a job writes of probes, by name."""
+    for name, table in report.tables.items():
+        write_table(table, folder / name)
+    report.save(folder / "probe", {"model": {"id": "m"}})
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def untrained(*_: object) -> NoReturn:
+    raise AssertionError("probes are trained")
+
+
+def test_what_was_trained_once_is_found_and_is_the_same(cell, store, report, tmp_path, monkeypatch):
+    # A store and vectors that are opened anew, as in another process.
+    again = replace(cell, residuals=[replace(each, vectors=reopened(each.vectors)) for each in cell.residuals])
+    monkeypatch.setattr(tested, "train_and_test", untrained)
+    found = probe(again, config(), 50, [], Store.open(str(store.root)), untrained)
+    assert isinstance(found, ProbeReport)
+    assert (report.work, found.work) == (Work("probes, anchored", 0, 3), Work("probes, anchored", 3, 0))
+    assert files(found, tmp_path / "found") == files(report, tmp_path / "made")
+    # Names are for people: a probe by another name is the same probe.
+    assert isinstance(probe(replace(again, name="other"), config(name="mine"), 50, [], store), ProbeReport)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"penalties": [0.1, 100.0]},
+        {"targets": ["exact", "sampled"]},
+        {"folds": 3},
+        {"seed": 1},
+        {"kind": "mean_difference"},
+        {"trainer": {"precision": "32-true"}},
+        {"controls": ProbeControlsConfig(permutations=10, random_directions=20, embedding_model=None)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_another_config_is_trained_anew(cell, report, store, monkeypatch, changed):
+    monkeypatch.setattr(tested, "train_and_test", untrained)
+    with pytest.raises(AssertionError, match="probes are trained"):
+        probe(cell, config(**changed), 50, [], store)
+
+
+def test_other_data_is_trained_on_anew(cell, report, store, monkeypatch):
+    monkeypatch.setattr(tested, "train_and_test", untrained)
+    measured = cell.measured
+    others = {
+        "layers": replace(cell, residuals=[replace(each, layers=LAYERS[:2]) for each in cell.residuals]),
+        "positions": replace(cell, residuals=cell.residuals[:1]),
+        "one rating": replace(cell, measured=replace(measured, sampled=np.where(measured.sampled == 5, 4, 1))),
+        "masses": replace(cell, measured=replace(measured, mass=measured.mass * 0.99)),
+        "origins": replace(cell, measured=replace(measured, origins=measured.origins[::-1])),
+        "texts": replace(cell, completions=["other words", *cell.completions[1:]]),
+        "temperature": replace(cell, sampling=Sampling(0.5, 1.0, 8)),
+    }
+    for other in others.values():
+        with pytest.raises(AssertionError, match="probes are trained"):
+            probe(other, config(), 50, [], store)
+    with pytest.raises(AssertionError, match="probes are trained"):
+        probe(cell, config(), 51, [], store)
+
+
+def test_a_damaged_outcome_is_set_aside_and_trained_anew(cell, tmp_path, caplog):
+    store, settings = Store.open(str(tmp_path)), config(targets=["exact"])
+    first = probe(cell, settings, 20, [], store)
+    (part,) = (tmp_path / "probes").rglob("*.safetensors")
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    second = probe(cell, settings, 20, [], store)
+    assert isinstance(first, ProbeReport)
+    assert isinstance(second, ProbeReport)
+    assert f"{part.name} is damaged" in caplog.text
+    assert second.work.computed == 1
+    assert files(second, tmp_path / "second") == files(first, tmp_path / "first")
+
+
+def test_what_training_warned_of_is_said_again(cell, store, caplog):
+    unfinished = config(kind="linear", targets=["exact"], max_epochs=2, learning_rate=1e-4, patience=5)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            probe(cell, unfinished, 0, [], store)
+        assert "had not stopped after 2 epochs" in caplog.text
+
+
+def test_jobs_that_want_the_same_probes_train_them_once(cell, tmp_path, monkeypatch):
+    train, trained = tested.train_and_test, []
+
+    def counted(*arguments):
+        trained.append(arguments)
+        return train(*arguments)
+
+    monkeypatch.setattr(tested, "train_and_test", counted)
+
+    def job(number: int) -> ProbeReport | NoProbe:
+        own = replace(cell, residuals=[replace(each, vectors=reopened(each.vectors)) for each in cell.residuals])
+        return probe(own, config(targets=["exact"]), 20, [], Store.open(str(tmp_path)))
+
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(job, range(2)))
+    assert len(trained) == 1
+    first, second = (files(each, tmp_path / f"{at}") for at, each in enumerate(reports))
+    assert first == second
