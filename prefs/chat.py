@@ -13,14 +13,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from prefs.chat_template import PLACEHOLDER, ChatTemplate, placeholder
 from prefs.errors import UserError
+
+if TYPE_CHECKING:  # it takes a second, and a job that finds everything in the store needs no tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 # The variable that turns thinking off in chat templates that know it (Qwen3's, SmolLM3's, GLM's).
 THINKING_SWITCH = "enable_thinking"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
 
 from prefs.errors import UserError
+
+if TYPE_CHECKING:  # as in `prefs.chat`
+    from transformers import PreTrainedTokenizerFast
 
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 # Splits a rendered template into what the template wrote and, at odd places, the numbers of the texts.

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from prefs.measured import DIRECT
 from prefs.probes.controls import BLIND
-from prefs.probing import AUC, NoProbe, ProbeReport
+from prefs.probes.outcome import AUC, NoProbe
+from prefs.probing import ProbeReport
 from prefs.records import Ratings
 from prefs.statistics.refusal import MIN_GROUP
 from prefs.summary import Stability

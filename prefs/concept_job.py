@@ -24,8 +24,9 @@ from prefs.measured import Measured
 from prefs.models.architecture import Architecture
 from prefs.models.backend import Sampling
 from prefs.models.loading import Models, ModelSpec, identity
+from prefs.probes.outcome import NoProbe
 from prefs.probes.probe import Site
-from prefs.probing import NoProbe, ProbeReport
+from prefs.probing import ProbeReport
 from prefs.rate import CapturePlan
 from prefs.records import Rated, Ratings
 from prefs.steer import Arrow, Place, Responses, steer

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from prefs.jobs import Doings, Spent
 from prefs.measured import Measured
 from prefs.models.backend import Usage
 from prefs.models.loading import Models, ModelSpec, check_weights, identity
-from prefs.plan.costs import plan
-from prefs.plan.show import show_plan
-from prefs.probing import AUC, NoProbe, ProbeReport, Subject, features_digest, probe
+from prefs.probes.outcome import AUC, NoProbe
+from prefs.probing import ProbeReport, Subject, features_digest, probe
 from prefs.records import Completion, Rated, Ratings, Residuals
 from prefs.stages import Roles, measure, sites
 from prefs.store import Store
@@ -70,6 +70,9 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
     # Task ids and origins are the user's text: nothing in them is markup.
     console = Console(markup=False, highlight=False, emoji=False)
     if config.plan:
+        from prefs.plan.costs import plan
+        from prefs.plan.show import show_plan
+
         show_plan(plan(config), config, sweep=place.group is not None, console=console)
         return
     tasks = load_tasks(config.dataset)
@@ -180,9 +183,12 @@ def _report(
     probed = None
     if config.probe.kind != "none":
         # Loggers and callbacks of Lightning's Trainer come by `_target_`, as everywhere in Hydra.
-        probing = replace(config.probe, trainer=instantiate(config.probe.trainer, _convert_="all"))
-        probed = probe(_subject(cell, residuals), probing, config.stats.bootstrap, earlier)
+        trainer = partial(instantiate, config.probe.trainer, _convert_="all")
+        subject = _subject(cell, residuals)
+        probed = probe(subject, config.probe, config.stats.bootstrap, earlier, stages.store, trainer)
     if isinstance(probed, ProbeReport):
+        log.info("%s", probed.work)
+        stages.doings.work.append(probed.work)
         tables |= probed.tables
     title = f"{rater.name}, {ratings.template.name}"
     of_concepts = compared(stages.concepts, measured, rated, probed, config, cell.folder, title)

@@ -1,12 +1,16 @@
-"""The probing stage: from captured residuals to the rating, beside all that a probe has to be compared with."""
+"""The probing stage: from captured residuals to the rating.
+
+What probes bring is kept in the store: a job that probes the same vectors for the same targets in the same way reads
+it, and trains nothing.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections import Counter
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +18,27 @@ import numpy as np
 import pandas as pd
 
 from prefs.config import ProbeConfig
-from prefs.errors import UserError
+from prefs.jobs import Work
 from prefs.measured import Measured
 from prefs.models.backend import Sampling
-from prefs.probes import baselines
-from prefs.probes import controls as names
 from prefs.probes.card import SavedProbe, save_probe
-from prefs.probes.crossval import MIN_TASKS, CrossValidated, Nothing, cross_validate, held_out_origins
-from prefs.probes.descent import Descent
-from prefs.probes.features import Captured, Features, NotFinite
-from prefs.probes.folds import assign_folds
-from prefs.probes.scores import Scores, auc_columns, r2_of, score
+from prefs.probes.features import Captured, Features
+from prefs.probes.outcome import NoProbe, Outcome, put_together, taken_apart
+from prefs.probes.scores import score
 from prefs.probes.targets import Target, targets_of
-from prefs.probes.train import Training
-from prefs.progress import progress
+from prefs.probes.validated import MIN_TASKS, CrossValidated
 from prefs.records import Residuals
-from prefs.statistics.estimates import LEVEL, Estimate, Resamples
+from prefs.sharing import share
+from prefs.statistics.estimates import Resamples
+from prefs.store import Result, Store, digest
 from prefs.summary import columns, numeric
 
-R2, AUC = "R²", "AUC"
-# Cell and target trained on, cell and target tested on.
-Pair = tuple[str, str, str, str]
+log = logging.getLogger(__name__)
+
+# Part of every key: raise it when probes are trained, tested or written down in another way.
+FORMAT = 1
+# Names of two cells: trained on, tested on.
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -60,45 +64,35 @@ class Subject:
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeReport:
-    """Probes of one cell: tables of what was found, and what is saved of them.
+class ProbeReport(Outcome):
+    """Probes of one cell: what was found, of what, and what else a job says of it.
 
     Attributes
     ----------
-    metric
-        What ``score`` is in all tables: R² on held-out tasks, or AUC for targets of yes and no.
-    scores
-        One row a target, position and layer.
-    chosen
-        One row a target: the penalty and site of each fold chosen by the other folds, and all these predictions
-        scored together. This is the figure to report.
-    controls
-        One row a target and control.
-    origins
-        One row a target and origin: held out from training, and within the folds.
+    key
+        What the outcome is called in the store.
+    rows
+        The tasks probed, of all of the cell.
+    work
+        How many probes were found in the store, one a target, and how many trained.
     transfer
         One row a pair of targets: trained on one, tested on the other, on held-out tasks.
-    predictions
-        One row a target and task, of the probes in ``chosen``.
     pairs
         What ``transfer`` is made of, for the job's next cell.
     """
 
     subject: Subject
-    metric: str
-    scores: pd.DataFrame
-    chosen: pd.DataFrame
-    controls: pd.DataFrame
-    origins: pd.DataFrame
-    transfer: pd.DataFrame
-    predictions: pd.DataFrame
-    results: Sequence[CrossValidated]
-    nothing: Sequence[Nothing]
+    key: str
     features: Features
     rows: np.ndarray
-    left_out: int
-    without: Sequence[str]
-    pairs: Mapping[Pair, dict[str, object]] = field(default_factory=dict)
+    work: Work
+    transfer: pd.DataFrame = field(default_factory=pd.DataFrame)
+    pairs: Mapping[Pair, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> int:
+        """How many tasks of the cell are not probed."""
+        return len(self.subject.measured.tasks) - len(self.rows)
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -132,289 +126,164 @@ class ProbeReport:
         return written
 
 
-@dataclass(frozen=True)
-class NoProbe:
-    """Why no probe was trained."""
-
-    reason: str
-
-
 def probe(
-    subject: Subject, config: ProbeConfig, bootstrap: int, earlier: Sequence[ProbeReport]
+    subject: Subject,
+    config: ProbeConfig,
+    bootstrap: int,
+    earlier: Sequence[ProbeReport],
+    store: Store,
+    trainer: Callable[[], Mapping[str, Any]] = dict,
 ) -> ProbeReport | NoProbe:
-    """Train and test probes of a cell's targets on the tasks that have a vector at all positions.
+    """Probes of a cell's targets on the tasks that have a vector at all positions: from the store, or trained now.
 
-    `earlier` are the job's other cells so far, for the transfer between them.
+    `earlier` are the job's other cells so far, for the transfer between them. `trainer` makes the arguments of
+    Lightning's Trainer from ``config.trainer``, and is called only where something is trained.
     """
     present = np.all([each.present() for each in subject.residuals], axis=0)
     rows, measured = np.flatnonzero(present), subject.measured
-    try:
-        folds = assign_folds(measured.tasks, measured.origins, config.folds, config.seed)[rows]
-    except ValueError as error:
-        return NoProbe(f"{error} (probe.folds)")
     needed = max(config.folds, MIN_TASKS)
+    if (count := len(measured.tasks)) < config.folds:
+        return NoProbe(f"{count} tasks cannot fill {config.folds} folds: give more tasks or fewer folds (probe.folds)")
     if len(rows) < needed:
         positions = ", ".join(each.position for each in subject.residuals)
         return NoProbe(f"{len(rows)} tasks have a vector at {positions}; {config.folds} folds need {needed} or more")
-    used = measured.only(rows)
-    targets = targets_of(used, subject.sampling, tuple(config.targets), config.threshold)
+    targets = targets_of(measured.only(rows), subject.sampling, tuple(config.targets), config.threshold)
     if not targets:
         return NoProbe(f"these ratings have none of the targets {', '.join(config.targets)}")
+    key = _key(subject, rows, config, bootstrap)
+    kept = store.result("probes", {"probes": key})
     features = Captured(subject.residuals, rows.tolist())
-    training = _training(config)
-    scale = sorted(measured.values)
-    try:
-        found = cross_validate(
-            features,
-            targets,
-            folds,
-            used.origins,
-            training,
-            permutations=config.controls.permutations,
-            bootstrap=bootstrap,
-            values=scale,
-            show_progress=True,
+
+    def train() -> Outcome | NoProbe:
+        # Imported only now: a job that finds its probes should not wait for Lightning and scikit-learn.
+        from prefs.probes.tested import Probed, train_and_test
+
+        prompts, completions = ([texts[int(row)] for row in rows] for texts in (subject.prompts, subject.completions))
+        return train_and_test(
+            Probed(measured, rows, targets, features, prompts, completions), config, trainer(), bootstrap
         )
-        results = [each for each in found if isinstance(each, CrossValidated)]
-        nothing = [each for each in found if isinstance(each, Nothing)]
-        if not results:
-            return NoProbe("; ".join(f"{each.target.name}: {each.reason}" for each in nothing))
-        texts = _Texts.of(subject, rows)
-        draws = Resamples.draw(len(rows), bootstrap, config.seed)
-        controls, without = _controls(results, features, texts, used.origins, folds, draws, config)
-        origins = _origins(results, features, used.origins, training, draws, config, scale)
-    except NotFinite as error:
-        task = used.tasks[error.row]
-        return NoProbe(f"the vector of task {task} at {error.site} holds a NaN or an infinity: capture it again")
+
+    outcome, trained = _found_or_trained(kept, store, train)
+    if isinstance(outcome, NoProbe):
+        return outcome
+    count = len(outcome.results)
     report = ProbeReport(
+        **{each.name: getattr(outcome, each.name) for each in fields(outcome)},
         subject=subject,
-        metric=AUC if results[0].target.binary else R2,
-        scores=_scores(results, features, controls),
-        chosen=_chosen(results, features),
-        controls=controls,
-        origins=origins,
-        transfer=pd.DataFrame(),
-        predictions=_predictions(results, used),
-        results=results,
-        nothing=nothing,
+        key=key,
         features=features,
         rows=rows,
-        left_out=len(measured.tasks) - len(rows),
-        without=without,
+        work=Work(f"probes, {subject.name}", 0 if trained else count, count if trained else 0),
     )
-    return _with_transfer(report, earlier, bootstrap, config.seed)
+    return _with_transfer(report, earlier, bootstrap, config.seed, store)
 
 
-def _training(config: ProbeConfig) -> Training:
-    return Training(
-        kind=config.kind,  # type: ignore[arg-type]
-        penalties=tuple(config.penalties) or (0.0,),
-        batch_size=config.batch_size,
-        max_epochs=config.max_epochs,
-        descent=Descent(
-            optimizer=config.optimizer,
-            learning_rate=config.learning_rate,
-            momentum=config.momentum,
-            patience=config.patience,
-            min_delta=config.min_delta,
-            hidden=config.hidden,
-            seed=config.seed,
-        ),
-        trainer=config.trainer,
-        seed=config.seed,
+def _found_or_trained(
+    kept: Result, store: Store, train: Callable[[], Outcome | NoProbe]
+) -> tuple[Outcome | NoProbe, bool]:
+    """The outcome, and whether it was trained here; where jobs want the same at the same time, one of them trains."""
+    found = _read(kept)
+    if found is not None:
+        for warning in found.warnings:
+            log.warning("%s", warning)
+        return found, False
+    made: list[Outcome | NoProbe] = []
+
+    def refresh() -> None:
+        nonlocal found
+        found = found or _read(kept)
+
+    def compute(_: Result) -> None:
+        made.append(outcome := train())
+        # What could not be had today may be there tomorrow.
+        if isinstance(outcome, Outcome) and not outcome.without:
+            kept.write(*taken_apart(outcome))
+
+    def lacking(_: Result) -> list[str]:
+        return [] if made or found is not None else [kept.key()]
+
+    share([kept], store.leases, lacking=lacking, compute=compute, refresh=refresh)
+    if found is not None:
+        return found, False
+    (outcome,) = made
+    return outcome, True
+
+
+def _read(kept: Result) -> Outcome | None:
+    content = kept.read()
+    return None if content is None else put_together(*content)
+
+
+def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int) -> str:
+    """SHA-256 of all that determines an outcome: vectors, ratings, texts, and how probes are trained and tested."""
+    settings = asdict(config)
+    for name in ("name", "layers", "positions"):  # the last two are the residuals'
+        del settings[name]
+    embeddings = config.controls.texts and bool(config.controls.embedding_model)
+    measured = subject.measured
+    arrays = (measured.sampled, measured.mass, measured.refused, measured.by_thought, rows)
+    return digest(
+        {
+            "format": FORMAT,
+            "vectors": features_digest(subject.residuals),
+            "sites": [[each.position, list(each.layers)] for each in subject.residuals],
+            "ratings": [None if each is None else _digest(each) for each in arrays],
+            "scale": [list(measured.says), list(measured.values), measured.thinks, asdict(subject.sampling)],
+            "tasks": digest([measured.tasks, measured.origins, list(subject.prompts), list(subject.completions)]),
+            "config": settings,
+            "embeddings": embeddings and importlib.util.find_spec("sentence_transformers") is not None,
+            "bootstrap": bootstrap,
+        }
     )
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """[n] prompts and completions of the tasks probed."""
-
-    prompts: Sequence[str]
-    completions: Sequence[str]
-
-    @classmethod
-    def of(cls, subject: Subject, rows: np.ndarray) -> _Texts:
-        return cls([subject.prompts[int(row)] for row in rows], [subject.completions[int(row)] for row in rows])
-
-    @property
-    def both(self) -> list[str]:
-        return [f"{prompt}\n\n{text}" for prompt, text in zip(self.prompts, self.completions, strict=True)]
+def _digest(array: np.ndarray) -> list[Any]:
+    content = np.ascontiguousarray(array)
+    return [list(content.shape), content.dtype.str, hashlib.sha256(content.data).hexdigest()]
 
 
-def _controls(
-    results: Sequence[CrossValidated],
-    features: Features,
-    texts: _Texts,
-    origins: Sequence[str],
-    folds: np.ndarray,
-    draws: Resamples,
-    config: ProbeConfig,
-) -> tuple[pd.DataFrame, list[str]]:
-    """What the probes are compared with, and what was wanted but could not be had."""
-    without: list[str] = []
-    predictors: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        names.ORIGIN: lambda y: baselines.origin_mean(y, origins, folds)
-    }
-    if config.controls.texts:
-        predictors[names.LENGTH] = lambda y: baselines.length(y, texts.prompts, texts.completions, folds)
-        predictors[names.WORDS] = lambda y: baselines.content(y, texts.both, folds, config.seed)
-        name = config.controls.embedding_model
-        if name and importlib.util.find_spec("sentence_transformers"):
-            try:
-                vectors = baselines.embed(texts.both, name)
-                predictors[names.EMBEDDING] = lambda y: baselines.on_vectors(y, vectors, folds)
-            except UserError as error:
-                without.append(f"No control by sentence embeddings: {error}.")
-    rows: list[dict[str, object]] = []
-    count = len(results) * (len(predictors) + bool(config.controls.random_directions))
-    with progress("Controls", count) as advance:
-        for result in results:
-            y = result.target.values
-            for name, predict in predictors.items():
-                scored = score(predict(y)[:, None], y, draws, binary=result.target.binary)[0]
-                rows.append({"target": result.target.name, "control": name, **columns("score", result.main(scored))})
-                advance(1)
-            if config.controls.random_directions:
-                rows.append(_random(result, features, folds, config))
-                advance(1)
-            if result.within is not None:
-                row = {"target": result.target.name, "control": names.WITHIN}
-                rows.append({**row, **columns("score", result.within.r2)})
-            if len(result.chosen_null):
-                rows.append({"target": result.target.name, "control": names.SHUFFLED} | _middle(result.chosen_null))
-    return numeric(pd.DataFrame(rows), words=("target", "control")), without
-
-
-def _random(result: CrossValidated, features: Features, folds: np.ndarray, config: ProbeConfig) -> dict[str, object]:
-    """The median over random directions at the final probe's site, and the middle 95 % of them."""
-    site = features.sites.index(result.final.site)
-    vectors = features.read(range(features.n), slice(site, site + 1)).float()
-    y = result.target.values
-    predictions = baselines.random_directions(vectors, y, folds, config.controls.random_directions, config.seed)[:, 0]
-    if result.target.binary:
-        there = result.target.observed
-        scores = auc_columns(predictions[there][:, :, None], np.broadcast_to(y[there][:, None], (there.sum(), 1)))[:, 0]
-    else:
-        scores = r2_of(predictions, y)
-    return {"target": result.target.name, "control": names.RANDOM} | _middle(scores)
-
-
-def _middle(values: np.ndarray) -> dict[str, object]:
-    """Median and middle 95 % of a distribution."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return columns("score", Estimate.missing("undefined for all", 0))
-    low, middle, high = np.quantile(values, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
-    return columns("score", Estimate(float(middle), float(low), float(high), len(values)))
-
-
-def _origins(
-    results: Sequence[CrossValidated],
-    features: Features,
-    origins: Sequence[str],
-    training: Training,
-    draws: Resamples,
-    config: ProbeConfig,
-    scale: Sequence[float],
-) -> pd.DataFrame:
-    """Each origin predicted by probes trained on the others, beside the same tasks predicted within the folds."""
-    if not config.controls.held_out_origins:
-        return pd.DataFrame()
-    rows: list[dict[str, object]] = []
-    named = np.asarray(origins)
-    for result in results:
-        y = result.target.values
-        predictions = held_out_origins(features, result.target, origins, training, values=scale, show_progress=True)
-        within = np.full(len(y), np.nan)
-        within[result.rows] = result.predictions
-        if predictions is None:
-            continue
-        for origin in dict.fromkeys(origins):
-            mine = np.flatnonzero((named == origin) & result.target.observed)
-            some = Resamples(draws.times[:, mine])
-            out, inside = score(
-                np.stack([predictions[mine], within[mine]], axis=1), y[mine], some, binary=result.target.binary
-            )
-            row: dict[str, object] = {"target": result.target.name, "origin": origin, "n": len(mine)}
-            row |= columns("score", result.main(out)) | columns("pearson", out.pearson)
-            row |= {"within": result.main(inside).value, "within_pearson": inside.pearson.value}
-            rows.append(row)
-    return numeric(pd.DataFrame(rows), words=("target", "origin")) if rows else pd.DataFrame()
-
-
-def _measures(scores: Scores, main: Estimate) -> dict[str, object]:
-    cells = columns("score", main)
-    for name in ("r2", "pearson", "spearman", "mae", "auc"):
-        each: Estimate = getattr(scores, name)
-        cells |= {name: each.value, f"{name}_low": each.low, f"{name}_high": each.high}
-    return cells
-
-
-def _scores(results: Sequence[CrossValidated], features: Features, controls: pd.DataFrame) -> pd.DataFrame:
-    rows = []
-    of_origin = {row["target"]: row["score"] for row in controls.to_dict("records") if row["control"] == names.ORIGIN}
-    for result in results:
-        low, high = result.null_band()
-        for at, site in enumerate(features.sites):
-            scores = result.by_site[at]
-            row: dict[str, object] = {"target": result.target.name, "position": site.position, "layer": site.layer}
-            row |= {"n": len(result.rows)} | _measures(scores, result.main(scores))
-            row |= {"p": result.site_p(at), "null_low": low[at], "null_high": high[at]}
-            row |= {"ceiling": result.target.ceiling.value, "origin_mean": of_origin[result.target.name]}
-            rows.append(row)
-    return numeric(pd.DataFrame(rows), words=("target", "position"))
-
-
-def _chosen(results: Sequence[CrossValidated], features: Features) -> pd.DataFrame:
-    rows = []
-    for result in results:
-        sites = Counter(str(features.sites[site]) for site in result.chosen_sites)
-        row: dict[str, object] = {"target": result.target.name, "n": len(result.rows)}
-        row |= _measures(result.chosen, result.main(result.chosen)) | {"p": result.p}
-        row |= columns("ceiling", result.target.ceiling)
-        row |= {"position": result.final.site.position, "layer": result.final.site.layer}
-        row |= {"penalty": result.final_penalty}
-        row["sites"] = "; ".join(f"{site} ({count})" for site, count in sites.most_common())
-        rows.append(row)
-    return numeric(pd.DataFrame(rows), words=("target", "position", "sites"))
-
-
-def _predictions(results: Sequence[CrossValidated], used: Measured) -> pd.DataFrame:
-    tasks, origins = np.array(used.tasks, dtype=object), np.array(used.origins, dtype=object)
-    frames = [
-        pd.DataFrame(
-            {
-                "target": result.target.name,
-                "task": tasks[result.rows],
-                "origin": origins[result.rows],
-                "fold": result.folds,
-                "measured": result.target.values[result.rows],
-                "predicted": result.predictions,
-            }
-        )
-        for result in results
-    ]
-    return pd.concat(frames, ignore_index=True)
-
-
-def _with_transfer(report: ProbeReport, earlier: Sequence[ProbeReport], bootstrap: int, seed: int) -> ProbeReport:
+def _with_transfer(
+    report: ProbeReport, earlier: Sequence[ProbeReport], bootstrap: int, seed: int, store: Store
+) -> ProbeReport:
     """The report with its table of transfer: all pairs of targets of this cell and of those before it."""
     cells = [*earlier, report]
-    pairs: dict[Pair, dict[str, object]] = dict(earlier[-1].pairs) if earlier else {}
+    pairs: dict[Pair, Sequence[Mapping[str, Any]]] = dict(earlier[-1].pairs) if earlier else {}
     rows = []
     for trained in cells:
         for tested in cells:
-            for result in trained.results:
-                for other in tested.results:
-                    pair = (trained.subject.name, result.target.name, tested.subject.name, other.target.name)
-                    if pair not in pairs:  # the job's cells before this one have theirs
-                        pairs[pair] = _transferred(trained, result, tested, other.target, bootstrap, seed)
-                    row: dict[str, object] = {"trained_on": _label(trained, result.target, len(cells) > 1)}
-                    rows.append(row | {"tested_on": _label(tested, other.target, len(cells) > 1)} | pairs[pair])
+            pair = (trained.subject.name, tested.subject.name)
+            if pair not in pairs:  # the job's cells before this one have theirs
+                pairs[pair] = _transfers(trained, tested, bootstrap, seed, store)
+            names = [
+                {"trained_on": _label(trained, one.target, len(cells) > 1)}
+                | {"tested_on": _label(tested, other.target, len(cells) > 1)}
+                for one in trained.results
+                for other in tested.results
+            ]
+            rows += [{**named, **scores} for named, scores in zip(names, pairs[pair], strict=True)]
     if len(rows) < 2:
         return replace(report, pairs=pairs)
     table = numeric(pd.DataFrame(rows), words=("trained_on", "tested_on"))
     return replace(report, transfer=table, pairs=pairs)
+
+
+def _transfers(
+    trained: ProbeReport, tested: ProbeReport, bootstrap: int, seed: int, store: Store
+) -> Sequence[Mapping[str, Any]]:
+    """The transfer from each target of a cell to each of another: from the store, or tried out now."""
+    kept = store.result(
+        "probe_transfers", {"trained": trained.key, "tested": tested.key, "bootstrap": bootstrap, "seed": seed}
+    )
+    content = kept.read()
+    if content is not None:
+        return content[1]
+    made = [
+        _transferred(trained, one, tested, other.target, bootstrap, seed)
+        for one in trained.results
+        for other in tested.results
+    ]
+    kept.write({}, made)
+    return made
 
 
 def _label(report: ProbeReport, target: Target, several: bool) -> str:

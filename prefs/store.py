@@ -82,6 +82,10 @@ class Store:
         """The collection of residual-stream vectors of one kind under one specification."""
         return Vectors(self.root, kind, {"format": FORMAT, **spec})
 
+    def result(self, kind: str, spec: Mapping[str, Any]) -> Result:
+        """The one result of a kind that its specification determines."""
+        return Result(self.root, kind, {"format": FORMAT, **spec})
+
 
 def store_root(directory: str | None) -> Path:
     """The folder of a store, which need not be there: the one given, or the user's data directory."""
@@ -309,6 +313,29 @@ class Vectors(_Collection):
                         gathered = torch.empty((len(keys), len(layers), tensor.shape[1]), dtype=tensor.dtype)
                     gathered[outs, layers.index(layer)] = tensor[ins]
         return torch.empty((0, len(layers), 0)) if gathered is None else gathered
+
+
+class Result(_Collection):
+    """Tensors and what JSON says of them, as one part; nothing but the specification determines them."""
+
+    suffix = ".safetensors"
+
+    def read(self) -> tuple[dict[str, torch.Tensor], Any] | None:
+        """The tensors by name and the JSON; None where they are not there."""
+        self._known.clear()
+        for path in self._new_parts():
+            try:
+                with safe_open(path, framework="pt") as part:
+                    said = json.loads(part.metadata()["prefs"])
+                    return {name: part.get_tensor(name) for name in part.keys()}, said  # noqa: SIM118
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                self._set_aside(path, str(error))
+        return None
+
+    def write(self, tensors: Mapping[str, torch.Tensor], said: Any) -> None:
+        """Write tensors by name, and what JSON says of them, whose names keep their order."""
+        text = json.dumps(said, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        self._write(save(dict(tensors), metadata={"prefs": text}))
 
 
 def batches(lengths: Mapping[str, int], budget: int) -> list[list[str]]:

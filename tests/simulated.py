@@ -30,7 +30,8 @@ from prefs.judge import judge
 from prefs.measured import Measured
 from prefs.models.backend import Question, Sampling
 from prefs.models.loading import Models
-from prefs.probing import NoProbe, Subject, probe
+from prefs.probes.outcome import NoProbe
+from prefs.probing import Subject, probe
 from prefs.records import Answer, Completion, Ratings, Residuals, Thoughts
 from prefs.run import register_resolvers
 from prefs.store import Store
@@ -160,7 +161,7 @@ def _probe(
         completions=[each.text or "" for each in completions],
         residuals=[Residuals("rating", tuple(range(layers)), keys, captured)],
     )
-    found = probe(subject, settings, plain["stats"]["bootstrap"], [])
+    found = probe(subject, settings, plain["stats"]["bootstrap"], [], Store.open(str(folder / "store")))
     if isinstance(found, NoProbe):
         return
     for name, table in found.tables.items():

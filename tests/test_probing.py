@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -11,15 +14,24 @@ import torch
 from simulated_vectors import residuals, signal_and_noise
 
 from prefs.config import ProbeConfig, ProbeControlsConfig
+from prefs.files import write_table
+from prefs.jobs import Work
 from prefs.measured import Measured
 from prefs.models.backend import Sampling
+from prefs.probes import tested
 from prefs.probes.card import load_probe
-from prefs.probing import NoProbe, ProbeReport, Subject, probe
+from prefs.probes.outcome import NoProbe
+from prefs.probing import ProbeReport, Subject, probe
 from prefs.records import Residuals
-from prefs.store import Store
+from prefs.store import Store, Vectors
 
 N, LAYERS, POSITIONS = 48, (1, 4, 8), ("mean_completion", "rating")
 ORIGINS = ("MATH", "ALPACA", "WILDCHAT", "BAILBENCH")
+
+
+def reopened(vectors: Vectors) -> Vectors:
+    """The same collection as another process sees it."""
+    return Vectors(vectors.folder.parent.parent, vectors.kind, vectors.spec)
 
 
 def config(**changes: object) -> ProbeConfig:
@@ -66,13 +78,19 @@ def x() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    """Where outcomes are kept; each test probes something else."""
+    return Store.open(str(tmp_path_factory.mktemp("outcomes")))
+
+
+@pytest.fixture(scope="module")
 def cell(tmp_path_factory, x) -> Subject:
     return subject(tmp_path_factory.mktemp("store"), x, absent=(7,))
 
 
 @pytest.fixture(scope="module")
-def report(cell) -> ProbeReport:
-    found = probe(cell, config(), 50, [])
+def report(cell, store) -> ProbeReport:
+    found = probe(cell, config(), 50, [], store)
     assert isinstance(found, ProbeReport)
     return found
 
@@ -112,8 +130,8 @@ def test_saved_probes_predict_what_the_tables_say(report, tmp_path, x):
     assert np.corrcoef(saved.probe.predict(x[used, column]), y)[0, 1] > 0.9
 
 
-def test_transfer_between_two_templates_of_a_job(report, x, tmp_path):
-    other = probe(subject(tmp_path, x, name="likert", seed=1), config(targets=["exact"]), 0, [report])
+def test_transfer_between_two_templates_of_a_job(report, x, tmp_path, store):
+    other = probe(subject(tmp_path, x, name="likert", seed=1), config(targets=["exact"]), 0, [report], store)
     assert isinstance(other, ProbeReport)
     table = other.transfer.set_index(["trained_on", "tested_on"])
     assert len(table) == 16
@@ -123,11 +141,11 @@ def test_transfer_between_two_templates_of_a_job(report, x, tmp_path):
     assert there["r"] > 0.9
 
 
-def test_a_yes_and_no(cell):
+def test_a_yes_and_no(cell, store):
     logistic = config(
         kind="logistic", targets=["good", "refused"], threshold="median", max_epochs=80, patience=40, learning_rate=0.03
     )
-    found = probe(cell, logistic, 20, [])
+    found = probe(cell, logistic, 20, [], store)
     assert isinstance(found, ProbeReport)
     assert found.metric == "AUC"
     assert found.chosen["score"].min() > 0.8
@@ -135,47 +153,152 @@ def test_a_yes_and_no(cell):
 
 
 @pytest.mark.parametrize("kind", ["linear", "ordinal", "mlp", "mean_difference"])
-def test_every_kind_goes_through(cell, kind, tmp_path):
+def test_every_kind_goes_through(cell, kind, tmp_path, store):
     few = ProbeControlsConfig(permutations=2, random_directions=0, texts=False, embedding_model=None)
-    found = probe(cell, config(kind=kind, targets=["exact"], max_epochs=30, learning_rate=0.03, controls=few), 0, [])
+    settings = config(kind=kind, targets=["exact"], max_epochs=30, learning_rate=0.03, controls=few)
+    found = probe(cell, settings, 0, [], store)
     assert isinstance(found, ProbeReport)
     assert found.chosen["pearson"][0] > 0.5
     found.save(tmp_path, {})
     assert load_probe(tmp_path / "exact").probe.kind == {"mean_difference": "linear"}.get(kind, kind)
 
 
-def test_a_broken_vector_is_named_by_task_position_and_layer(tmp_path, x):
+def test_a_broken_vector_is_named_by_task_position_and_layer(tmp_path, x, store):
     broken = x.clone()
     broken[9, 3, 3] = torch.nan
-    found = probe(subject(tmp_path, broken), config(), 0, [])
+    found = probe(subject(tmp_path, broken), config(), 0, [], store)
     assert isinstance(found, NoProbe)
     assert found.reason.startswith("the vector of task task-9 at rating, layer 1 holds a NaN")
 
 
-def test_fewer_tasks_than_folds(tmp_path, x):
-    found = probe(subject(tmp_path, x, absent=tuple(range(3, N))), config(), 0, [])
+def test_fewer_tasks_than_folds(tmp_path, x, store):
+    found = probe(subject(tmp_path, x, absent=tuple(range(3, N))), config(), 0, [], store)
     assert isinstance(found, NoProbe)
     assert "3 tasks have a vector at mean_completion, rating; 4 folds need 4" in found.reason
-    found = probe(subject(tmp_path, x), config(folds=49), 0, [])
+    found = probe(subject(tmp_path, x), config(folds=49), 0, [], store)
     assert isinstance(found, NoProbe)
     assert found.reason == "48 tasks cannot fill 49 folds: give more tasks or fewer folds (probe.folds)"
 
 
-def test_a_constant_target_is_left_out_with_its_reason(cell):
+def test_a_constant_target_is_left_out_with_its_reason(cell, store):
     flat = replace(cell, measured=replace(cell.measured, sampled=np.full((N, 3), 5.0)))
-    found = probe(flat, config(), 0, [])
+    found = probe(flat, config(), 0, [], store)
     assert isinstance(found, ProbeReport)
     assert [each.target.key for each in found.nothing] == ["sampled", "single"]
     assert found.chosen["target"].tolist() == ["exact"]
-    found = probe(flat, config(targets=["sampled"]), 0, [])
+    found = probe(flat, config(targets=["sampled"]), 0, [], store)
     assert isinstance(found, NoProbe)
     assert found.reason == "mean of 3 seeds: all 47 tasks have the same value, 5: there is nothing to predict"
 
 
-def test_an_origin_of_one_task_has_its_reason(cell):
+def test_an_origin_of_one_task_has_its_reason(cell, store):
     lone = replace(cell, measured=replace(cell.measured, origins=("ONE",) + ("MATH",) * 24 + ("ALPACA",) * 23))
-    found = probe(lone, config(targets=["exact"]), 0, [])
+    found = probe(lone, config(targets=["exact"]), 0, [], store)
     assert isinstance(found, ProbeReport)
     row = found.origins.set_index("origin").loc["ONE"]
     assert np.isnan(row["score"])
     assert row["score_reason"] == "fewer than 3 tasks (1)"
+
+
+def files(report: ProbeReport, folder: Path) -> dict[str, bytes]:
+    """All that a job writes of probes, by name."""
+    for name, table in report.tables.items():
+        write_table(table, folder / name)
+    report.save(folder / "probe", {"model": {"id": "m"}})
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def untrained(*_: object) -> NoReturn:
+    raise AssertionError("probes are trained")
+
+
+def test_what_was_trained_once_is_found_and_is_the_same(cell, store, report, tmp_path, monkeypatch):
+    # A store and vectors that are opened anew, as in another process.
+    again = replace(cell, residuals=[replace(each, vectors=reopened(each.vectors)) for each in cell.residuals])
+    monkeypatch.setattr(tested, "train_and_test", untrained)
+    found = probe(again, config(), 50, [], Store.open(str(store.root)), untrained)
+    assert isinstance(found, ProbeReport)
+    assert (report.work, found.work) == (Work("probes, anchored", 0, 3), Work("probes, anchored", 3, 0))
+    assert files(found, tmp_path / "found") == files(report, tmp_path / "made")
+    # Names are for people: a probe by another name is the same probe.
+    assert isinstance(probe(replace(again, name="other"), config(name="mine"), 50, [], store), ProbeReport)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"penalties": [0.1, 100.0]},
+        {"targets": ["exact", "sampled"]},
+        {"folds": 3},
+        {"seed": 1},
+        {"kind": "mean_difference"},
+        {"trainer": {"precision": "32-true"}},
+        {"controls": ProbeControlsConfig(permutations=10, random_directions=20, embedding_model=None)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_another_config_is_trained_anew(cell, report, store, monkeypatch, changed):
+    monkeypatch.setattr(tested, "train_and_test", untrained)
+    with pytest.raises(AssertionError, match="probes are trained"):
+        probe(cell, config(**changed), 50, [], store)
+
+
+def test_other_data_is_trained_on_anew(cell, report, store, monkeypatch):
+    monkeypatch.setattr(tested, "train_and_test", untrained)
+    measured = cell.measured
+    others = {
+        "layers": replace(cell, residuals=[replace(each, layers=LAYERS[:2]) for each in cell.residuals]),
+        "positions": replace(cell, residuals=cell.residuals[:1]),
+        "one rating": replace(cell, measured=replace(measured, sampled=np.where(measured.sampled == 5, 4, 1))),
+        "masses": replace(cell, measured=replace(measured, mass=measured.mass * 0.99)),
+        "origins": replace(cell, measured=replace(measured, origins=measured.origins[::-1])),
+        "texts": replace(cell, completions=["other words", *cell.completions[1:]]),
+        "temperature": replace(cell, sampling=Sampling(0.5, 1.0, 8)),
+    }
+    for other in others.values():
+        with pytest.raises(AssertionError, match="probes are trained"):
+            probe(other, config(), 50, [], store)
+    with pytest.raises(AssertionError, match="probes are trained"):
+        probe(cell, config(), 51, [], store)
+
+
+def test_a_damaged_outcome_is_set_aside_and_trained_anew(cell, tmp_path, caplog):
+    store, settings = Store.open(str(tmp_path)), config(targets=["exact"])
+    first = probe(cell, settings, 20, [], store)
+    (part,) = (tmp_path / "probes").rglob("*.safetensors")
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    second = probe(cell, settings, 20, [], store)
+    assert isinstance(first, ProbeReport)
+    assert isinstance(second, ProbeReport)
+    assert f"{part.name} is damaged" in caplog.text
+    assert second.work.computed == 1
+    assert files(second, tmp_path / "second") == files(first, tmp_path / "first")
+
+
+def test_what_training_warned_of_is_said_again(cell, store, caplog):
+    unfinished = config(kind="linear", targets=["exact"], max_epochs=2, learning_rate=1e-4, patience=5)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            probe(cell, unfinished, 0, [], store)
+        assert "had not stopped after 2 epochs" in caplog.text
+
+
+def test_jobs_that_want_the_same_probes_train_them_once(cell, tmp_path, monkeypatch):
+    train, trained = tested.train_and_test, []
+
+    def counted(*arguments):
+        trained.append(arguments)
+        return train(*arguments)
+
+    monkeypatch.setattr(tested, "train_and_test", counted)
+
+    def job(number: int) -> ProbeReport | NoProbe:
+        own = replace(cell, residuals=[replace(each, vectors=reopened(each.vectors)) for each in cell.residuals])
+        return probe(own, config(targets=["exact"]), 20, [], Store.open(str(tmp_path)))
+
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(job, range(2)))
+    assert len(trained) == 1
+    first, second = (files(each, tmp_path / f"{at}") for at, each in enumerate(reports))
+    assert first == second

@@ -147,6 +147,40 @@ def test_a_second_run_computes_nothing_and_finds_the_same(uninterrupted, tmp_pat
     assert tables(run_folder(tmp_path)) == tables(folder)
 
 
+# The program, where no engine can be loaded and no tokenizer, and nothing can be trained.
+MODEL_FREE = """
+import sys
+
+for package in ("transformers", "transformer_lens", "lightning"):
+    sys.modules[package] = None  # importing it is an ImportError
+
+from prefs.run import main
+
+main()
+"""
+
+
+def test_a_job_that_finds_everything_needs_no_model(uninterrupted, tmp_path):
+    folder, store, _ = uninterrupted
+
+    def found(place: str, *changed: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", MODEL_FREE, *SMALL, "wandb.mode=disabled", f"hydra.run.dir={place}", *changed]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(store), capture_output=True, text=True, check=False, timeout=120
+        )
+
+    whole = found("whole")
+    assert whole.returncode == 0, whole.stderr
+    assert tables(tmp_path / "whole") == tables(folder)
+    written = {str(path.relative_to(folder)) for path in (folder / "anchored_precise").rglob("*")}
+    assert {str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*")} >= written
+    # The same program does have to train where something else is wanted, and to load where something is missing.
+    for change, lacks in {"probe.layers=[14]": "lightning", "rating.seeds=[0,1,2,3]": "transformer"}.items():
+        other = found("other", change)
+        assert other.returncode == 1
+        assert re.search(rf"(ModuleNotFoundError|ImportError).*{lacks}", other.stderr), other.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["completions", "scores"])
 def test_kill_9_and_relaunch(uninterrupted, tmp_path, stage):

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFWriter
 
 from prefs.errors import UserError
 from prefs.probes.probe import Site
@@ -133,6 +132,8 @@ def export_gguf(path: Path, saved: SavedVectors, position: str, model_type: str)
     rows = {site.layer: at for at, site in enumerate(saved.sites) if site.position == position and site.layer > 0}
     if not rows:
         return None
+    from gguf import GGUFWriter  # only here: most jobs write none
+
     part = path.parent / f".part-{uuid.uuid4().hex}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefs.errors import UserError, first_line
 
@@ -30,6 +29,9 @@ def architecture(path: str, revision: str | None) -> Architecture:
     UserError
         If the config cannot be read.
     """
+    written = _written(path, revision)
+    if written is not None:
+        return written
     config = _config(path, revision).get_text_config()
     return Architecture(
         layers=int(config.num_hidden_layers),
@@ -48,6 +50,9 @@ def active_parameters(path: str, revision: str | None) -> int:
     UserError
         If the config cannot be read, or transformers does not know the family.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     config = _config(path, revision).get_text_config()
     try:
         with torch.device("meta"):
@@ -61,7 +66,37 @@ def active_parameters(path: str, revision: str | None) -> int:
 
 
 def _config(path: str, revision: str | None) -> Any:
+    # Imported only now: it takes two seconds, and most configs can do without it.
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read the config of {path}: {first_line(error)}") from None
+
+
+def _written(path: str, revision: str | None) -> Architecture | None:
+    """The architecture as it stands in a config on disk; None where transformers has to make sense of it.
+
+    That is where something has other names, or is not written because it is the usual, or there are several models.
+    """
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    names = ("num_hidden_layers", "hidden_size", "model_type", "max_position_embeddings")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+        layers, width, family, context = (config[name] for name in names)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    parts = [part for part in config.values() if isinstance(part, dict)]
+    if any("model_type" in part or "hidden_size" in part for part in parts):
+        return None
+    if not (all(isinstance(each, int) for each in (layers, width, context)) and isinstance(family, str)):
+        return None
+    return Architecture(layers, width, family, context)

@@ -11,86 +11,14 @@ import torch
 
 from prefs.probes.features import Features
 from prefs.probes.folds import Splits
-from prefs.probes.probe import Probe, Site
-from prefs.probes.scores import Scores, auc_columns, permutation_p, r2_columns, score
+from prefs.probes.probe import Site
+from prefs.probes.scores import auc_columns, r2_columns, score
 from prefs.probes.targets import Target, alike
 from prefs.probes.train import VALIDATED, Trained, Training, train
-from prefs.statistics.estimates import LEVEL, Estimate, Resamples
+from prefs.probes.validated import MIN_TASKS, CrossValidated, Nothing, p_value
+from prefs.statistics.estimates import Resamples
 
-MIN_TASKS = 3
 TOO_FEW = "too few to validate with some of them in every fold: use fewer folds (probe.folds), or probe=ridge"
-
-
-@dataclass(frozen=True, eq=False)
-class Nothing:
-    """A target that no probe was trained for, and why."""
-
-    target: Target
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class CrossValidated:
-    """Probes of one target at S sites.
-
-    Attributes
-    ----------
-    rows
-        [m] the tasks that have the target, of all that have vectors.
-    folds
-        [m].
-    by_site
-        S scores; the penalty of each fold was chosen by the others.
-    null
-        [S, B] the main score with shuffled targets, penalties chosen anew for each.
-    chosen_sites
-        [k] the site that each fold's training tasks chose.
-    predictions
-        [m] of each task by the probe that the other folds chose: site and penalty.
-    chosen, chosen_null, p
-        The scores of those, [B] the same with shuffled targets, and the p-value of the first against the second.
-    within
-        Scores of the same for the target less its origin's mean; None where that has no meaning.
-    final
-        The probe of all tasks, at the site and penalty that these choose. Its own score is not among the above: they
-        are what the same way of choosing and training gives on new tasks.
-    final_directions
-        [S, d] directions of the probes of all tasks at all sites; None for forms without.
-    by_fold
-        k probes, each of the site its fold's training tasks chose.
-    """
-
-    target: Target
-    rows: np.ndarray
-    folds: np.ndarray
-    by_site: Sequence[Scores]
-    null: np.ndarray
-    chosen_sites: np.ndarray
-    predictions: np.ndarray
-    chosen: Scores
-    chosen_null: np.ndarray
-    p: float | None
-    within: Scores | None
-    final: Probe
-    final_directions: torch.Tensor | None
-    final_penalty: float | None
-    by_fold: Sequence[Probe]
-
-    def main(self, scores: Scores) -> Estimate:
-        """The score that matters for this target: AUC of a yes and no, R² of numbers."""
-        return self.target.main(scores)
-
-    def site_p(self, site: int) -> float | None:
-        """The p-value of one site."""
-        return _p(self.main(self.by_site[site]), self.null[site])
-
-    def null_band(self) -> tuple[np.ndarray, np.ndarray]:
-        """[S] the lower and upper end of the middle 95 % of scores with shuffled targets; NaN without any."""
-        if not self.null.shape[1]:
-            nothing = np.full(len(self.null), np.nan)
-            return nothing, nothing
-        low, high = np.nanquantile(self.null, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
-        return low, high
 
 
 def cross_validate(
@@ -292,11 +220,6 @@ def _at_chosen(trained: Trained, group: np.ndarray, column: int) -> np.ndarray:
     return trained.out_of_fold[np.arange(len(group)), sites[group], column].astype(np.float64)
 
 
-def _p(score: Estimate, null: np.ndarray) -> float | None:
-    """The p-value of a score against those of shuffled targets; None where there is no score, or none of them."""
-    return None if score.value is None or not len(null) else permutation_p(score.value, null)
-
-
 def _summarised(
     target: Target,
     column: int,
@@ -342,7 +265,7 @@ def _summarised(
         predictions=predictions,
         chosen=chosen,
         chosen_null=chosen_null,
-        p=_p(target.main(chosen), chosen_null),
+        p=p_value(target.main(chosen), chosen_null),
         within=within,
         final=final,
         final_directions=torch.stack(pointing) if pointing else None,

@@ -7,9 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.model_selection import KFold, StratifiedKFold
+
+if TYPE_CHECKING:
+    from sklearn.model_selection import KFold, StratifiedKFold
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +133,9 @@ def assign_folds(keys: Sequence[str], strata: Sequence[str], folds: int, seed: i
 
 
 def _splitter(origins: Sequence[str], folds: int, seed: int) -> StratifiedKFold | KFold:
+    # Imported only now: it takes a quarter of a second, and a job that finds its probes cuts no folds.
+    from sklearn.model_selection import KFold, StratifiedKFold
+
     rarest, count = min(sorted(Counter(origins).items()), key=lambda item: item[1])
     if count >= folds:
         return StratifiedKFold(folds, shuffle=True, random_state=seed)
