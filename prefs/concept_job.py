@@ -14,7 +14,7 @@ from rich.table import Table
 from prefs import closing_concepts, plots
 from prefs.concepts.card import SavedVectors, check_model, load_vectors
 from prefs.concepts.cell import probe_cosines, rating_correlations
-from prefs.concepts.extract import Concept, NoConcept, concept_cosines, extract
+from prefs.concepts.extract import Concept, NoConcept, concept_cosines, extract, read_all
 from prefs.concepts.reading import Reader
 from prefs.config import COMPLETION_POSITIONS, Config
 from prefs.dose_response import DoseResponse, arrows, dose_response
@@ -74,11 +74,17 @@ def extracted(
     models: Models,
     doings: Doings,
 ) -> Concepts:
-    """The vectors of a job's concepts; none where it has none, or captures nothing in the conversation."""
+    """The vectors of a job's concepts; none where it has none, or captures nothing in the conversation.
+
+    Of a shard's tasks alone there are none either, but what they come from is put into the store.
+    """
     reader = reader_of(config, completer, rater, capture, store, models)
     if reader is None:
         return Concepts((), {})
     try:
+        if config.shard is not None:
+            read_all(config.concept, tasks, reader)
+            return Concepts((), {})
         found = extract(config.concept, tasks, reader, bootstrap=config.stats.bootstrap)
     finally:
         doings.did(reader.done())

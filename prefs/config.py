@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from prefs.errors import ConfigError
+from prefs.shards import Shard
 
 POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
 # Those that lie in the conversation, before any question.
@@ -404,8 +405,9 @@ class StatsConfig:
 class Config:
     """The whole configuration of a run.
 
-    With ``plan``, what it will cost is told and nothing is run; hours are those of a GPU that sustains ``plan_tflops``
-    (10^12 operations a second).
+    With ``shard: i/n`` it makes the i-th of n shares of what models are asked for, and leaves the rest to other jobs on
+    the same store. With ``plan``, what it will cost is told and nothing is run; hours are those of a GPU that sustains
+    ``plan_tflops`` (10^12 operations a second).
     """
 
     model: ModelConfig = MISSING
@@ -417,6 +419,7 @@ class Config:
     probe: ProbeConfig = MISSING
     steering: SteeringConfig = MISSING
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
+    shard: str | None = None
     plan: bool = False
     plan_tflops: float = 200.0
     rating: RatingConfig = field(default_factory=RatingConfig)
@@ -516,6 +519,8 @@ def check(config: Config) -> None:
         allowed = "false, since this model's server gives no log-probabilities (model.api.top_logprobs=0)"
         raise ConfigError("rating.exact", True, allowed)
     _check_dataset(config.dataset)
+    if config.shard is not None:
+        Shard.parse(config.shard)
     _check_judge(config.judge)
     _check_capture(config.capture, config.model.backend)
     _check_probe(config)

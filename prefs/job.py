@@ -28,7 +28,7 @@ from prefs.models.loading import Models, ModelSpec, check_weights, identity
 from prefs.probes.outcome import AUC, NoProbe
 from prefs.probing import ProbeReport, Subject, features_digest, probe
 from prefs.records import Completion, Rated, Ratings, Residuals
-from prefs.stages import Roles, measure, sites
+from prefs.stages import Roles, job_tasks, measure, sites
 from prefs.store import Store
 from prefs.summary import (
     Group,
@@ -41,7 +41,6 @@ from prefs.summary import (
     stability,
     stability_table,
 )
-from prefs.tasks import load_tasks
 from prefs.templates import Template
 from prefs.terminal import show, show_files
 from prefs.track import Tracker, tracker
@@ -75,7 +74,7 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
 
         show_plan(plan(config), config, sweep=place.group is not None, console=console)
         return
-    tasks = load_tasks(config.dataset)
+    tasks = job_tasks(config)
     store = Store.open(config.store.dir, config.store.lease_s)
     roles = Roles.of(config)
     rater = roles.rater
@@ -88,6 +87,11 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
     with _noting_costs(models, roles.specs, doings):
         completions, rated, judged = measure(config, tasks, roles, templates, of.capture, store, models, doings)
         concepts = extracted(config, tasks, roles.completer, rater, of.capture, store, models, doings)
+    if config.shard is not None:
+        show_files(console, [*doings.work, *doings.spent], None, store.root, {})
+        merge = "The same command without shard= shows the whole, once all are."
+        console.print(f"• Shard {config.shard} is there. {merge}", soft_wrap=True)
+        return
     write_table(completions_table(completions, judged.refused), place.folder / "completions")
     groups = groups_by_origin([each.task.origin for each in completions], config.stats.bootstrap, config.stats.seed)
     tables = {}

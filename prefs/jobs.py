@@ -104,6 +104,11 @@ class Job:
     work: tuple[Work, ...] = ()
     spent: tuple[Spent, ...] = ()
 
+    @property
+    def is_shard(self) -> bool:
+        """Whether it made a share of its cells, and no tables of them."""
+        return self.config["shard"] is not None
+
     def __str__(self) -> str:
         return " ".join(self.overrides) or str(self.folder)
 

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefs.config import register, typed, with_prompts
 from prefs.errors import UserError
 from prefs.jobs import FILE as JOB
-from prefs.jobs import Doings, recorded
+from prefs.jobs import Doings, read_job, recorded
 from prefs.lines import explain, one_line_errors
 from prefs.resources import sweep_gpus
 from prefs.sweep import name_suffix, noting_sweeps, sweep_name, swept
@@ -59,8 +59,8 @@ def _compared() -> Iterator[None]:
 
 def _compare(folders: list[Path]) -> None:
     for folder in folders:
-        if not any(folder.glob(f"*/{JOB}")):
-            continue  # nothing began: the error says why
+        if all(read_job(path.parent).is_shard for path in folder.glob(f"*/{JOB}")):
+            continue  # nothing began, and the error says why; or nothing but shards, which say what to do next
         from prefs.compare import compare
 
         try:

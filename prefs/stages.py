@@ -17,8 +17,9 @@ from prefs.models.backend import Sampling
 from prefs.models.loading import Models, ModelSpec, model_folder
 from prefs.rate import CapturePlan, rate
 from prefs.records import Completion, Rated
+from prefs.shards import Shard
 from prefs.store import Store
-from prefs.tasks import Task
+from prefs.tasks import Task, load_tasks
 from prefs.templates import Template
 
 
@@ -47,6 +48,18 @@ class Roles:
     def specs(self) -> list[ModelSpec]:
         """All of them; one model may be in two roles."""
         return [spec for spec in (self.completer, self.rater, self.judge) if spec is not None]
+
+
+def job_tasks(config: Config) -> list[Task]:
+    """The tasks of a job: those of its data set, or its shard of them.
+
+    Raises
+    ------
+    UserError
+        As `load_tasks` does, or if the shard has none.
+    """
+    tasks = load_tasks(config.dataset)
+    return tasks if config.shard is None else Shard.parse(config.shard).of(tasks)
 
 
 @dataclass(frozen=True)

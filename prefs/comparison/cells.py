@@ -155,7 +155,8 @@ class Sweep:
 
 
 def read_sweep(folders: Sequence[Path]) -> Sweep:
-    """Read the jobs in some folders (multiruns, or jobs themselves) and the cells of those that finished.
+    """Read the jobs in some folders (multiruns, or jobs themselves) and the cells of those that finished. A job that
+    made a shard of its cells has none to show.
 
     Raises
     ------
@@ -171,7 +172,7 @@ def read_sweep(folders: Sequence[Path]) -> Sweep:
     cells: dict[str, Cell] = {}
     doubles: list[Cell] = []
     for job in jobs:
-        for key in job.config["template"] if job.status == FINISHED else ():
+        for key in job.config["template"] if job.status == FINISHED and not job.is_shard else ():
             cell = _read_cell(job, key)
             same = json.dumps([cell.rater, cell.key, cell.facts], sort_keys=True)
             if same in cells:

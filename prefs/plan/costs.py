@@ -24,9 +24,9 @@ from prefs.plan.book import COMPLETER, JUDGE, RATER, ROLES, Book, Tally
 from prefs.plan.engines import PlannedModels
 from prefs.plan.lengths import Lengths
 from prefs.plan.store import Planned, PlannedStore
-from prefs.stages import Roles, Sites, measure, sites
+from prefs.stages import Roles, Sites, job_tasks, measure, sites
 from prefs.steer import Arrow, Control
-from prefs.tasks import Task, load_tasks
+from prefs.tasks import Task
 from prefs.templates import Template
 
 SERVED = "openai"
@@ -115,7 +115,7 @@ def plan(config: Config) -> Plan:
         For what would stop the run before it asks a model: a bad row, a model that is not there.
     """
     config = _anywhere(config)
-    tasks = load_tasks(config.dataset)
+    tasks = job_tasks(config)
     roles = Roles.of(config)
     of = sites(config, roles.rater)
     config = replace(config, probe=replace(config.probe, layers=list(of.probed)))
