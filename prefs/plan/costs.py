@@ -5,7 +5,7 @@ They are run twice: with all that is not there yet as long as it can be, and as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from prefs.concept_job import reader_of, steered_along
 from prefs.concepts.card import load_vectors
 from prefs.concepts.extract import NoConcept, extract, read_all
 from prefs.concepts.reading import Reader
-from prefs.config import Config, ModelConfig
+from prefs.config import Config, ModelConfig, SteeringControlsConfig
 from prefs.dose_response import arrows
 from prefs.jobs import Doings, Work
 from prefs.models.architecture import active_parameters
@@ -30,6 +30,8 @@ from prefs.tasks import Task
 from prefs.templates import Template
 
 SERVED = "openai"
+# Tables of what models say, with how long it was.
+TEXTS = ("completions", "answers")
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def plan(config: Config) -> Plan:
     roles = Roles.of(config)
     of = sites(config, roles.rater)
     config = replace(config, probe=replace(config.probe, layers=list(of.probed)))
-    most, likely = (_counted(config, tasks, roles, of, bound=bound) for bound in (True, False))
+    most = _counted(config, tasks, roles, of, bound=True)
+    likely = _counted(config, tasks, roles, of, bound=False) if _expects(most.planned, roles) else most
     specs = {COMPLETER: roles.completer, RATER: roles.rater, JUDGE: roles.judge}
     costs = [
         _cost(role, spec, most.book, likely.book, config.plan_tflops)
@@ -127,7 +130,7 @@ def plan(config: Config) -> Plan:
         if (spec := specs[role]) is not None and role in most.book.tallies
     ]
     sizes = [sum(work.bytes for work in each.work) for each in (most, likely)]
-    known = {kind: most.planned.texts(kind) for kind in ("completions", "answers")}
+    known = {kind: most.planned.texts(kind) for kind in TEXTS}
     return Plan(
         tasks=len(tasks),
         work=most.work,
@@ -137,6 +140,12 @@ def plan(config: Config) -> Plan:
         known={kind: (len(rows), _mean([row["tokens"] for row in rows])) for kind, rows in known.items() if rows},
         remarks=[*most.remarks, *_weightless(roles)],
     )
+
+
+def _expects(planned: Planned, roles: Roles) -> bool:
+    """Whether there are lengths to expect, other than the most."""
+    drawn = any(planned.texts(kind) for kind in TEXTS) or any(planned.thoughts(kind) for kind in (*TEXTS, "scores"))
+    return drawn or (roles.judge is not None and roles.judge.backend == SERVED)
 
 
 @dataclass(frozen=True)
@@ -178,15 +187,27 @@ def _arrows(config: Config, tasks: Sequence[Task], of: Sites, reader: Reader | N
             return [], [f"No steering, since there will be no vectors of concept {key}: {concept.reason}."]
         found, _ = arrows(steering, of.steered, concept.saved({}), concept, None)
     else:
-        controls = steering.controls
-        each: list[Control] = ["concept", *["random"] * controls.random, *["shuffled"] * controls.shuffled]
-        each += ["ablation"] if controls.ablation else []
-        found = [_unknown(control, layer, at, of) for layer in of.steered for at, control in enumerate(each)]
+        found = [
+            _unknown(control, layer, at, of)
+            for layer in of.steered
+            for at, control in enumerate(_controls(steering.controls))
+        ]
         remarks.append("Steered ratings: the vectors are not there yet, so none of them is looked for in the store.")
     if steering.controls.probes and (layers := [layer for layer in of.steered if layer in of.probed]):
         found += [_unknown("probe", layer, len(found), of) for layer in layers]
         remarks.append("Steered ratings: a probe's direction is known once it is trained, so it counts as to be made.")
     return found, remarks
+
+
+def _controls(config: SteeringControlsConfig) -> Iterator[Control]:
+    """The kinds of vectors at a layer, as often as there will be one, but for a probe's."""
+    yield "concept"
+    for _ in range(config.random):
+        yield "random"
+    for _ in range(config.shuffled):
+        yield "shuffled"
+    if config.ablation:
+        yield "ablation"
 
 
 def _unknown(control: Control, layer: int, at: int, of: Sites) -> Arrow:

@@ -59,7 +59,9 @@ def _role(kind: str) -> str:
 def _costs(roles: Sequence[RoleCost]) -> Table:
     table = new_table("Forward passes: ≤ is an upper bound, ~ what is expected, and no sign exact", "role")
     table.add_column("model")
-    names = ["thoughts", "prompt tokens", "generated tokens", "GPU-hours"]
+    names = ["thoughts"] if any(each.thoughts for each in roles) else []
+    names += ["prompt tokens", "generated tokens"]
+    names += ["GPU-hours"] if any(each.gpu_hours for each in roles) else []
     names += ["US dollars"] if any(each.dollars for each in roles) else []
     for name in names:
         table.add_column(name, justify="right")
@@ -86,7 +88,7 @@ def _sum(amounts: Sequence[Amount | None], form: Callable[[float], str]) -> str:
     most, expected = form(total.most), form(total.expected)
     if total.exact:
         return most
-    return f"≤ {most}" if most == expected else f"≤ {most}, ~ {expected}"
+    return f"≤ {most}" if most == expected else f"≤ {most}\n~ {expected}"
 
 
 def _whole(number: float) -> str:
@@ -104,10 +106,8 @@ def _cents(number: float) -> str:
 def _said(plan: Plan, config: Config) -> list[str]:
     if not any(each.computed for each in plan.work):
         return ["Nothing is left to make: the store has everything that models are asked for."]
-    said = [
-        f"Activations to be written: {_size(plan.vector_bytes)}. The store grows by about"
-        f" {_size(plan.store_bytes, about=True)}."
-    ]
+    activations = f"Activations to be written: {_size(plan.vector_bytes)}. " if plan.vector_bytes.most else ""
+    said = [f"{activations}The store grows by about {_size(plan.store_bytes, about=True)}."]
     if any(not each.drawn_tokens.exact for each in plan.roles):
         completer, rating = config.completer.max_new_tokens, config.rating.max_new_tokens
         bound = f"At most {completer} tokens a completion and {rating} an answer"
