@@ -2,13 +2,15 @@
 
 Made for a folder that hosts share over NFS, without POSIX locks and without clocks that agree:
 
-- A lease is a symbolic link ``KEY`` whose target is its holder's name. Making one is atomic, it is there with its
-  content or not at all, and only one of several that try succeeds.
-- A holder is a file with a number in it that a thread raises every few seconds. Whoever waits watches that number by
-  its own monotonic clock, and takes a holder for dead whose number stood still for a whole term; on the same host, at
-  once when the process is gone.
+- A holder is a file with its name in it, and a number that a thread raises every few seconds. Whoever waits watches
+  that number by its own monotonic clock, and takes a holder for dead whose number stood still for a whole term; on the
+  same host, at once when the process is gone.
+- A lease is a hard link ``KEY`` to its holder's file. Making one is atomic, only one of several that try succeeds, and
+  it takes no file of its own, which on a local disk is what costs.
 - The lease of a dead holder X is never removed by others, which two could do at once: ``KEY.X`` is the lease on what
   X left, and is taken in the same way.
+- Every holder leaves a mark in one file, ``visits``. As long as that is what it was and nobody else is there, nobody
+  else can have written, and there is nothing to read again.
 
 Nothing depends on leases but work saved. Records are keyed by content and parts appear whole or not at all, so a
 holder that was only asleep, and goes on beside its heir, writes the same records a second time.
@@ -17,6 +19,7 @@ holder that was only asleep, and goes on beside its heir, writes the same record
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -33,6 +36,8 @@ from prefs.errors import UserError
 log = logging.getLogger(__name__)
 
 BEATS_A_TERM = 6
+# What a file system says that has no hard links, or not so many of them.
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
 FORGOTTEN_AFTER_S = 24 * 3600
 
 
@@ -67,6 +72,10 @@ class Holder:
         self.term_s = term_s
         self._folder = folder
         self._holders = folder / "holders"
+        self._file = self._holders / self.name
+        self._visits = folder / "visits"
+        self._visited: tuple[int, int] | None = None
+        self._others: set[str] = set()
         self._held: set[str] = set()
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._dead: set[str] = set()
@@ -95,6 +104,10 @@ class Holder:
                 taken.append(key)
         except OSError as error:
             self.release(taken)
+            if error.errno in NO_LINKS:
+                log.warning("No leases at %s (%s): jobs may do the same work", self._folder, error.strerror)
+                self.term_s = 0.0
+                return True
             raise UserError(f"cannot write to the store at {self._folder}: {error.strerror}") from None
         return True
 
@@ -110,12 +123,26 @@ class Holder:
             with contextlib.suppress(OSError):
                 # The first goes first: whoever comes when it is gone begins anew, and reads the store again.
                 for link, _ in links:
-                    link.unlink()
+                    os.unlink(link)
+
+    def news(self) -> bool:
+        """Whether others may have written since this was last asked; true the first time.
+
+        Others write while they hold something, and so they have to be there, or to have been.
+        """
+        if self._beating is None:
+            return True
+        visited, others = _state(self._visits), self._others
+        if visited is None or visited != self._visited:
+            self._visited, self._others = visited, self._present()
+            return True
+        self._others = {name for name in others if not self._is_dead(name)}
+        return bool(others)
 
     def wait(self, keys: Iterable[str], at_most_s: float) -> str:
         """Sleep a little while others hold some of these leases; who does, for people to read."""
         time.sleep(at_most_s)
-        holders = {_target(self._folder / key) for key in keys} - {None, self.name}
+        holders = {_target(f"{self._folder}/{key}") for key in keys} - {None, self.name}
         told = {self._told(name) for name in holders if name is not None}
         return ", ".join(sorted(told - {""}))
 
@@ -126,7 +153,7 @@ class Holder:
         if self._beating is not None:
             self._beating.join()
             with contextlib.suppress(OSError):
-                (self._holders / self.name).unlink()
+                self._file.unlink()
 
     def _begin(self) -> None:
         if self._beating is not None:
@@ -134,6 +161,10 @@ class Holder:
         self._holders.mkdir(parents=True, exist_ok=True)
         self._forget()
         self._beat(0)
+        with self._visits.open("ab") as file:
+            file.write(b".")
+            file.flush()
+            os.fsync(file.fileno())
         self._beating = threading.Thread(target=self._live, name="leases", daemon=True)
         self._beating.start()
 
@@ -145,39 +176,59 @@ class Holder:
                 self._beat(beat)
 
     def _beat(self, number: int) -> None:
-        """Write in place: others open the file by its name, and a part of a line is only another number."""
-        content = f"{number:012d} {_process()}\n".encode()
-        with (self._holders / self.name).open("r+b" if number else "wb") as file:
+        """Write in place: leases are this very file, and a part of a line is only another number."""
+        content = f"{self.name} {number:012d} {_process()}\n".encode()
+        with self._file.open("r+b" if number else "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
     def _take(self, key: str) -> bool:
+        links: list[tuple[str, str]] = []
         while True:
-            links, end = self._chain(key), self._folder / key
-            if links:
+            end = f"{self._folder}/{key}" + (f".{links[-1][1]}" if links else "")
+            try:
+                os.link(self._file, end)
+            except FileNotFoundError:  # asleep for a day, and swept up
+                self._beat(0)
+                continue
+            except FileExistsError:
+                links = self._chain(key)
+                if not links:
+                    continue  # let go just now
                 holder = links[-1][1]
+                if holder == self.name and key not in self._held:
+                    break  # made all the same: a server did as it was told, and its answer was lost
                 if not self._is_dead(holder):
                     return False
-                end = self._folder / f"{key}.{holder}"
-            try:
-                os.symlink(self.name, end)
-            except FileExistsError:
+                log.info("A job that was at some of these records is gone%s; going on", self._told(holder, " (%s)"))
                 continue
             # What led here may have been let go just now, and begun anew by another.
-            if self._chain(key) == [*links, (end, self.name)]:
-                self._held.add(key)
-                return True
-            end.unlink(missing_ok=True)
+            if not links or self._chain(key) == [*links, (end, self.name)]:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(end)
+            links = []
+        self._held.add(key)
+        return True
 
-    def _chain(self, key: str) -> list[tuple[Path, str]]:
+    def _chain(self, key: str) -> list[tuple[str, str]]:
         """The links of a lease with their holders: each but the last was taken for dead, and left it to the next."""
-        links: list[tuple[Path, str]] = []
-        link = self._folder / key
+        links: list[tuple[str, str]] = []
+        link = f"{self._folder}/{key}"
         while (holder := _target(link)) is not None:
             links.append((link, holder))
-            link = self._folder / f"{key}.{holder}"
+            link = f"{self._folder}/{key}.{holder}"
         return links
+
+    def _present(self) -> set[str]:
+        """The other holders that are there, also where an NFS client thinks that it knows: it looks again into a folder
+        that it has changed."""
+        look = self._holders / f".{uuid.uuid4().hex}"
+        with contextlib.suppress(OSError):
+            os.link(self._file, look)
+            look.unlink()
+        return {name for name in os.listdir(self._holders) if not name.startswith(".")} - {self.name}
 
     def _is_dead(self, name: str) -> bool:
         if name == self.name:
@@ -197,7 +248,6 @@ class Holder:
             dead = _is_gone(beat) or time.monotonic() - since > self.term_s
         if dead:
             self._dead.add(name)
-            log.info("A job that was at some of these records is gone%s; going on with them", self._told(name, " (%s)"))
         return dead
 
     def _told(self, name: str, form: str = "%s") -> str:
@@ -205,7 +255,7 @@ class Holder:
             words = (self._holders / name).read_bytes().decode(errors="replace").split()
         except OSError:
             return ""
-        return form % f"process {words[3]} on {words[1]}" if len(words) == 5 else ""
+        return form % f"process {words[4]} on {words[2]}" if len(words) == 6 else ""
 
     def _forget(self) -> None:
         """Remove what holders left behind that have been dead for a day."""
@@ -215,17 +265,34 @@ class Holder:
                 if time.time() - path.stat().st_mtime > max(FORGOTTEN_AFTER_S, 2 * self.term_s):
                     gone.append(path.name)
         for link in self._folder.iterdir() if gone else ():
-            if _target(link) in gone:
+            if _target(str(link)) in gone:
                 link.unlink(missing_ok=True)
         for name in gone:
             (self._holders / name).unlink(missing_ok=True)
 
 
-def _target(link: Path) -> str | None:
+def _target(link: str) -> str | None:
+    """The name of a lease's holder."""
     try:
-        return os.readlink(link)
+        file = os.open(link, os.O_RDONLY)
     except OSError:  # none there, or let go this moment
         return None
+    try:
+        return os.read(file, 32).decode(errors="replace")
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What tells whether a file has changed. Opening it makes an NFS client ask its server."""
+    try:
+        with path.open("rb") as file:
+            state = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
 
 
 def _process(number: int | None = None) -> str:
@@ -254,6 +321,6 @@ def _started(number: int) -> str:
 def _is_gone(beat: bytes) -> bool:
     """Whether a holder's process ran on this host, and runs no more."""
     words: Sequence[str] = beat.decode(errors="replace").split()
-    if len(words) != 5 or words[1:3] != [socket.gethostname(), _boot()] or "unknown" in (words[2], words[4]):
+    if len(words) != 6 or words[2:4] != [socket.gethostname(), _boot()] or "unknown" in (words[3], words[5]):
         return False
-    return _started(int(words[3])) != words[4]
+    return _started(int(words[4])) != words[5]

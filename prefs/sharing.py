@@ -78,7 +78,8 @@ def share(
                     held.append(batch)
                     continue
                 try:
-                    refresh()  # whoever held it before may have done it
+                    if holder.news():
+                        refresh()  # whoever held it before may have done it
                     if lacking(batch):
                         compute(batch)
                 finally:

@@ -114,13 +114,13 @@ class _Collection:
         """
         good = []
         try:
-            names = sorted(name for name in self._names() if name.endswith(self.suffix) and not name.startswith("."))
+            names = sorted(set(self._names()) - self._known)
         except FileNotFoundError:
             return []
         except OSError as error:
             raise UserError(f"cannot read the store at {self.folder}: {error.strerror}") from None
         for name in names:
-            if name in self._known:
+            if not name.endswith(self.suffix) or name.startswith("."):
                 continue
             path = self.folder / name
             try:

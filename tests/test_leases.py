@@ -57,7 +57,7 @@ def test_one_holder_at_a_time(folder):
     assert second.take(["a", "b"])
     first.close()
     second.close()
-    assert [path.name for path in folder.iterdir()] == ["holders"]
+    assert sorted(path.name for path in folder.iterdir()) == ["holders", "visits"]
     assert not list((folder / "holders").iterdir())
 
 
@@ -92,7 +92,7 @@ def test_heirs_die_too(folder):
         until(lambda heir=heir: heir.take(["a"]))
         generations.append(heir)
     generations[-1].close()
-    assert [path.name for path in folder.iterdir()] == ["holders"]
+    assert sorted(path.name for path in folder.iterdir()) == ["holders", "visits"]
 
 
 def test_a_sleeper_that_was_taken_for_dead_lets_go_of_nothing_that_its_heir_holds(folder):
@@ -155,7 +155,7 @@ def test_what_the_dead_left_is_swept_up_after_a_day(folder):
     old = time.time() - 2 * 24 * 3600
     os.utime(folder / "holders" / dead.name, (old, old))
     holding(folder, ["c"]).close()
-    assert [path.name for path in folder.iterdir()] == ["holders"]
+    assert sorted(path.name for path in folder.iterdir()) == ["holders", "visits"]
     assert not list((folder / "holders").iterdir())
 
 
@@ -164,10 +164,78 @@ def test_a_disk_that_refuses_is_one_line(folder, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     holder = holding(folder, ["a"])
-    monkeypatch.setattr(os, "symlink", full)
+    monkeypatch.setattr(os, "link", full)
     with pytest.raises(UserError, match=r"cannot write to the store at .*leases: No space left on device"):
         holder.take(["b"])
     holder.close()
+
+
+def test_a_file_system_without_hard_links_is_worked_on_without_leases(folder, monkeypatch, caplog):
+    def none(*args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    first, second = holding(folder, ["a"]), holding(folder, ["a"])
+    assert f"No leases at {folder} (Operation not permitted)" in caplog.text
+    assert first.news()
+    first.close()
+    second.close()
+
+
+def test_a_sleeper_that_was_swept_up_goes_on(folder):
+    sleeper = holding(folder, ["a"])
+    (folder / "holders" / sleeper.name).unlink()
+    other = Holder(folder, TERM_S)
+    assert other.take(["a"])
+    assert sleeper.take(["b"])
+    assert not Holder(folder, TERM_S).take(["b"])
+    sleeper.close()
+    other.close()
+
+
+def test_an_answer_that_a_server_lost_is_a_lease_all_the_same(folder, monkeypatch):
+    link, lost = os.link, []
+
+    def made(source, target):
+        link(source, target)
+        if not lost:
+            lost.append(target)
+            raise FileExistsError
+
+    monkeypatch.setattr(os, "link", made)
+    holder = holding(folder, ["a"])
+    assert lost
+    holder.close()
+
+
+def test_there_is_news_only_while_and_after_others_are_there(folder):
+    first = holding(folder, ["a"])
+    assert first.news(), "what was written before it came"
+    assert not first.news()
+    second = holding(folder, ["b"])
+    assert [first.news() for _ in range(3)] == [True] * 3
+    second.close()
+    assert [first.news() for _ in range(3)] == [True, False, False]
+    holding(folder, ["c"]).close()
+    assert [first.news() for _ in range(3)] == [True, False, False], "who came and left has written in between"
+    dead = holding(folder, ["d"])
+    first.news()
+    stop_beating(dead)
+    until(lambda: not first.news())
+    first.close()
+
+
+def test_a_job_that_is_alone_reads_the_store_again_once(folder):
+    made, refreshed = [], []
+    share(
+        [[f"{n}"] for n in range(50)],
+        Leases(folder, TERM_S),
+        lacking=lambda batch: [key for key in batch if key not in made],
+        compute=made.extend,
+        refresh=lambda: refreshed.append(len(made)),
+    )
+    assert len(made) == 50
+    assert refreshed == [0]
 
 
 def test_without_a_term_nothing_is_leased(folder):
@@ -230,5 +298,5 @@ def test_jobs_with_different_batches_make_each_record_once_though_some_are_kille
     made = sorted(path.name.partition("-")[0] for path in (tmp_path / "records").iterdir())
     assert made == [f"{n:02d}" for n in range(60)]
     assert bool(killed) == bool(deaths)
-    left = [path.name for path in (tmp_path / "leases").iterdir()]
-    assert left == ["holders"] or deaths, "only the killed leave something, for a day"
+    left = sorted(path.name for path in (tmp_path / "leases").iterdir())
+    assert left == ["holders", "visits"] or deaths, "only the killed leave something, for a day"

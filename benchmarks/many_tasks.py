@@ -1,0 +1,244 @@
+"""Whether time and memory grow with the number of tasks, and no faster.
+
+Whole jobs, ``prefs.job.run_job`` with the shipped config, on tasks of a file: completions, four seeds and exact
+ratings, vectors of 2 layers x 64 numbers at four positions, a judging model, statistics, tables and figures (no
+probes, no W&B). Only the model is simulated: its answers and vectors are drawn from a hash of what it is asked, which
+costs next to nothing. Then the same job once more, with everything in the store and no model. Each number of tasks has
+a process and a store of its own. Prints a Markdown table: ``python benchmarks/many_tasks.py``. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from prefs.models.backend import (
+    Answer,
+    Ask,
+    CaptureRequest,
+    Conversation,
+    Observation,
+    Question,
+    Sample,
+    Sampling,
+    Score,
+    Usage,
+)
+
+LAYERS, WIDTH = 2, 64
+ORIGINS = ("BAILBENCH", "WILDCHAT", "ALPACA", "MATH")
+WORDS = tuple("please tell me in a few plain words how one would best go about the following matter".split())  # noqa: SIM905
+
+
+class Simulated:
+    """A `prefs.models.backend.Backend` whose every answer is a hash of what it is asked."""
+
+    max_context = 1_000_000
+
+    def __init__(self) -> None:
+        self._spent = Usage()
+        self.seconds = 0.0
+
+    def prompt_tokens(self, conversation: Conversation) -> int:
+        return sum(message.content.count(" ") + 4 for message in conversation)
+
+    def conversation_tokens(self, conversation: Conversation) -> int:
+        return self.prompt_tokens(conversation)
+
+    def question_tokens(self, conversation: Conversation, question: Question) -> int:
+        return self.prompt_tokens(conversation) + question.text.count(" ") + 4
+
+    def complete(self, batch: Sequence[Conversation], seed: int, sampling: Sampling) -> list[Sample]:
+        texts = []
+        for conversation in batch:
+            number = _hash(conversation, f"{seed}")
+            opening = "I'm sorry, but I can't help." if number % 7 == 0 else "Of course."
+            texts.append(f"{opening} {' '.join(WORDS[: number % len(WORDS)])} {number}")
+        return [Sample(text, text.count(" ") + 1, True) for text in texts]
+
+    def observe(
+        self,
+        batch: Sequence[Conversation],
+        asks: Sequence[Ask],
+        sampling: Sampling,
+        capture: CaptureRequest | None = None,
+    ) -> list[Observation]:
+        begun = time.perf_counter()
+        observations = [self._observation(conversation, asks, capture) for conversation in batch]
+        self.seconds += time.perf_counter() - begun
+        return observations
+
+    def _observation(
+        self, conversation: Conversation, asks: Sequence[Ask], capture: CaptureRequest | None
+    ) -> Observation:
+        answers = []
+        for ask in asks:
+            random = np.random.default_rng(_hash(conversation, ask.question.text))
+            mass = random.dirichlet(np.ones(len(ask.question.says)))
+            said = random.choice(len(mass), len(ask.seeds), p=mass)
+            wanted = capture is not None and "rating" in capture.positions
+            answers.append(
+                Answer(
+                    scores={seed: Score(tuple(0.9 * mass)) for seed in ask.scores},
+                    samples={
+                        seed: Sample(ask.question.says[at], 1, True) for seed, at in zip(ask.seeds, said, strict=True)
+                    },
+                    residual=_vectors(random, capture) if wanted and capture is not None else None,
+                )
+            )
+        random = np.random.default_rng(_hash(conversation, ""))
+        shared = [position for position in capture.positions if position != "rating"] if capture else []
+        return Observation(tuple(answers), {position: _vectors(random, capture) for position in shared if capture})
+
+    def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
+        return [options["I'm sorry" not in conversation[-1].content] for conversation in batch]
+
+    def usage(self) -> Usage:
+        return self._spent
+
+    def close(self) -> None:
+        pass
+
+
+def _hash(conversation: Conversation, more: str) -> int:
+    return xxhash.xxh3_64_intdigest("\0".join([*(message.content for message in conversation), more]).encode())
+
+
+def _vectors(random: np.random.Generator, capture: CaptureRequest) -> torch.Tensor:
+    return torch.from_numpy(random.standard_normal((len(capture.layers), WIDTH), dtype=np.float32))
+
+
+def resident(which: str) -> float:
+    """Resident memory of this process, now (``VmRSS``) or at its highest (``VmHWM``), MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
+
+
+def write_tasks(path: Path, count: int) -> None:
+    """Tasks of four origins and some lengths."""
+    with path.open("w") as file:
+        for at in range(count):
+            prompt = f"{' '.join(WORDS[: 1 + at * 7 % len(WORDS)])}: number {at}."
+            file.write(json.dumps({"id": f"task-{at}", "prompt": prompt, "origin": ORIGINS[at % 4]}) + "\n")
+
+
+def write_model(folder: Path) -> None:
+    """A folder that is a model as far as its identity and its config go."""
+    folder.mkdir()
+    config = {"model_type": "simulated", "num_hidden_layers": LAYERS, "hidden_size": WIDTH}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+@contextlib.contextmanager
+def timed(seconds: Counter[str], owner: Any, *names: str) -> Iterator[None]:
+    """Add up the time that some of a module's functions take."""
+    plain = {name: getattr(owner, name) for name in names}
+
+    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                seconds[name] += time.perf_counter() - begun
+
+        return call
+
+    for name, function in plain.items():
+        setattr(owner, name, wrapped(name, function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(owner, name, function)
+
+
+def job(count: int, folder: Path) -> dict[str, Any]:
+    """A job of so many tasks on an empty store, and once more; what they took."""
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    from prefs import job
+    from prefs.config import register, typed
+    from prefs.jobs import Doings
+    from prefs.models.loading import Models, ModelSpec
+    from prefs.run import register_resolvers
+
+    write_tasks(folder / "tasks.jsonl", count)
+    write_model(folder / "model")
+    register()
+    register_resolvers()
+    overrides = ["model=hf", f"model.path={folder / 'model'}", "model.dtype=float32", "model.device=cpu", "probe=none"]
+    overrides += ["dataset=file", f"dataset.path={folder / 'tasks.jsonl'}", "judge=llm", "judge.phrases=[]"]
+    overrides += ["model@judge.model=hf", f"judge.model.path={folder / 'model'}", "judge.model.dtype=float32"]
+    overrides += ["judge.model.device=cpu", "wandb.mode=disabled", f"store.dir={folder / 'store'}"]
+    with initialize_config_module("prefs.conf", version_base="1.3"):
+        composed = compose("config", overrides=overrides)
+    plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    config = typed(composed)
+    simulated = Simulated()
+    logging.basicConfig(level=logging.WARNING)
+    before = resident("VmRSS")
+    found: dict[str, Any] = {}
+    for name, models in (
+        ("computed", Models({ModelSpec.from_config(config.model).engine: simulated})),
+        ("found", Models()),  # a model would have to be loaded, and there is none
+    ):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets how high memory was
+        seconds: Counter[str] = Counter()
+        stages = ("load_tasks", "complete", "rate", "judge", "_report", "write_table")
+        begun = time.perf_counter()
+        with timed(seconds, job, *stages), contextlib.redirect_stdout(sys.stderr):
+            job.run_job(config, job.Place(folder / name), models, Doings(), plain_config=plain)
+        found[name] = {"seconds": time.perf_counter() - begun, "peak": resident("VmHWM") - before, "stages": seconds}
+    found["files"] = sum(len(files) for _, _, files in os.walk(folder / "store"))
+    found["simulated"] = simulated.seconds
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1000, 3000, 10_000, 30_000, 100_000])
+    parser.add_argument("--scratch", type=Path, help="a folder on the disk to be measured (default: the system's)")
+    parser.add_argument("--stages", action="store_true", help="print each stage's time, too")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child is not None:
+        print(json.dumps(job(given.child, given.scratch)))
+        return
+    print("| tasks | computed: ms a task | MiB | found: ms a task | MiB | of the model: ms a task | parts |")
+    print("|---|---|---|---|---|---|---|")
+    for count in given.tasks:
+        with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
+            command = [sys.executable, __file__, "--child", str(count), "--scratch", folder]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found = json.loads(done.stdout)
+        numbers = [f"{count:,}"]
+        for name in ("computed", "found"):
+            numbers += [f"{1000 * found[name]['seconds'] / count:.2f}", f"{found[name]['peak']:,.0f}"]
+        numbers += [f"{1000 * found['simulated'] / count:.2f}", f"{found['files']:,}"]
+        print(f"| {' | '.join(numbers)} |", flush=True)
+        if given.stages:
+            for name in ("computed", "found"):
+                each = {stage: f"{1000 * took / count:.2f}" for stage, took in found[name]["stages"].items()}
+                print(f"  {name}, ms a task: {each}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
