@@ -218,9 +218,8 @@ def main() -> None:
     if given.child is not None:
         print(json.dumps(job(given.child, given.scratch)))
         return
-    print(
-        "| tasks | computed: ms a task | of it processor | peak (MiB) | found: ms a task | processor | peak (MiB) | parts |"
-    )
+    columns = [f"{name}: {what}" for name in ("computed", "found") for what in ("ms a task", "of processor", "MiB")]
+    print(f"| tasks | {' | '.join(columns)} | parts |")
     print("|---|---|---|---|---|---|---|---|")
     for count in given.tasks:
         with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
