@@ -90,7 +90,10 @@ def compare(folders: Sequence[Path], out: Path | None = None, wandb_mode: str | 
     now = datetime.datetime.now()
     found = read_sweep(folders)
     if not found.cells:
-        raise UserError(f"nothing to compare: {unfinished(folders, found) or 'no job has finished'}")
+        why = "no job has finished"
+        if any(job.is_shard for job in found.jobs):
+            why = "these jobs made shards; the same command without shard= finds them in the store and shows the whole"
+        raise UserError(f"nothing to compare: {unfinished(folders, found) or why}")
     if out is None:
         out = folders[0] / FOLDER if len(folders) == 1 else Path("comparisons") / now.strftime("%Y-%m-%d/%H-%M-%S")
     first = found.jobs[0]

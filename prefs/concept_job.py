@@ -14,7 +14,7 @@ from rich.table import Table
 from prefs import closing_concepts, plots
 from prefs.concepts.card import SavedVectors, check_model, load_vectors
 from prefs.concepts.cell import probe_cosines, rating_correlations
-from prefs.concepts.extract import Concept, NoConcept, concept_cosines, extract
+from prefs.concepts.extract import Concept, NoConcept, concept_cosines, extract, read_all
 from prefs.concepts.reading import Reader
 from prefs.config import COMPLETION_POSITIONS, Config
 from prefs.dose_response import DoseResponse, arrows, dose_response
@@ -29,7 +29,7 @@ from prefs.probes.probe import Site
 from prefs.probing import ProbeReport
 from prefs.rate import CapturePlan
 from prefs.records import Rated, Ratings
-from prefs.steer import Place, steer
+from prefs.steer import Arrow, Place, Responses, steer
 from prefs.store import Store
 from prefs.tasks import Task
 
@@ -74,12 +74,38 @@ def extracted(
     models: Models,
     doings: Doings,
 ) -> Concepts:
-    """The vectors of a job's concepts; none where it has none, or captures nothing in the conversation."""
+    """The vectors of a job's concepts; none where it has none, or captures nothing in the conversation.
+
+    Of a shard's tasks alone there are none either, but what they come from is put into the store.
+    """
+    reader = reader_of(config, completer, rater, capture, store, models)
+    if reader is None:
+        return Concepts((), {})
+    try:
+        if config.shard is not None:
+            read_all(config.concept, tasks, reader)
+            return Concepts((), {})
+        found = extract(config.concept, tasks, reader, bootstrap=config.stats.bootstrap)
+    finally:
+        doings.did(reader.done())
+    there = [each for each in found if isinstance(each, Concept)]
+    tables = {
+        "concept_vectors": [each.vectors for each in there],
+        "concept_tests": [each.tests for each in there],
+        "concept_cosines": [concept_cosines(there)] if len(there) > 1 else [],
+    }
+    return Concepts(found, {name: pd.concat(each, ignore_index=True) for name, each in tables.items() if each})
+
+
+def reader_of(
+    config: Config, completer: ModelSpec, rater: ModelSpec, capture: CapturePlan | None, store: Store, models: Models
+) -> Reader | None:
+    """What reads tasks under a job's conditions; None where it has no concept, or captures nothing in conversations."""
     positions = tuple(each for each in capture.positions if each in COMPLETION_POSITIONS) if capture else ()
     if not config.concept or capture is None or not positions:
-        return Concepts((), {})
+        return None
     completing = config.completer
-    reader = Reader(
+    return Reader(
         completer=completer,
         subject=rater,
         sampling=Sampling(completing.temperature, completing.top_p, completing.max_new_tokens),
@@ -88,17 +114,6 @@ def extracted(
         store=store,
         models=models,
     )
-    try:
-        found = extract(config.concept, tasks, reader, bootstrap=config.stats.bootstrap)
-    finally:
-        doings.work += reader.done()
-    there = [each for each in found if isinstance(each, Concept)]
-    tables = {
-        "concept_vectors": [each.vectors for each in there],
-        "concept_tests": [each.tests for each in there],
-        "concept_cosines": [concept_cosines(there)] if len(there) > 1 else [],
-    }
-    return Concepts(found, {name: pd.concat(each, ignore_index=True) for name, each in tables.items() if each})
 
 
 @dataclass(frozen=True)
@@ -189,22 +204,7 @@ def steered(
     else:
         saved = load_vectors(Path(steering.vector).expanduser())  # which `check_saved` has seen
     found, without = arrows(steering, layers, saved, concept, probed if isinstance(probed, ProbeReport) else None)
-    sampling = Sampling(config.rating.temperature, config.rating.top_p, config.rating.max_new_tokens)
-    at = cast(Place, steering.at)
-    responses, work = steer(
-        ratings.completions,
-        rater,
-        ratings.template,
-        found,
-        steering.coefficients,
-        sampling,
-        at=at,
-        seeds=steering.seeds,
-        system_prompt=config.rating.system_prompt,
-        store=store,
-        models=models,
-    )
-    doings.work.append(work)
+    responses = steered_along(config, found, ratings, rater, store, models, doings)
     if not responses.asked.any():
         return "No steering: no task has a completion that the question fits behind."
     return dose_response(
@@ -212,12 +212,40 @@ def steered(
         responses,
         ratings.template.values,
         found,
-        at=at,
+        at=steering.at,
         coherence=steering.coherence,
         bootstrap=config.stats.bootstrap,
         seed=config.stats.seed,
         without=without,
     )
+
+
+def steered_along(
+    config: Config,
+    found: Sequence[Arrow],
+    ratings: Ratings,
+    rater: ModelSpec,
+    store: Store,
+    models: Models,
+    doings: Doings,
+) -> Responses:
+    """One cell's completions rated under every dose of these vectors."""
+    steering = config.steering
+    responses, work = steer(
+        ratings.completions,
+        rater,
+        ratings.template,
+        found,
+        steering.coefficients,
+        Sampling(config.rating.temperature, config.rating.top_p, config.rating.max_new_tokens),
+        at=cast(Place, steering.at),
+        seeds=steering.seeds,
+        system_prompt=config.rating.system_prompt,
+        store=store,
+        models=models,
+    )
+    doings.did([work])
+    return responses
 
 
 def check_saved(config: Config, rater: ModelSpec, layers: Sequence[int], architecture: Architecture) -> None:

@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from prefs.errors import ConfigError
+from prefs.shards import Shard
 
 POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
 # Those that lie in the conversation, before any question.
@@ -402,7 +403,12 @@ class StatsConfig:
 
 @dataclass
 class Config:
-    """The whole configuration of a run."""
+    """The whole configuration of a run.
+
+    With ``shard: i/n`` it makes the i-th of n shares of what models are asked for, and leaves the rest to other jobs on
+    the same store. With ``plan``, what it will cost is told and nothing is run; hours are those of a GPU that sustains
+    ``plan_tflops`` (10^12 operations a second).
+    """
 
     model: ModelConfig = MISSING
     completer: CompleterConfig = MISSING
@@ -413,6 +419,9 @@ class Config:
     probe: ProbeConfig = MISSING
     steering: SteeringConfig = MISSING
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
+    shard: str | None = None
+    plan: bool = False
+    plan_tflops: float = 200.0
     rating: RatingConfig = field(default_factory=RatingConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -510,6 +519,8 @@ def check(config: Config) -> None:
         allowed = "false, since this model's server gives no log-probabilities (model.api.top_logprobs=0)"
         raise ConfigError("rating.exact", True, allowed)
     _check_dataset(config.dataset)
+    if config.shard is not None:
+        Shard.parse(config.shard)
     _check_judge(config.judge)
     _check_capture(config.capture, config.model.backend)
     _check_probe(config)
@@ -523,6 +534,8 @@ def check(config: Config) -> None:
     _check_steering(config)
     if not (math.isfinite(config.store.lease_s) and config.store.lease_s >= 0):
         raise ConfigError("store.lease_s", config.store.lease_s, "seconds, 0 or more")
+    if not (math.isfinite(config.plan_tflops) and config.plan_tflops > 0):
+        raise ConfigError("plan_tflops", config.plan_tflops, "more than 0, in 10^12 operations a second")
     _check_choice("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
     _check_range("stats.bootstrap", config.stats.bootstrap, 0, 1_000_000)
     if not 0 < config.stats.target_r < 1:

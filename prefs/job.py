@@ -17,22 +17,18 @@ from rich.console import Console
 
 from prefs import closing, plots
 from prefs.closing_concepts import dose_lines, slope_lines
-from prefs.complete import complete
-from prefs.concept_job import Concepts, check_saved, compared, extracted, steered
+from prefs.concept_job import Concepts, compared, extracted, steered
 from prefs.config import Config
 from prefs.dose_response import DoseResponse
-from prefs.errors import ConfigError
 from prefs.files import write_table
 from prefs.jobs import Doings, Spent
-from prefs.judge import Judged, judge
 from prefs.measured import Measured
-from prefs.models.architecture import architecture
-from prefs.models.backend import Sampling, Usage
-from prefs.models.loading import Models, ModelSpec, identity, model_folder
+from prefs.models.backend import Usage
+from prefs.models.loading import Models, ModelSpec, check_weights, identity
 from prefs.probes.outcome import AUC, NoProbe
 from prefs.probing import ProbeReport, Subject, features_digest, probe
-from prefs.rate import CapturePlan, rate
 from prefs.records import Completion, Rated, Ratings, Residuals
+from prefs.stages import Roles, job_tasks, measure, sites
 from prefs.store import Store
 from prefs.summary import (
     Group,
@@ -45,7 +41,6 @@ from prefs.summary import (
     stability,
     stability_table,
 )
-from prefs.tasks import Task, load_tasks
 from prefs.templates import Template
 from prefs.terminal import show, show_files
 from prefs.track import Tracker, tracker
@@ -63,28 +58,40 @@ class Place:
 
 
 def run_job(config: Config, place: Place, models: Models, doings: Doings, *, plain_config: Mapping[str, Any]) -> None:
-    """Run one job, write everything it found to its folder, and note in `doings` what it did and spent.
+    """Run one job, write everything it found to its folder, and note in `doings` what it did and spent; or, with
+    `Config.plan`, print what that would cost and do nothing.
 
     Raises
     ------
     UserError
         For anything the user can mend: a bad row, a model that is not there, a full disk.
     """
-    tasks = load_tasks(config.dataset)
+    # Task ids and origins are the user's text: nothing in them is markup.
+    console = Console(markup=False, highlight=False, emoji=False)
+    if config.plan:
+        from prefs.plan.costs import plan
+        from prefs.plan.show import show_plan
+
+        show_plan(plan(config), config, sweep=place.group is not None, console=console)
+        return
+    tasks = job_tasks(config)
     store = Store.open(config.store.dir, config.store.lease_s)
-    rater = ModelSpec.from_config(config.model)
-    completer = ModelSpec.from_config(config.completer.model) if config.completer.model else rater
+    roles = Roles.of(config)
+    rater = roles.rater
     templates = {key: Template.from_config(each) for key, each in config.template.items()}
-    plan = _plan(config, rater)
-    config = replace(config, probe=replace(config.probe, layers=list(plan.probed)))
-    judging = ModelSpec.from_config(config.judge.model) if config.judge.model else None
-    specs = [spec for spec in (rater, completer, judging) if spec is not None]
-    models.keep_only(specs)
-    with _noting_costs(models, specs, doings):
-        completions, rated, judged = _measure(
-            config, tasks, rater, completer, templates, plan.capture, store, models, doings
-        )
-        concepts = extracted(config, tasks, completer, rater, plan.capture, store, models, doings)
+    of = sites(config, rater)
+    config = replace(config, probe=replace(config.probe, layers=list(of.probed)))
+    for spec in roles.specs:
+        check_weights(spec)
+    models.keep_only(roles.specs)
+    with _noting_costs(models, roles.specs, doings):
+        completions, rated, judged = measure(config, tasks, roles, templates, of.capture, store, models, doings)
+        concepts = extracted(config, tasks, roles.completer, rater, of.capture, store, models, doings)
+    if config.shard is not None:
+        show_files(console, [*doings.work, *doings.spent], None, store.root, {})
+        merge = "The same command without shard= shows the whole, once all are."
+        console.print(f"• Shard {config.shard} is there. {merge}", soft_wrap=True)
+        return
     write_table(completions_table(completions, judged.refused), place.folder / "completions")
     groups = groups_by_origin([each.task.origin for each in completions], config.stats.bootstrap, config.stats.seed)
     tables = {}
@@ -95,9 +102,8 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
     tables |= concepts.tables
     for name, table in concepts.tables.items():
         write_table(table, place.folder / name)
-    vectors = concepts.save(place.folder, identity(rater), plan.family, plain_config)
-    # Task ids and origins are the user's text: nothing in them is markup.
-    console = Console(markup=False, highlight=False, emoji=False)
+    family = of.architecture.family if of.architecture else ""
+    vectors = concepts.save(place.folder, identity(rater), family, plain_config)
     synced: dict[str, Path] = {}
     probed: list[ProbeReport] = []
     for at, (key, ratings) in enumerate(rated.ratings.items()):
@@ -108,7 +114,7 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
             cell = _Cell(key, ratings, ratings.measured(judged.refused), groups, place.folder / key, tables)
             for concept, paths in vectors.items() if at == 0 else ():
                 track.artifact(f"concept-{rater.name}-{concept}", "concept", paths, {"model": identity(rater)})
-            stages = _Stages(concepts, plan.steered, store, models, doings)
+            stages = _Stages(concepts, of.steered, store, models, doings)
             report = _report(config, cell, rated, rater, track, console, probed, plain_config, stages)
             if isinstance(report, ProbeReport):
                 probed.append(report)
@@ -125,58 +131,12 @@ def _noting_costs(models: Models, specs: Sequence[ModelSpec], doings: Doings) ->
     try:
         yield
     finally:
-        names = {spec.engine: spec.name for spec in specs}
-        for engine, usage in models.usage().items():
-            spent = Spent(names[engine], **asdict(usage.since(before.get(engine, Usage()))))
+        names, after = {spec.engine: spec.name for spec in specs}, models.usage()
+        for engine in names.keys() & after.keys():
+            spent = Spent(names[engine], **asdict(after[engine].since(before.get(engine, Usage()))))
             if spent.requests:
                 log.info("%s", spent)
-                doings.spent.append(spent)
-
-
-def _measure(
-    config: Config,
-    tasks: Sequence[Task],
-    rater: ModelSpec,
-    completer: ModelSpec,
-    templates: Mapping[str, Template],
-    capture: CapturePlan | None,
-    store: Store,
-    models: Models,
-    doings: Doings,
-) -> tuple[list[Completion], Rated, Judged]:
-    """The stages that ask models, in order."""
-    completions, completed = complete(
-        tasks,
-        completer,
-        Sampling(config.completer.temperature, config.completer.top_p, config.completer.max_new_tokens),
-        seed=config.completer.seed,
-        system_prompt=config.completer.system_prompt,
-        store=store,
-        models=models,
-    )
-    log.info("%s", completed)
-    doings.work.append(completed)
-    rated = rate(
-        completions,
-        rater,
-        templates,
-        Sampling(config.rating.temperature, config.rating.top_p, config.rating.max_new_tokens),
-        seeds=config.rating.seeds,
-        exact=config.rating.exact,
-        thoughts=config.rating.thoughts,
-        capture=capture,
-        system_prompt=config.rating.system_prompt,
-        store=store,
-        models=models,
-    )
-    for work in rated.work:
-        log.info("%s", work)
-    doings.work += rated.work
-    judged = judge(config.judge, completions, store=store, models=models)
-    for work in judged.work:
-        log.info("%s", work)
-    doings.work += judged.work
-    return completions, rated, judged
+                doings.spend(spent)
 
 
 def costs(spent: Spent) -> list[tuple[str, float]]:
@@ -197,45 +157,6 @@ class _Cell:
     groups: Sequence[Group]
     folder: Path
     of_job: Mapping[str, pd.DataFrame]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is captured, which layers are probed and steered, and the model's family."""
-
-    capture: CapturePlan | None
-    probed: tuple[int, ...]
-    steered: tuple[int, ...]
-    family: str
-
-
-def _plan(config: Config, rater: ModelSpec) -> _Plan:
-    """The layers and positions wanted, checked before the model's weights are loaded."""
-    capture, steering = config.capture, config.steering
-    if not capture.positions and steering.vector == "none":
-        return _Plan(None, (), (), "")
-    of = architecture(model_folder(rater), rater.revision)
-    layers: tuple[int, ...] = ()
-    if capture.positions:
-        layers = _numbered("capture.layers", capture.layers, of.layers, range(of.layers), rater)
-    probed = _numbered("probe.layers", config.probe.layers, of.layers, layers, rater)
-    there = layers if steering.vector == "concept" else range(of.layers)
-    steered = _numbered("steering.layers", steering.layers, of.layers, there, rater)
-    check_saved(config, rater, steered, of)
-    plan = CapturePlan(layers, tuple(capture.positions), capture.dtype.value) if capture.positions else None
-    return _Plan(plan, probed if config.probe.kind != "none" else (), steered, of.family)
-
-
-def _numbered(key: str, wanted: Any, count: int, there: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
-    """Layers by their numbers from 0, of those that are there."""
-    if wanted == "all":
-        return tuple(there)
-    for layer in wanted:
-        if not -count <= layer < count:
-            raise ConfigError(key, layer, f"all, or from {-count} to {count - 1} ({rater.name})")
-        if layer % count not in there:
-            raise ConfigError(key, layer, f"a layer that is captured ({', '.join(map(str, there))})")
-    return tuple(dict.fromkeys(layer % count for layer in wanted))
 
 
 def _report(
@@ -334,7 +255,10 @@ class _Stages:
     def steered(
         self, config: Config, ratings: Ratings, rater: ModelSpec, probed: ProbeReport | NoProbe | None
     ) -> DoseResponse | str | None:
-        return steered(config, self.layers, self.concepts, ratings, rater, probed, self.store, self.models, self.doings)
+        with _noting_costs(self.models, [rater], self.doings):
+            return steered(
+                config, self.layers, self.concepts, ratings, rater, probed, self.store, self.models, self.doings
+            )
 
 
 def _subject(cell: _Cell, residuals: Sequence[Residuals]) -> Subject:

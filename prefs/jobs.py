@@ -5,7 +5,9 @@ Written when a job begins and again when it ends, so that what was killed in bet
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -15,20 +17,27 @@ from typing import Any
 from prefs.errors import UserError
 from prefs.files import write_durably
 
+log = logging.getLogger(__name__)
+
 FILE = "job.json"
 RUNNING, FINISHED, FAILED = "not finished", "finished", "failed"
 
 
 @dataclass(frozen=True)
 class Work:
-    """How many records of a stage were found in the store and how many had to be computed."""
+    """How many records of a stage were found in the store and how many had to be computed.
+
+    ``bytes`` are those of the vectors that were computed.
+    """
 
     stage: str
     reused: int
     computed: int
+    bytes: int = 0
 
     def __str__(self) -> str:
-        return f"{self.stage}: {self.reused} in the store, {self.computed} computed"
+        size = f" ({self.bytes / 1e6:,.1f} MB)" if self.bytes else ""
+        return f"{self.stage}: {self.reused} in the store, {self.computed} computed{size}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,17 @@ class Spent:
     completion_tokens: int
     dollars: float | None
 
+    def plus(self, other: Spent) -> Spent:
+        """Both together; dollars where either knows them."""
+        known = [each for each in (self.dollars, other.dollars) if each is not None]
+        return Spent(
+            self.model,
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            sum(known) if known else None,
+        )
+
     def __str__(self) -> str:
         tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
         cost = "" if self.dollars is None else f", ${self.dollars:,.4f}"
@@ -49,10 +69,26 @@ class Spent:
 
 @dataclass
 class Doings:
-    """What a job has done so far; it fills this in while it runs, so that a job that fails leaves it too."""
+    """What a job has done so far; it fills this in while it runs, so that a job that fails leaves it too.
+
+    ``told``: each stage's work goes to the log when it is done.
+    """
 
     work: list[Work] = field(default_factory=list)
     spent: list[Spent] = field(default_factory=list)
+    told: bool = True
+
+    def spend(self, spent: Spent) -> None:
+        """Add to what was spent on a model."""
+        known = [each for each in self.spent if each.model == spent.model]
+        self.spent = [each for each in self.spent if each.model != spent.model]
+        self.spent.append(functools.reduce(Spent.plus, known, spent))
+
+    def did(self, work: Sequence[Work]) -> None:
+        """Note the work of a stage."""
+        self.work += work
+        for each in work if self.told else ():
+            log.info("%s", each)
 
 
 @dataclass(frozen=True)
@@ -67,6 +103,11 @@ class Job:
     error: str | None = None
     work: tuple[Work, ...] = ()
     spent: tuple[Spent, ...] = ()
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether it made a share of its cells, and no tables of them."""
+        return self.config["shard"] is not None
 
     def __str__(self) -> str:
         return " ".join(self.overrides) or str(self.folder)

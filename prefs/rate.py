@@ -93,7 +93,7 @@ def rate(
     positions = _Positions.open(capture, cells, model, rows, store) if capture else _Positions(None, {}, {}, {})
     if any(positions.lacks(row) or any(cell.lacks(row) for cell in cells.values()) for row in rows):
         _compute(rows, cells, positions, rater, sampling, store, models.get(rater))
-    work = [cell.work() for cell in cells.values()] + positions.work()
+    work = [work for cell in cells.values() for work in cell.work()] + positions.work()
     return Rated(
         ratings={name: cell.ratings(completions, rows) for name, cell in cells.items()},
         residuals=positions.residuals(len(completions)),
@@ -175,10 +175,14 @@ class _Cell:
     def lacks(self, row: int) -> bool:
         return bool(self.missing_scores(row) or self.missing_seeds(row))
 
-    def work(self) -> Work:
-        made = len(self.scores.made) + len(self.answers.made)
-        total = len(self.score_keys) + len(self.answer_keys)
-        return Work(f"ratings, {self.template.name}", total - made, made)
+    def work(self) -> list[Work]:
+        kinds = {"sampled": (self.seeds, self.answer_keys, self.answers)}
+        kinds |= {"exact": (self.thoughts, self.score_keys, self.scores)}
+        return [
+            Work(f"{kind} ratings, {self.template.name}", len(keys) - len(found.made), len(found.made))
+            for kind, (wanted, keys, found) in kinds.items()
+            if wanted
+        ]
 
     def leases(self, row: int, turns: str, *, captured: bool) -> list[str]:
         """What a job holds while it asks this question after a conversation (of digest `turns`), or captures at it."""
@@ -347,7 +351,7 @@ class _Positions:
         collections = [*self.shared.values(), *self.at_rating.values()]
         made = sum(len(vectors.made) for vectors, _ in collections)
         total = sum(len(keys) for _, keys in collections)
-        return [Work("residual vectors", total - made, made)]
+        return [Work("residual vectors", total - made, made, sum(vectors.bytes_made for vectors, _ in collections))]
 
     def leases(self, row: int) -> list[str]:
         """What a job holds while it captures at the positions that all templates share."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefs.config import register, typed, with_prompts
 from prefs.errors import UserError
 from prefs.jobs import FILE as JOB
-from prefs.jobs import recorded
+from prefs.jobs import Doings, read_job, recorded
 from prefs.lines import explain, one_line_errors
 from prefs.resources import sweep_gpus
 from prefs.sweep import name_suffix, noting_sweeps, sweep_name, swept
@@ -58,8 +59,8 @@ def _compared() -> Iterator[None]:
 
 def _compare(folders: list[Path]) -> None:
     for folder in folders:
-        if not any(folder.glob(f"*/{JOB}")):
-            continue  # nothing began: the error says why
+        if all(read_job(path.parent).is_shard for path in folder.glob(f"*/{JOB}")):
+            continue  # nothing began, and the error says why; or nothing but shards, which say what to do next
         from prefs.compare import compare
 
         try:
@@ -111,13 +112,16 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         with _named_failure() if sweep else one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED):
             hydra_config, plain = HydraConfig.get(), _plain(cfg)
+            if not hydra_config.job.chdir:
+                _enter(hydra_config.runtime.cwd)
             folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
             group, suffix = None, ""
             if sweep:
                 sweep_folder = Path(hydra_config.sweep.dir)
                 group = sweep_name(sweep_folder, hydra_config.runtime.choices.get("experiment"))
                 suffix = name_suffix(overrides, swept(sweep_folder))
-            with recorded(folder, plain, overrides, group) as doings:
+            planning = plain.get("plan") is True  # of which nothing stays
+            with nullcontext(Doings()) if planning else recorded(folder, plain, overrides, group) as doings:
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.
                 from prefs.job import Place, run_job
@@ -128,6 +132,17 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 run_job(config, Place(folder, group, suffix), loaded[0], doings, plain_config=plain)
 
     return job
+
+
+def _enter(folder: str) -> None:
+    """Be where the command was given, which a launcher's worker need not be: paths in a config can be relative."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{socket.gethostname()} cannot enter the folder of the command, {folder}: {error.strerror}; "
+            "the hosts of a sweep need to share it"
+        ) from None
 
 
 def _plain(cfg: DictConfig) -> dict[str, object]:

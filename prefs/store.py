@@ -67,12 +67,12 @@ class Store:
         UserError
             If the folder cannot be made.
         """
-        root = Path(directory).expanduser() if directory else user_data_path("prefs") / "store"
+        root = store_root(directory)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"store.dir: cannot make {root}: {error.strerror}") from None
-        return cls(root.resolve(), Leases(root.resolve() / "leases", lease_s))
+        return cls(root, Leases(root / "leases", lease_s))
 
     def table(self, kind: str, spec: Mapping[str, Any], schema: pa.Schema) -> Table:
         """The collection of rows of one kind under one specification."""
@@ -85,6 +85,11 @@ class Store:
     def result(self, kind: str, spec: Mapping[str, Any]) -> Result:
         """The one result of a kind that its specification determines."""
         return Result(self.root, kind, {"format": FORMAT, **spec})
+
+
+def store_root(directory: str | None) -> Path:
+    """The folder of a store, which need not be there: the one given, or the user's data directory."""
+    return (Path(directory).expanduser() if directory else user_data_path("prefs") / "store").resolve()
 
 
 class _Collection:
@@ -207,12 +212,15 @@ class Table(_Collection):
 
     def append(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Write rows, given by key, as one part. Nothing is written for no rows."""
-        if not rows:
-            return
+        if rows:
+            self._write(self.encoded(rows))
+
+    def encoded(self, rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+        """Rows, given by key, as the bytes of a part."""
         table = pa.Table.from_pylist([{"key": key, **row} for key, row in rows.items()], schema=self.schema)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        self._write(buffer.getvalue())
+        return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -236,8 +244,9 @@ class Vectors(_Collection):
         # By key, the parts that hold it and its row in each. A job has keys by the million, and layers by the dozen.
         self._where: dict[str, tuple[tuple[_Part, int], ...]] = {}
         self.absent: set[str] = set()
-        # Keys that were written by this very object.
+        # Keys that were written by this very object, and how many bytes their vectors take up.
         self.made: set[str] = set()
+        self.bytes_made = 0
         self.refresh()
 
     def refresh(self) -> None:
@@ -272,6 +281,7 @@ class Vectors(_Collection):
         meta = {"keys": list(keys), "layers": list(layers), "absent": absent}
         tensors = {f"layer.{layer}": vectors[:, at].contiguous() for at, layer in enumerate(layers)} if keys else {}
         self.made.update(keys, absent)
+        self.bytes_made += vectors.nbytes
         self._index(self._write(save(tensors, metadata={"prefs": canonical(meta)})), meta)
 
     def in_order(self, keys: Sequence[str]) -> list[int]:

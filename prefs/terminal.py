@@ -59,13 +59,14 @@ def show(
 
 
 def show_files(
-    console: Console, done: Sequence[Work | Spent], folder: Path, store: Path | None, wandb: Mapping[str, Path]
+    console: Console, done: Sequence[Work | Spent], folder: Path | None, store: Path | None, wandb: Mapping[str, Path]
 ) -> None:
     """Print what was reused, computed and spent, and where everything is."""
     console.print()
     for each in done:
         console.print(f"{each}")
-    console.print(f"tables and figures  {folder}", soft_wrap=True)
+    if folder is not None:
+        console.print(f"tables and figures  {folder}", soft_wrap=True)
     if store is not None:
         console.print(f"store               {store}", soft_wrap=True)
     for name, path in wandb.items():

@@ -113,3 +113,13 @@ def datasets_cache(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def serial(tmp_path_factory) -> Path:
+    """The same sweep by Hydra's own launcher: one job after another, in one process."""
+    from sweeps import environment, sweep
+
+    folder = tmp_path_factory.mktemp("serial")
+    sweep(folder, environment(folder / "store"), "wandb.mode=disabled")
+    return folder

@@ -131,7 +131,7 @@ def simulate(
                 _probe(folder, plain, key, completions, ratings.sampling, measured, vectors[key])
             sampled[key] = measured.sampled
             doings.work.append(
-                Work(f"ratings, {ratings.template.name}", 1, len(completions) * (len(seeds) + exact) - 1)
+                Work(f"sampled ratings, {ratings.template.name}", 1, len(completions) * (len(seeds) + exact) - 1)
             )
     return Simulated(folder, sampled, mass)
 

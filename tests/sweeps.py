@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -73,3 +76,12 @@ def assert_same_tables(one: Path, other: Path) -> None:
 def computed(jobs: Iterable[dict], stage: str) -> int:
     """How many records of a stage these jobs computed together."""
     return sum(work["computed"] for job in jobs for work in job["work"] if work["stage"].startswith(stage))
+
+
+def free_port() -> int:
+    """Below the range that the system gives to clients, of which the cluster has many."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")

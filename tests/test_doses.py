@@ -25,7 +25,7 @@ CONVERSATIONS = [
 WORDS = Question("Did you like it?", ("Strongly agree", "Strongly disagree", "no"), "Answer: ")
 DIGITS = Question("How much did you like doing that task, from 1 to 10?", ("1", "10", "7 or so"), "I say ")
 # Of few tokens: of 49,152 about as likely, rounding chooses another one now and then.
-DRAWN = Sampling(0.5, 0.5, 3)
+DRAWN = Sampling(0.3, 0.3, 3)
 SEEDS = (0, 3)
 D = 64
 AT = ("all", "last", "completion", "question")

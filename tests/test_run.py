@@ -143,7 +143,7 @@ def test_a_second_run_computes_nothing_and_finds_the_same(uninterrupted, tmp_pat
     folder, store, _ = uninterrupted
     printed = run(tmp_path, store, *SMALL)
     assert "Loading" not in printed
-    assert re.findall(r"(\d+) computed", printed.partition("smollm2 ·")[0]) == ["0"] * 4
+    assert re.findall(r"(\d+) computed", printed.partition("smollm2 ·")[0]) == ["0"] * 5
     assert tables(run_folder(tmp_path)) == tables(folder)
 
 

@@ -141,7 +141,7 @@ def test_thoughts_go_through_the_store(tmp_path, thinkers, thinker_spec):
     np.testing.assert_array_equal(ratings.mass, ratings.thoughts.mass[:, 0])
     assert ratings.measured([None] * len(TASKS)).kind == "after one thought"
     more = rate(completions, thinker_spec, templates, SAMPLING, thoughts=3, models=thinkers, **options)
-    assert more.work[0].computed == 2 * len(TASKS)  # the scores after two more thoughts, and no answer
+    assert [work.computed for work in more.work] == [0, 2 * len(TASKS), 0]  # the scores after two more thoughts
     ratings = more.ratings["anchored"]
     assert ratings.thoughts.seeds == (7, 1, 0)
     np.testing.assert_allclose(ratings.mass, ratings.thoughts.mass.mean(axis=1))
@@ -149,7 +149,7 @@ def test_thoughts_go_through_the_store(tmp_path, thinkers, thinker_spec):
     assert measured.kind == "mixture of 3 thoughts"
     assert (measured.exact.between > 0).all()
     again = rate(completions, thinker_spec, templates, SAMPLING, thoughts=3, models=Models(), **options)
-    assert [work.computed for work in again.work] == [0, 0]
+    assert [work.computed for work in again.work] == [0] * 3
     np.testing.assert_array_equal(again.ratings["anchored"].thoughts.mass, ratings.thoughts.mass)
     # The same weights asked to answer at once are another rater.
     at_once = dataclasses.replace(thinker_spec, thinking=None)
@@ -177,7 +177,7 @@ def test_thoughts_that_are_cut_off_are_counted_and_not_drawn_again(tmp_path, thi
         assert ratings.thoughts.invalid == [(Invalid.thought_cut_off,)] * len(TASKS)
         assert np.isnan(ratings.mass).all()
         assert not rated.rating_residuals["a"].present().any()
-        assert [work.computed for work in rated.work] == ([0, 0] if reused else [2 * len(TASKS), len(TASKS)])
+        assert [work.computed for work in rated.work] == [0 if reused else len(TASKS)] * 3
 
 
 def test_thoughts_share_the_seeds_of_sampled_ratings():

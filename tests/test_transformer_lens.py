@@ -226,7 +226,7 @@ def test_control_tokens_in_a_task_do_not_move_the_roles(backend):
 
 
 def test_the_architecture_is_read_without_weights():
-    assert architecture(str(smollm2_folder()), None) == Architecture(30, 576, "llama")
+    assert architecture(str(smollm2_folder()), None) == Architecture(30, 576, "llama", 8192)
 
 
 @pytest.mark.parametrize(

@@ -165,11 +165,13 @@ def test_residuals_are_refused(engine):
 
 def test_usage_counts_requests_and_tokens(engine):
     before = engine.usage()
-    prompt = CONVERSATIONS[0][:1]
+    prompt = (Message("system", "Mind what you count."), *CONVERSATIONS[0][:1])  # not in the cache
     (sample,) = engine.complete([prompt], 0, Sampling(0.0, 1.0, 3))
     spent = engine.usage().since(before)
-    drawn = sample.tokens + sample.finished
-    assert (spent.requests, spent.prompt_tokens, spent.completion_tokens) == (1, engine.prompt_tokens(prompt), drawn)
+    run = sample.tokens + sample.finished - 1
+    assert (spent.requests, spent.prompt_tokens, spent.completion_tokens) == (1, engine.prompt_tokens(prompt), run)
+    engine.complete([prompt], 1, Sampling(0.0, 1.0, 3))
+    assert 0 < engine.usage().since(before).prompt_tokens - spent.prompt_tokens < spent.prompt_tokens
 
 
 @torch.inference_mode()

@@ -137,27 +137,26 @@ class Sweep:
         totals: dict[str, Work] = {}
         for work in (each for job in self.jobs for each in job.work):
             before = totals.get(work.stage, Work(work.stage, 0, 0))
-            totals[work.stage] = Work(work.stage, before.reused + work.reused, before.computed + work.computed)
+            totals[work.stage] = Work(
+                work.stage,
+                before.reused + work.reused,
+                before.computed + work.computed,
+                before.bytes + work.bytes,
+            )
         return list(totals.values())
 
     def spent(self) -> list[Spent]:
         """What all jobs spent, by model; dollars where any job knew them."""
         totals: dict[str, Spent] = {}
         for spent in (each for job in self.jobs for each in job.spent):
-            before = totals.get(spent.model, Spent(spent.model, 0, 0, 0, None))
-            known = [each for each in (before.dollars, spent.dollars) if each is not None]
-            totals[spent.model] = Spent(
-                spent.model,
-                before.requests + spent.requests,
-                before.prompt_tokens + spent.prompt_tokens,
-                before.completion_tokens + spent.completion_tokens,
-                sum(known) if known else None,
-            )
+            before = totals.get(spent.model)
+            totals[spent.model] = spent if before is None else before.plus(spent)
         return list(totals.values())
 
 
 def read_sweep(folders: Sequence[Path]) -> Sweep:
-    """Read the jobs in some folders (multiruns, or jobs themselves) and the cells of those that finished.
+    """Read the jobs in some folders (multiruns, or jobs themselves) and the cells of those that finished. A job that
+    made a shard of its cells has none to show.
 
     Raises
     ------
@@ -173,7 +172,7 @@ def read_sweep(folders: Sequence[Path]) -> Sweep:
     cells: dict[str, Cell] = {}
     doubles: list[Cell] = []
     for job in jobs:
-        for key in job.config["template"] if job.status == FINISHED else ():
+        for key in job.config["template"] if job.status == FINISHED and not job.is_shard else ():
             cell = _read_cell(job, key)
             same = json.dumps([cell.rater, cell.key, cell.facts], sort_keys=True)
             if same in cells:

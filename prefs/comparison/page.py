@@ -48,7 +48,7 @@ def comparison_page(
             "folder": [str(job.folder) for job in found.jobs],
         }
     )
-    work = pd.DataFrame([vars(each) for each in found.work()], columns=["stage", "reused", "computed"])
+    work = pd.DataFrame([vars(each) for each in found.work()], columns=["stage", "reused", "computed", "bytes"])
     spent = pd.DataFrame([vars(each) for each in found.spent()])
     sections = (
         Section(

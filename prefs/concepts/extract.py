@@ -111,12 +111,26 @@ def extract(
     Addition", take it over pairs too). Both complete the task and are read under their own system prompt. Wherever a
     test has a task that the vector is from, that task is projected on a vector without its fold.
     """
+    contrasts = _contrasts(concepts, tasks, reader)
+    return [_extract(key, config, concepts, tasks, contrasts, reader, bootstrap) for key, config in concepts.items()]
+
+
+def read_all(concepts: Mapping[str, ConceptConfig], tasks: Sequence[Task], reader: Reader) -> None:
+    """Read all that `extract` reads, where every concept has tasks enough."""
+    contrasts = _contrasts(concepts, tasks, reader)
+    for key, config in concepts.items():
+        if own := _of_origins(tasks, config.origins):
+            _tests(key, concepts, own, tasks, contrasts, reader)
+
+
+def _contrasts(concepts: Mapping[str, ConceptConfig], tasks: Sequence[Task], reader: Reader) -> dict[str, Pair]:
+    """Of each concept, the tasks read under the two conditions of its contrast."""
     contrasts: dict[str, Pair] = {}
     for key, config in concepts.items():
         prompts = [config.conditions[name] for name in config.contrast]
         first, second = (reader.read(tasks, written_under=each, read_under=each) for each in prompts)
         contrasts[key] = first, second
-    return [_extract(key, config, concepts, tasks, contrasts, reader, bootstrap) for key, config in concepts.items()]
+    return contrasts
 
 
 def _extract(
@@ -168,7 +182,7 @@ def _extract(
         )
         tests = [
             _test(found, name, pair, of, draws)
-            for name, pair, of in _tests(found, concepts, own, tasks, contrasts, reader)
+            for name, pair, of in _tests(key, concepts, own, tasks, contrasts, reader)
         ]
     except NotFinite as error:
         return NoConcept(key, f"the vector of a task at {error.site} holds a NaN or an infinity: capture it again")
@@ -178,7 +192,7 @@ def _extract(
 
 
 def _tests(
-    concept: Concept,
+    key: str,
     concepts: Mapping[str, ConceptConfig],
     own: Sequence[Task],
     tasks: Sequence[Task],
@@ -186,10 +200,10 @@ def _tests(
     reader: Reader,
 ) -> list[tuple[str, Pair, Sequence[Task]]]:
     """The tests: their names, the two readings that are to be told apart, and the tasks."""
-    config = concept.config
+    config = concepts[key]
     names = config.contrast
     prompts = [config.conditions[name] for name in names]
-    first, second = contrasts[concept.key]
+    first, second = contrasts[key]
     tests: list[tuple[str, Pair, Sequence[Task]]] = [(HELD_OUT, (first, second), own)]
     ids = {task.id for task in own}
     others = [task for task in tasks if task.id not in ids]
@@ -208,9 +222,9 @@ def _tests(
             between = reader.read(own, written_under=prompt, read_under=prompt)
             tests.append((f"{names[0]} against {name}", (first, between), own))
             tests.append((f"{name} against {names[1]}", (between, second), own))
-    for key, other in concepts.items():
-        if key != concept.key:
-            tests.append((f"concept {other.name}", contrasts[key], _of_origins(tasks, other.origins)))
+    for another, other in concepts.items():
+        if another != key:
+            tests.append((f"concept {other.name}", contrasts[another], _of_origins(tasks, other.origins)))
     return tests
 
 

@@ -86,6 +86,7 @@ class Reader:
                 f"concepts, {stage}",
                 sum(each.reused for each in self.work if each.stage == stage),
                 sum(each.computed for each in self.work if each.stage == stage),
+                sum(each.bytes for each in self.work if each.stage == stage),
             )
             for stage in stages
         ]

@@ -12,11 +12,13 @@ from prefs.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class Architecture:
-    """Number of layers, width of the residual stream, and the family as transformers names it (``llama``)."""
+    """Number of layers, width of the residual stream, the family as transformers names it (``llama``), and how many
+    tokens the context holds."""
 
     layers: int
     d_model: int
     family: str
+    context: int
 
 
 def architecture(path: str, revision: str | None) -> Architecture:
@@ -30,14 +32,47 @@ def architecture(path: str, revision: str | None) -> Architecture:
     written = _written(path, revision)
     if written is not None:
         return written
+    config = _config(path, revision).get_text_config()
+    return Architecture(
+        layers=int(config.num_hidden_layers),
+        d_model=int(config.hidden_size),
+        family=str(config.model_type),
+        context=int(config.max_position_embeddings),
+    )
+
+
+def active_parameters(path: str, revision: str | None) -> int:
+    """How many parameters a token meets in a model, whose weights need not be there. Of experts, those that it is sent
+    to; what only images meet is left out.
+
+    Raises
+    ------
+    UserError
+        If the config cannot be read, or transformers does not know the family.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _config(path, revision).get_text_config()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"cannot count the parameters of {path}: {first_line(error)}") from None
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    share = chosen / experts if experts and chosen else 1.0
+    return round(sum(each.numel() * (share if ".experts." in name else 1) for name, each in model.named_parameters()))
+
+
+def _config(path: str, revision: str | None) -> Any:
     # Imported only now: it takes two seconds, and most configs can do without it.
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).get_text_config()
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read the config of {path}: {first_line(error)}") from None
-    return Architecture(int(config.num_hidden_layers), int(config.hidden_size), str(config.model_type))
 
 
 def _written(path: str, revision: str | None) -> Architecture | None:
@@ -53,14 +88,15 @@ def _written(path: str, revision: str | None) -> Architecture | None:
         if not isinstance(cached, str):
             return None
         file = Path(cached)
+    names = ("num_hidden_layers", "hidden_size", "model_type", "max_position_embeddings")
     try:
         config: dict[str, Any] = json.loads(file.read_text())
-        layers, width, family = (config[name] for name in ("num_hidden_layers", "hidden_size", "model_type"))
+        layers, width, family, context = (config[name] for name in names)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     parts = [part for part in config.values() if isinstance(part, dict)]
     if any("model_type" in part or "hidden_size" in part for part in parts):
         return None
-    if not (isinstance(layers, int) and isinstance(width, int) and isinstance(family, str)):
+    if not (all(isinstance(each, int) for each in (layers, width, context)) and isinstance(family, str)):
         return None
-    return Architecture(layers, width, family)
+    return Architecture(layers, width, family, context)

@@ -154,7 +154,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an engine has spent: requests, tokens, and US dollars where prices are known (None: not known)."""
+    """What an engine has spent: requests, tokens, and US dollars where prices are known (None: not known).
+
+    Of an engine that runs here, tokens are those that went through the model, without padding: of prompts those whose
+    keys and values were not there yet, of answers those that more was drawn after. A token that only part of the
+    blocks ran counts as that part. Of a server, they are those that it bills.
+    """
 
     requests: int = 0
     prompt_tokens: int = 0

@@ -145,22 +145,12 @@ class DoseResponse:
         found: dict[int, list[Dosed]] = {}
         state, done = self.passes.nothing(len(self.asked)), [0] * len(self.asked)
         before = torch.zeros(len(self.asked), dtype=torch.float64)
-        for beginning, group in _by_beginning(doses).items():
-            starts = self._cut(beginning)
+        for beginning, group in by_beginning(doses).items():
+            starts = cut(self.asked, beginning)
             state, predicted = self._unsteered(state, done, starts)
             before, done = before + predicted, starts
             found |= self._group({at: doses[at] for at in group}, state, starts, before)
         return [found[at] for at in range(len(doses))]
-
-    def _cut(self, beginning: str) -> list[int]:
-        """The first token of each row that is run for every dose: none that is steered lies before it.
-
-        Rows end in the same column, and are cut in the same one: padding between a row's tokens would take up room in
-        a sliding window.
-        """
-        firsts = [min(places_of_answer(row)[beginning][0], len(row.ids) - 1) for row in self.asked]
-        width = max(len(row.ids) - first for row, first in zip(self.asked, firsts, strict=True))
-        return [max(len(row.ids) - width, 0) for row in self.asked]
 
     def _unsteered(self, state: State, starts: Sequence[int], ends: Sequence[int]) -> tuple[State, torch.Tensor]:
         """Run the tokens [start, end) of each row; the state after them, and the sums of `Likelihood`."""
@@ -181,7 +171,7 @@ class DoseResponse:
         rest = [row.ids[start:] for row, start in zip(self.asked, starts, strict=True)]
         ends = [len(row.ids) for row in self.asked]
         plain = [at for at, dose in doses.items() if not dose]
-        kept = Kept([_lowest(dose) for dose in doses.values() if dose], stops=not plain)
+        kept = Kept([lowest(dose) for dose in doses.values() if dose], stops=not plain)
         watching = self._watching(starts, ends) if plain else []
         below, logits = self.passes.extend(state.fork(), rest, watchers=[kept, *watching])
         found: dict[int, list[Dosed]] = {}
@@ -190,7 +180,7 @@ class DoseResponse:
         for at, dose in doses.items():
             if dose:
                 steered = Steered.of(dose, [places_of_answer(row) for row in self.asked], self.passes.device)
-                layer, watching = _lowest(dose), self._watching(starts, ends)
+                layer, watching = lowest(dose), self._watching(starts, ends)
                 after, logits = self.passes.extend_above(
                     layer, kept.after[layer], below, replace(state.fork(), steered=steered), rest, watching
                 )
@@ -226,11 +216,23 @@ def dosed(question: Ask, answer: Answer | None, nll: float | None) -> Dosed:
     return Dosed(answer, nll)
 
 
-def _lowest(dose: Dose) -> int:
+def lowest(dose: Dose) -> int:
+    """The lowest layer that a dose steers at."""
     return min(each.layer for each in dose)
 
 
-def _by_beginning(doses: Sequence[Dose]) -> dict[str, list[int]]:
+def cut(asked: Sequence[Asked], beginning: str) -> list[int]:
+    """The first token of each row that is run for every dose: none that is steered lies before it.
+
+    Rows end in the same column, and are cut in the same one: padding between a row's tokens would take up room in a
+    sliding window.
+    """
+    firsts = [min(places_of_answer(row)[beginning][0], len(row.ids) - 1) for row in asked]
+    width = max(len(row.ids) - first for row, first in zip(asked, firsts, strict=True))
+    return [max(len(row.ids) - width, 0) for row in asked]
+
+
+def by_beginning(doses: Sequence[Dose]) -> dict[str, list[int]]:
     """The numbers of the doses by where they begin to steer, in the order of the tokens.
 
     The unsteered model can be run from anywhere: it goes with those that leave the least to be run.

@@ -110,9 +110,15 @@ def _thinking(config: ThinkingConfig) -> Thinking | None:
 
 @dataclass
 class Models:
-    """The models a process has loaded. One job after another asks it; only what the present job uses stays loaded."""
+    """The models a process has loaded. One job after another asks it; only what the present job uses stays loaded.
+
+    Pickled, it is empty: a job that a cluster queues again, elsewhere and with what it was called with, loads its own.
+    """
 
     _loaded: dict[str, Backend] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[type[Models], tuple[()]]:
+        return Models, ()
 
     def get(self, spec: ModelSpec) -> Backend:
         """The engine of a spec, loaded now if it is not yet."""
@@ -132,6 +138,7 @@ class Models:
 
 
 def _load(spec: ModelSpec) -> Backend:
+    check_weights(spec)
     log.info("Loading %s (%s) with %s", spec.name, spec.dtype, spec.backend)
     if spec.backend == "openai":
         from prefs.models.openai import OpenAIBackend
@@ -146,13 +153,33 @@ def _load(spec: ModelSpec) -> Backend:
     return TransformerLensBackend.load(spec, model_folder(spec))
 
 
+def has_weights(spec: ModelSpec) -> bool:
+    """Whether a model's folder holds its weights, and not its config and tokenizer alone; a hub gives all."""
+    if spec.path.startswith(EMBEDDED):
+        return True
+    folder = Path(model_folder(spec))
+    return not folder.is_dir() or any(folder.glob("*.safetensors"))
+
+
+def check_weights(spec: ModelSpec) -> None:
+    """Refuse a model whose folder lacks what will be loaded.
+
+    Raises
+    ------
+    UserError
+        If there are no weights, or `model_folder` refuses.
+    """
+    if spec.backend != "openai" and not has_weights(spec):
+        raise UserError(f"model.path: {model_folder(spec)} has no weights (*.safetensors)")
+
+
 def model_folder(spec: ModelSpec) -> str:
     """The local folder of an embedded or local model; a hub name is returned as it is.
 
     Raises
     ------
     UserError
-        If an embedded model is unknown or cannot be unpacked, or a folder holds no model.
+        If an embedded model is unknown or cannot be unpacked, or a folder holds no model's config.
     """
     if spec.path.startswith(EMBEDDED):
         from prefs.models.embedded import smollm2_folder
@@ -165,8 +192,6 @@ def model_folder(spec: ModelSpec) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path: {folder} has no config.json; it is not a transformers model folder")
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(f"model.path: {folder} has no weights (*.safetensors)")
         return str(folder)
     if spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1:
         raise UserError(f"model.path: there is no folder {folder}")

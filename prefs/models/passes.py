@@ -78,10 +78,22 @@ class Passes:
         # Where tokens go. With a device map, blocks and logits may be elsewhere.
         self.device = bridge.original_model.get_input_embeddings().weight.device
         self.n_layers = int(bridge.cfg.n_layers)
+        # Tokens times blocks that ran them.
+        self._ran_of_prompts = self._ran_of_answers = 0
         self._hooks = [f"blocks.{layer}.hook_out" for layer in range(self.n_layers)]
         absent = [name for name in self._hooks if name not in bridge.hook_dict]
         if absent:
             raise UserError(f"{name}: TransformerLens offers no residual stream at {absent[0]}")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts that have been run, without padding; one that half of the blocks ran is half a token."""
+        return round(self._ran_of_prompts / self.n_layers)
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens that were drawn and then run, counted as those of prompts."""
+        return round(self._ran_of_answers / self.n_layers)
 
     def nothing(self, rows: int, cached: bool = True) -> State:
         """The state of rows with no tokens yet; with a cache, so that it can be forked, or without."""
@@ -102,9 +114,17 @@ class Passes:
         return self._run(replace(state, steered=steered or state.steered), rows, 1, watchers, cached)
 
     def extend(
-        self, state: State, rows: Sequence[Sequence[int]], keep: int = 1, watchers: Sequence[Watcher] = ()
+        self,
+        state: State,
+        rows: Sequence[Sequence[int]],
+        keep: int = 1,
+        watchers: Sequence[Watcher] = (),
+        *,
+        drawn: bool = False,
     ) -> tuple[State, torch.Tensor]:
         """Run more tokens after a state; rows may differ in length. The given state must not be used again.
+
+        `drawn` tokens are the model's own.
 
         Returns
         -------
@@ -114,7 +134,7 @@ class Passes:
             [rows, keep, vocabulary] after each of the last `keep` tokens; [rows, 0, 0] where a watcher stops the pass
             before them.
         """
-        return self._run(state, rows, keep, watchers, cached=True)
+        return self._run(state, rows, keep, watchers, cached=True, drawn=drawn)
 
     def extend_above(
         self,
@@ -137,7 +157,7 @@ class Passes:
             The state before it, whose steering has not changed `hidden`, but may: it is of `layer` and those above.
         """
         with self._handing_over(range(layer + 1), hidden):
-            state, logits = self._run(state, rows, 1, watchers, cached=True)
+            state, logits = self._run(state, rows, 1, watchers, cached=True, first=layer + 1)
         return state.with_lower(below, layer + 1), logits
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -182,7 +202,15 @@ class Passes:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     def _run(
-        self, state: State, rows: Sequence[Sequence[int]], keep: int, watchers: Sequence[Watcher], cached: bool
+        self,
+        state: State,
+        rows: Sequence[Sequence[int]],
+        keep: int,
+        watchers: Sequence[Watcher],
+        cached: bool,
+        *,
+        drawn: bool = False,
+        first: int = 0,
     ) -> tuple[State, torch.Tensor]:
         width = max(len(row) for row in rows)
         ids = self.tensor([[self._pad] * (width - len(row)) + list(row) for row in rows])
@@ -192,7 +220,7 @@ class Passes:
         mask = torch.cat([state.mask, real], dim=1)
         # In this order, vectors are recorded as they flow on: after steering.
         by_layer = [*state.steered.hooks(positions, real), *(hook for each in watchers for hook in each.hooks())]
-        logits, cache = torch.empty((len(rows), 0, 0)), state.cache
+        logits, cache, end = torch.empty((len(rows), 0, 0)), state.cache, _end(watchers)
         with contextlib.suppress(AllRecorded), self._bridge.hooks([(self._hooks[at], hook) for at, hook in by_layer]):
             logits, cache = self._bridge(
                 ids,
@@ -203,6 +231,12 @@ class Passes:
                 logits_to_keep=keep,
                 return_type="logits_and_cache",
             )
+            end = self.n_layers
+        ran = sum(len(row) for row in rows) * (end - first)
+        if drawn:
+            self._ran_of_answers += ran
+        else:
+            self._ran_of_prompts += ran
         return State(cache, mask, state.lengths + real.sum(dim=1), state.steered), logits
 
     @contextmanager
@@ -230,6 +264,11 @@ class Passes:
         finally:
             handle.remove()
         return (None,) * (len(given[0]) - 1) if isinstance(given[0], tuple) else None
+
+
+def _end(watchers: Sequence[Watcher]) -> int:
+    """The blocks that a pass has run when a watcher stops it."""
+    return min((1 + max(layer for layer, _ in each.hooks()) for each in watchers if each.stops), default=0)
 
 
 @contextmanager

@@ -68,6 +68,7 @@ class TransformerLensBackend:
         self.passes = Passes(bridge, pad, spec.name)
         self.device, self.n_layers = self.passes.device, self.passes.n_layers
         self._halving = Halving(spec.name)
+        self._requests = 0
 
     @classmethod
     def load(cls, spec: ModelSpec, path: str) -> TransformerLensBackend:
@@ -93,6 +94,7 @@ class TransformerLensBackend:
         self, batch: Sequence[Conversation], seed: int, sampling: Sampling, steering: Sequence[Steering] = ()
     ) -> list[Sample]:
         check(steering, self.n_layers, self.d_model)
+        self._requests += len(batch)
         return self._halving.run(
             lambda rows: self._complete(rows, seed, sampling, steering), batch, tokens=self.prompt_tokens
         )
@@ -107,6 +109,7 @@ class TransformerLensBackend:
         steering: Sequence[Steering] = (),
     ) -> list[Observation]:
         check(steering, self.n_layers, self.d_model)
+        self._requests += len(batch)
         return self._halving.run(
             lambda rows: self._observe(rows, asks, sampling, capture, steering), batch, tokens=self.conversation_tokens
         )
@@ -123,6 +126,7 @@ class TransformerLensBackend:
     ) -> list[list[Dosed]]:
         for dose in doses:
             check(dose, self.n_layers, self.d_model)
+        self._requests += len(batch) * len(doses)
         changes = [active(dose) for dose in doses]
         # Each once: the unsteered model may be among them under several names.
         different = list(dict.fromkeys(changes))
@@ -215,14 +219,14 @@ class TransformerLensBackend:
             return [Observation(())] * len(batch)
         asked = [[ask(self.encoder, row, each.question) for row in batch] for each in asks]
         asked = asked or [[unasked(self.encoder, row) for row in batch]]
-        prefixes = [_shared_prefix([of_question[row] for of_question in asked]) for row in range(len(batch))]
+        prefixes = [shared_prefix([of_question[row] for of_question in asked]) for row in range(len(batch))]
         recorder = None
         if capture is not None:
             recorder = Recorder(
                 capture.layers,
                 [spots(row, capture.positions) for row in asked[0]],
                 [len(prefix) for prefix in prefixes],
-                stops=not _reads_logits(asks),
+                stops=not reads_logits(asks),
             )
         # What is steered before the questions does not depend on them.
         state, _ = self.passes.start(
@@ -300,6 +304,7 @@ class TransformerLensBackend:
 
     @torch.inference_mode()
     def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
+        self._requests += len(batch)
         return self._halving.run(lambda rows: self._choose(rows, options), batch, tokens=self.prompt_tokens)
 
     def _choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
@@ -316,7 +321,7 @@ class TransformerLensBackend:
         return [options[int(at)] for at in masses.argmax(axis=1)]
 
     def usage(self) -> Usage:
-        return Usage()
+        return Usage(self._requests, self.passes.prompt_tokens, self.passes.drawn_tokens)
 
     def close(self) -> None:
         del self.bridge, self.passes
@@ -332,12 +337,12 @@ class TransformerLensBackend:
         capture: CaptureRequest | None,
     ) -> list[Answer]:
         """Put one question to a batch whose conversations have been run."""
-        if capture is None and not _reads_logits([each]):
+        if capture is None and not reads_logits([each]):
             return [Answer()] * len(batch)
         rest = [row.ids[len(prefix) :] for row, prefix in zip(asked, prefixes, strict=True)]
         recorder = None
         if capture is not None:
-            recorder = Recorder.of_last(capture.layers, [len(row) for row in rest], stops=not _reads_logits([each]))
+            recorder = Recorder.of_last(capture.layers, [len(row) for row in rest], stops=not reads_logits([each]))
         state, logits = self.passes.extend(state, rest, watchers=[] if recorder is None else [recorder])
         answers = self._read(state, logits, each, asked, batch, sampling)
         if recorder is None:
@@ -504,17 +509,17 @@ class TransformerLensBackend:
             if not grown or step + 1 == sampling.max_new_tokens:
                 break
             parents = self.passes.tensor([at for at, _ in grown])
-            state, logits = self.passes.extend(state.select(parents), [(token,) for _, token in grown])
+            state, logits = self.passes.extend(state.select(parents), [(token,) for _, token in grown], drawn=True)
             branches = list(grown.values())
         return {stream: (ids, stopped.get(stream)) for stream, ids in drawn.items()}
 
 
-def _reads_logits(asks: Sequence[Ask]) -> bool:
+def reads_logits(asks: Sequence[Ask]) -> bool:
     """Whether anything is asked that only the model's output answers."""
     return any(each.seeds or each.scores for each in asks)
 
 
-def _shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
+def shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
     """The tokens before the questions that are the same for all of them.
 
     Raises

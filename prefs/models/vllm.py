@@ -316,8 +316,9 @@ class VllmBackend:
         answered = [(request, output) for request, output in zip(requests, outputs, strict=True) if output is not None]
         self._used = Usage(
             self._used.requests + len(answered),
-            self._used.prompt_tokens + sum(len(request.ids) for request, _ in answered),
-            self._used.completion_tokens + sum(len(output.ids) for _, output in answered),
+            self._used.prompt_tokens + sum(len(request.ids) - output.cached for request, output in answered),
+            # The last is drawn and not run.
+            self._used.completion_tokens + sum(len(output.ids) - 1 for _, output in answered),
         )
         return outputs, died
 

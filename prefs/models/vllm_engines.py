@@ -68,11 +68,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Output:
-    """Tokens drawn, a stop token among them; whether it was one that ended them; log-probabilities of the first."""
+    """Tokens drawn, a stop token among them; whether it was one that ended them; log-probabilities of the first.
+
+    ``cached`` tokens of the prompt had been run before.
+    """
 
     ids: tuple[int, ...]
     stopped: bool
     log_probs: Mapping[int, float] = field(default_factory=dict)
+    cached: int = 0
 
 
 class EnginesDied(UserError):
@@ -259,6 +263,7 @@ def _run(
                 tuple(drawn.token_ids),
                 drawn.finish_reason == "stop",
                 {token: float(each.logprob) for token, each in first.items()},
+                answered.num_cached_tokens or 0,
             )
 
 

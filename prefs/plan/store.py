@@ -1,0 +1,119 @@
+"""A store that is read and not written to: what the stages of a plan put there stays in memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from prefs.leases import Leases
+from prefs.store import FORMAT, Store, Table, Vectors, store_root
+
+log = logging.getLogger(__name__)
+
+# What a part of vectors takes up beside them: a key, and a layer's entry in the header.
+KEY_BYTES, LAYER_BYTES = 67, 100
+
+
+@dataclass
+class Planned:
+    """What a plan would add to a store, and what it learns there.
+
+    Attributes
+    ----------
+    bytes
+        What the parts to be written take up. The texts in them are made up, of ordinary words.
+    drawn
+        By kind of table, the rows that the store has, by key.
+    rows, vectors
+        By folder, rows to be written, and the metadata of parts of vectors.
+    """
+
+    bytes: int = 0
+    drawn: dict[str, dict[str, Mapping[str, Any]]] = field(default_factory=dict)
+    rows: dict[Path, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    vectors: dict[Path, list[Mapping[str, Any]]] = field(default_factory=dict)
+
+    def texts(self, kind: str) -> list[Mapping[str, Any]]:
+        """Rows of the store that hold a text, and its number of tokens."""
+        return [row for row in self.drawn.get(kind, {}).values() if row["text"] is not None]
+
+    def thoughts(self, kind: str) -> list[Mapping[str, Any]]:
+        """Rows of the store that hold a thought."""
+        return [row for row in self.drawn.get(kind, {}).values() if row["thought"] is not None]
+
+
+@dataclass(frozen=True)
+class PlannedStore(Store):
+    """What is in a store, with what a plan would add to it. Nothing is leased."""
+
+    planned: Planned = field(default_factory=Planned)
+
+    @classmethod
+    def at(cls, directory: str | None) -> PlannedStore:
+        """The store at a folder, which need not be there."""
+        root = store_root(directory)
+        return cls(root, Leases(root / "leases", 0.0))
+
+    def table(self, kind: str, spec: Mapping[str, Any], schema: pa.Schema) -> Table:
+        return _Table(self.planned, self.root, kind, {"format": FORMAT, **spec}, schema)
+
+    def vectors(self, kind: str, spec: Mapping[str, Any]) -> Vectors:
+        return _Vectors(self.planned, self.root, kind, {"format": FORMAT, **spec})
+
+
+class _Table(Table):
+    def __init__(self, planned: Planned, root: Path, kind: str, spec: Mapping[str, Any], schema: pa.Schema):
+        super().__init__(root, kind, spec, schema)
+        self._planned = planned
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        rows = super().read()
+        self._planned.drawn.setdefault(self.kind, {}).update(rows)
+        return {**self._planned.rows.get(self.folder, {}), **rows}
+
+    def append(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        if rows:
+            self._planned.bytes += len(self.encoded(rows))
+            self._planned.rows.setdefault(self.folder, {}).update({key: dict(row) for key, row in rows.items()})
+
+    def _names(self) -> list[str]:
+        return os.listdir(self.folder)
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        _left(path, reason)
+
+
+class _Vectors(Vectors):
+    def __init__(self, planned: Planned, root: Path, kind: str, spec: Mapping[str, Any]):
+        super().__init__(root, kind, spec)
+        self._planned = planned
+        for meta in planned.vectors.get(self.folder, []):
+            self._index(self.folder, meta)
+
+    def append(self, keys: Sequence[str], layers: Sequence[int], vectors: torch.Tensor, absent: Iterable[str]) -> None:
+        absent = sorted(absent)
+        if not keys and not absent:
+            return
+        meta = {"keys": list(keys), "layers": list(layers), "absent": absent}
+        self.made.update(keys, absent)
+        self.bytes_made += vectors.nbytes
+        self._planned.bytes += vectors.nbytes + KEY_BYTES * (len(keys) + len(absent)) + LAYER_BYTES * len(layers)
+        self._planned.vectors.setdefault(self.folder, []).append(meta)
+        self._index(self.folder, meta)
+
+    def _names(self) -> list[str]:
+        return os.listdir(self.folder)
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        _left(path, reason)
+
+
+def _left(path: Path, reason: str) -> None:
+    log.warning("Store: %s is damaged (%s); the run will compute it again", path, reason)
