@@ -99,13 +99,16 @@ class _Collection:
         self.kind = kind
         self.spec = dict(spec)
         self.folder = root / kind / digest(self.spec)[:32]
+        # The canonical JSON of what a key is the digest of, before and after the record.
+        self._before, self._after = f'{{"kind":{canonical(kind)},"record":', f',"spec":{canonical(self.spec)}}}'
         # Names of the parts read so far, or written by this very object.
         self._known: set[str] = set()
         self._looked = self._tidied = False
 
     def key(self, **determinants: Any) -> str:
         """The key of a record: everything that determines it beyond the collection's specification."""
-        return digest({"kind": self.kind, "spec": self.spec, "record": determinants})
+        text = f"{self._before}{canonical(determinants)}{self._after}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _new_parts(self) -> list[Path]:
         """The undamaged parts that are not known yet, by name; from now on they are.

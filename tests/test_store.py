@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from prefs.errors import UserError
-from prefs.store import Store, batches, canonical
+from prefs.store import Store, batches, canonical, digest
 
 SCHEMA = pa.schema([("text", pa.string()), ("mass", pa.list_(pa.float64()))])
 SPEC = {"model": {"id": "m", "dtype": "bfloat16"}, "temperature": 1.0}
@@ -45,6 +45,7 @@ def test_rows_come_back(store):
 def test_keys_depend_on_everything_that_determines_a_record_and_nothing_else(store):
     table = store.table("t", SPEC, SCHEMA)
     assert table.key(a=1, b=2) == store.table("t", dict(reversed(SPEC.items())), SCHEMA).key(b=2, a=1)
+    assert table.key(a=1, b=2) == digest({"kind": "t", "spec": table.spec, "record": {"b": 2, "a": 1}})
     others = [
         table.key(a=1, b=3),
         store.table("u", SPEC, SCHEMA).key(a=1, b=2),
