@@ -447,3 +447,10 @@ def test_what_lightning_refuses_is_one_line(trainer, message):
     with pytest.raises(UserError, match=rf"probe\.trainer: .*{message}") as caught:
         train(tensors(x), torch.zeros(20, 1), Splits.of(np.arange(20) % 2, 0), settings, kept=1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_strategy_that_begins_the_whole_command_again_is_refused():
+    x = residuals(20, 1, 3)
+    settings = Training(kind="ridge", trainer={"devices": 2, "strategy": "ddp", "accelerator": "cpu"})
+    with pytest.raises(UserError, match=r"probe\.trainer\.strategy: got 'ddp'; allowed"):
+        train(tensors(x), torch.zeros(20, 1), Splits.of(np.arange(20) % 2, 0), settings, kept=1)

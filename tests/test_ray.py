@@ -92,7 +92,7 @@ def killed_sweep(folder: Path, cluster: str, chance: random.Random) -> list[int]
                 os.kill(worker, signal.SIGKILL)
                 killed.append(len([*store.rglob("*.parquet"), *store.rglob("*.safetensors")]))
                 if killed[-1] == killed[-2:][0]:
-                    reach_s *= 1.08
+                    reach_s *= 1.2
         time.sleep(0.05)
     assert process.wait(timeout=600) == 0, (folder / "log").read_text()
     return killed

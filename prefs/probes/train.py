@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from threadpoolctl import threadpool_limits
 
-from prefs.errors import UserError
+from prefs.errors import ConfigError, UserError
 from prefs.probes.bank import ProbeBank
 from prefs.probes.data import ProbeData
 from prefs.probes.descent import Descent, DescentBank, EachStopsAlone, LinearBank, LogisticBank, MlpBank, OrdinalBank
@@ -35,6 +35,8 @@ DESCENDING = {"linear": LinearBank, "logistic": LogisticBank, "ordinal": Ordinal
 # Kinds that choose penalty and site by tasks held back from training.
 VALIDATED = (*DESCENDING, "mean_difference")
 
+# How the processes of several devices begin. Lightning's other ways begin the whole command again for each.
+START_METHODS: Mapping[str, Literal["spawn", "fork"]] = {"auto": "spawn", "ddp_spawn": "spawn", "ddp_fork": "fork"}
 # Sites are independent, so they are trained in groups whose parameters and sums take at most about this.
 GROUP_BYTES = 2**31
 # Up to this width a second thread gains little, and on a busy machine threads spend their time waiting for each other.
@@ -262,10 +264,11 @@ def _trainer(training: Training, **arguments: Any) -> lightning.Trainer:
     settings["callbacks"] = [*arguments.get("callbacks", []), *training.trainer.get("callbacks", [])]
     if settings["devices"] == 1:
         settings["plugins"] = [LightningEnvironment()]  # one process, also inside a Slurm job of several tasks
-    if str(settings.get("strategy", "auto")).startswith("ddp"):
+    elif isinstance(strategy := settings.get("strategy", "auto"), str):
+        if strategy not in START_METHODS:
+            raise ConfigError("probe.trainer.strategy", strategy, list(START_METHODS))
         # The buffers of a bank are each device's own until they are added up.
-        method = {"ddp_spawn": "spawn", "ddp_fork": "fork"}.get(settings["strategy"], "popen")
-        settings["strategy"] = DDPStrategy(start_method=method, broadcast_buffers=False)  # type: ignore[arg-type]
+        settings["strategy"] = DDPStrategy(start_method=START_METHODS[strategy], broadcast_buffers=False)
     try:
         return lightning.Trainer(**settings)
     except (TypeError, ValueError, MisconfigurationException) as error:
