@@ -151,9 +151,7 @@ def test_a_padded_batch_equals_its_rows_one_at_a_time(spec, dtype):
     assert float(apart.max()) < 0.05
 
 
-LONG = [
-    (Message("user", "Count to " + "ten " * (1200 - 5 * n)), Message("assistant", "One. " * 40)) for n in range(64)
-]
+LONG = [(Message("user", "Count to " + "ten " * (1200 - 5 * n)), Message("assistant", "One. " * 40)) for n in range(64)]
 
 
 def most_used(run: Callable[[], object]) -> int:
