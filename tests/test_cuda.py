@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -151,30 +151,27 @@ def test_a_padded_batch_equals_its_rows_one_at_a_time(spec, dtype):
     assert float(apart.max()) < 0.05
 
 
-LONG = [
-    (Message("user", "Count to " + "ten " * (1200 - 10 * n)), Message("assistant", "One. " * 40)) for n in range(24)
-]
+LONG = [(Message("user", "Count to " + "ten " * (1200 - 5 * n)), Message("assistant", "One. " * 40)) for n in range(64)]
+
+
+def most_used(run: Callable[[], object]) -> int:
+    """Bytes that a call holds at its height, beyond what is held before it."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 @contextmanager
 def only(room: float) -> Iterator[None]:
-    """So many bytes more than are in use on the GPU now, for this process."""
+    """So many bytes more than are held on the GPU now, for this process: a call that holds more cannot succeed."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + room) / total)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def most_used(run) -> int:
-    """Bytes that a call takes at its height, beyond what is in use before it."""
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_reserved() - before
 
 
 def test_halves_where_memory_runs_out(cuda, prefs_log):
@@ -184,14 +181,16 @@ def test_halves_where_memory_runs_out(cuda, prefs_log):
     cuda._halving._logged = False
     with only(used * 0.6):
         assert_same(cuda.observe(LONG, asks, SAMPLING, CAPTURE), expected)
-    assert "memory ran out with 24 conversations at a time" in prefs_log.text
+    assert "memory ran out with 64 conversations at a time" in prefs_log.text
 
 
 def test_a_row_that_does_not_fit_alone_is_named_and_the_next_one_runs(cuda):
-    used = most_used(lambda: cuda.observe(LONG[:1], ASKS, SAMPLING, CAPTURE))
-    with only(used * 0.2):
-        with pytest.raises(UserError, match=r"single conversation of [\d,]+ tokens; set model\.max_context lower"):
-            cuda.observe(LONG[:2], ASKS, SAMPLING, CAPTURE)
+    # So much longer than the next that allocating in large pieces makes no difference.
+    longest = (Message("user", "Count to " + "ten " * 24_000), Message("assistant", "No."))
+    used = most_used(lambda: cuda.observe([longest], ASKS, SAMPLING, CAPTURE))
+    with only(used * 0.5):
+        with pytest.raises(UserError, match=r"single conversation of 24,\d+ tokens; set model\.max_context lower"):
+            cuda.observe([CONVERSATIONS[0], longest], ASKS, SAMPLING, CAPTURE)
         assert len(cuda.observe(CONVERSATIONS[:1], ASKS, SAMPLING, CAPTURE)) == 1
 
 

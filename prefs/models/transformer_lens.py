@@ -447,9 +447,11 @@ class TransformerLensBackend:
                 longest = max(len(tail) for tail in tails)
                 _, after = self.passes.extend(state.fork(), [tail[:-1] for tail in tails], keep=longest - 1)
                 after = after.float().log_softmax(dim=-1)
-                for row, tail in enumerate(tails):
-                    for back, token in enumerate(reversed(tail[1:]), start=1):
-                        log_prob[row] += after[row, -back, token]
+                # All at once: on a GPU each look at one number would cost as much as all of them.
+                padded = [[-1] * (longest - len(tail)) + list(tail[1:]) for tail in tails]
+                tokens = self.passes.tensor(padded).to(after.device)
+                each = after.gather(2, tokens.clamp(min=0)[..., None])[..., 0]
+                log_prob += each.masked_fill(tokens < 0, 0.0).sum(dim=1)
             columns.append(log_prob.double().cpu().numpy())
         stacked = np.stack(columns, axis=1)
         return np.concatenate([option_masses(stacked[row : row + 1], asked[row].tails) for row in range(len(asked))])
