@@ -10,6 +10,7 @@ conversation at a time, with and without ``names_filter`` and ``stop_at_layer``;
 conversations in bfloat16. Times are medians of ``--repeats``, and what is compared takes turns. Prints Markdown.
 
     python benchmarks/capture.py                                           # the embedded model, on any machine
+    python benchmarks/capture.py --shape llama_1b --device cuda            # random weights in the shape of Llama-3.2-1B
     python benchmarks/capture.py --shape gemma2_27b --device cuda          # random weights in the shape of Gemma-2-27B
     python benchmarks/capture.py --shape gemma2_tiny                       # the same in small, to try the benchmark
 """
@@ -22,37 +23,24 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+from shapes import CHOICES, lens_model, plain_model, prefs_model
+from transformers import AutoTokenizer
 
 from prefs.chat import ChatEncoder, Message
 from prefs.config import DatasetConfig
 from prefs.models.backend import CaptureRequest, Conversation, Observation, Sampling
-from prefs.models.bridge import wrap
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import BATCH_TOKENS, ModelSpec
-from prefs.models.transformer_lens import TransformerLensBackend
 from prefs.options import unasked
 from prefs.store import batches
 from prefs.tasks import load_tasks
 
-SHAPES = {
-    "gemma2_27b": Gemma2Config(
-        hidden_size=4608, intermediate_size=36864, num_hidden_layers=46, num_attention_heads=32,
-        num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144,
-    ),
-    "gemma2_tiny": Gemma2Config(
-        vocab_size=49152, hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=256,
-    ),
-}  # fmt: skip
 POSITIONS = ("last_prompt", "last_completion", "mean_completion")
 NOTHING_SAMPLED = Sampling(1.0, 1.0, 1)
 # Dense bfloat16 matrix arithmetic by the makers' data sheets, 10^12 operations a second.
@@ -96,16 +84,6 @@ class Stopwatch:
         return self._clock()
 
 
-def load(shape: str, spec: ModelSpec):
-    """The embedded model, or one with random weights, on its device."""
-    device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
-    if shape == "smollm2":
-        return AutoModelForCausalLM.from_pretrained(spec.path, dtype=dtype).to(device).eval()
-    with device:
-        model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype, attn_implementation="eager")
-    return model.eval()
-
-
 def cut_batches(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
     """Rows by number, in the batches that `prefs` makes of them."""
     return [
@@ -135,15 +113,15 @@ def throughput(given: argparse.Namespace, spec: ModelSpec, turns: Sequence[Conve
     asked = [unasked(encoder, turn) for turn in turns]
     rows = [each.ids[: each.question_start] for each in asked]
     cut = cut_batches(rows, spec.batch_tokens)
-    model = load(given.shape, spec)
+    model = plain_model(spec, "eager")
     # The largest does not fit twice, so it is measured bare before it is wrapped.
-    run_bare = bare(model if given.shape == "gemma2_27b" else load(given.shape, spec), rows, cut)
+    run_bare = bare(model if given.shape == "gemma2_27b" else plain_model(spec), rows, cut)
     run_bare()  # warms up
     runs: dict[str, Callable[[], object]] = {"transformers, bare forward pass": run_bare}
     seconds: dict[str, float] = {}
     if given.shape == "gemma2_27b":
         seconds, runs = watch.seconds(runs), {}
-    backend = TransformerLensBackend(wrap(model, tokenizer, spec, spec.path), tokenizer, spec)
+    backend = prefs_model(spec, model)
     request = CaptureRequest(tuple(range(backend.n_layers)), POSITIONS)
 
     def capture() -> None:
@@ -170,10 +148,7 @@ def throughput(given: argparse.Namespace, spec: ModelSpec, turns: Sequence[Conve
 
 def against_transformer_lens(spec: ModelSpec, turns: Sequence[Conversation], watch: Stopwatch) -> None:
     """One layer, in the middle or the last, against run_with_cache one conversation at a time."""
-    bridge = TransformerBridge.boot_transformers(
-        str(smollm2_folder()), device=str(resolve_device(spec.device)), dtype=getattr(torch, spec.dtype)
-    )
-    backend = TransformerLensBackend.load(spec, str(smollm2_folder()))
+    bridge, backend = lens_model(spec), prefs_model(spec)
     asked = [backend.encoder.encode(turn) for turn in turns]
     cut = cut_batches([each.ids for each in asked], spec.batch_tokens)
     total = sum(len(each.ids) for each in asked)
@@ -213,12 +188,12 @@ def against_transformer_lens(spec: ModelSpec, turns: Sequence[Conversation], wat
         seconds = watch.seconds(runs)
         for method, value in seconds.items():
             off = (kept[method] - kept["prefs"]).abs().max() / kept["prefs"].abs().max()
-            print(f"| {layer} | {method} | {value:.1f} | {value / seconds['prefs']:.2f} | {float(off):.1e} |")
+            print(f"| {layer} | {method} | {value:.2f} | {value / seconds['prefs']:.2f} | {float(off):.1e} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["smollm2", *SHAPES], default="smollm2")
+    parser.add_argument("--shape", choices=CHOICES, default="smollm2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="of prefs and the bare pass")
     parser.add_argument("--conversations", type=int, default=96)
@@ -245,13 +220,8 @@ def main() -> None:
     turns = conversations(
         given.conversations, given.shortest, given.longest, AutoTokenizer.from_pretrained(smollm2_folder())
     )
-    if given.shape != "smollm2":
-        with tempfile.TemporaryDirectory() as folder:
-            SHAPES[given.shape].save_pretrained(folder)
-            throughput(given, replace(spec, path=folder), turns, watch)
-        return
     throughput(given, spec, turns, watch)
-    if not given.no_tl:
+    if not given.no_tl and given.shape != "gemma2_27b":
         against_transformer_lens(replace(spec, dtype="float32"), turns, watch)
     if given.tl_bfloat16:
         few = turns[:: max(len(turns) // given.tl_bfloat16, 1)][: given.tl_bfloat16]

@@ -7,9 +7,12 @@ The same conversations (task + completion of at least ``--tokens`` tokens) are r
   transformers;
 - (b) by transformers' batched ``generate`` with as many return sequences as there are seeds.
 
-All use the same weights, precision, tokens and threads, in one process. `prefs` rates all conversations, (b) a few of
-them and (a) one; times are medians and for one conversation. The means that (b) samples are compared
+All use the same weights, precision, tokens, device and threads, in one process. `prefs` rates all conversations, (b) a
+few of them and (a) one; times are medians and for one conversation. The means that (b) samples are compared
 with the exact ones: their difference must be sampling error. Prints Markdown.
+
+    python benchmarks/exact_ratings.py                                                   # the embedded model
+    python benchmarks/exact_ratings.py --shape llama_8b --device cuda --conversations 64 # random weights
 """
 
 from __future__ import annotations
@@ -26,16 +29,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM
+from shapes import CHOICES, lens_model, plain_model, prefs_model
 
 from prefs.chat import Message
-from prefs.config import DatasetConfig, ModelConfig, register
+from prefs.config import DatasetConfig, register
 from prefs.models.backend import Ask, Conversation, Observation, Question, Sampling
-from prefs.models.embedded import smollm2_folder
-from prefs.models.loading import Models, ModelSpec
+from prefs.models.device import resolve_device, resolve_dtype
+from prefs.models.loading import BATCH_TOKENS, ModelSpec
 from prefs.options import Asked, ask
 from prefs.statistics.exact import exact_summary
+from prefs.store import batches
 from prefs.tasks import load_tasks
 from prefs.templates import Template
 
@@ -73,18 +76,32 @@ def conversations(count: int, tokens: int, backend) -> list[Conversation]:
 
 
 def median_time(run: Callable[[], object], repeats: int) -> float:
-    """Median wall-clock seconds of a call."""
+    """Median wall-clock seconds of a call, until the device has done all of it."""
     times = []
     for _ in range(repeats):
-        begun = time.perf_counter()
+        begun = now()
         run()
-        times.append(time.perf_counter() - begun)
+        times.append(now() - begun)
     return statistics.median(times)
+
+
+def now() -> float:
+    """Wall-clock seconds, once all that a GPU has been given is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def card(device: torch.device) -> str:
+    """What a device is called in print."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"the processor, {torch.get_num_threads()} threads"
 
 
 def generate(model, ids: Sequence[int], pad: int, sequences: int, new_tokens: int) -> torch.Tensor:
     """transformers' own sampling at temperature 1: the new tokens of each sequence."""
-    prompt = torch.tensor([ids])
+    prompt = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
         out = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
@@ -100,23 +117,44 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3, help="(b) rates so many conversations, (a) one")
     parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--shape", choices=CHOICES, default="smollm2")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS["transformer_lens"], help="of prefs")
     given = parser.parse_args()
-    spec = ModelSpec.from_config(ModelConfig(name="smollm2", path="embedded:smollm2", prefill="Answer: "))
-    backend = Models().get(spec)
+    device = resolve_device(given.device)
+    spec = ModelSpec(
+        name=given.shape,
+        path=given.shape,
+        dtype=resolve_dtype(given.dtype, device),
+        device=str(device),
+        batch_tokens=given.batch_tokens,
+        prefill="Answer: ",
+    )
+    backend = prefs_model(spec)
     asked = templates()
     questions = [Question(each.question, each.says, spec.prefill) for each in asked]
     turns = conversations(given.conversations, given.tokens, backend)
     lengths = [backend.conversation_tokens(each) for each in turns]
     sampling = Sampling(1.0, 1.0, given.max_new_tokens)
+    # As the rating stage cuts them, by the longest question.
+    longest = [max(backend.question_tokens(row, question) for question in questions) for row in turns]
+    cut = [
+        [int(key) for key in batch]
+        for batch in batches({f"{at:06}": tokens for at, tokens in enumerate(longest)}, spec.batch_tokens)
+    ]
 
-    def exact() -> list:
-        return backend.observe(turns, [Ask(question) for question in questions], sampling, None)
+    def exact() -> list[Observation]:
+        found: dict[int, Observation] = {}
+        for batch in cut:
+            rows = [turns[at] for at in batch]
+            observed = backend.observe(rows, [Ask(question) for question in questions], sampling, None)
+            found |= zip(batch, observed, strict=True)
+        return [found[at] for at in range(len(turns))]
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=getattr(torch, spec.dtype)).eval()
-    bridge = TransformerBridge.boot_transformers(str(smollm2_folder()), device="cpu", dtype=getattr(torch, spec.dtype))
-    tokenizer = backend.encoder.tokenizer  # type: ignore[attr-defined]
-    pad = tokenizer.pad_token_id or 0
-    prompts = [[ask(backend.encoder, row, question) for row in turns] for question in questions]  # type: ignore[attr-defined]
+    model, bridge = plain_model(spec), lens_model(spec)
+    pad = backend.encoder.tokenizer.pad_token_id or 0
+    prompts = [[ask(backend.encoder, row, question) for row in turns] for question in questions]
     sampled: dict[int, dict[int, list[list[int]]]] = {row: {} for row in range(given.repeats)}
 
     def one_by_one(run: Callable[[Sequence[int]], object]) -> float:
@@ -125,20 +163,24 @@ def main() -> None:
         return given.seeds * sum(each)
 
     def batched(row: int) -> float:
-        begun = time.perf_counter()
+        begun = now()
         for at, of_question in enumerate(prompts):
             out = generate(model, of_question[row].ids, pad, given.seeds, given.max_new_tokens)
             sampled[row][at] = out.tolist()
-        return time.perf_counter() - begun
+        return now() - begun
 
     exact()  # warm up
-    generate(model, prompts[0][0].ids, pad, 1, 2)
+    generate(model, prompts[0][0].ids, pad, given.seeds, 2)
+    bridge.generate(torch.tensor([prompts[0][0].ids], device=device), max_new_tokens=2, verbose=False)
     rows = range(given.repeats)
     seconds = {
         "prefs, exact": median_time(exact, given.repeats) / len(turns),
         "(a) TransformerLens, one conversation and one generate a seed": one_by_one(
             lambda ids: bridge.generate(
-                torch.tensor([ids]), max_new_tokens=given.max_new_tokens, verbose=False, return_type="tokens"
+                torch.tensor([ids], device=device),
+                max_new_tokens=given.max_new_tokens,
+                verbose=False,
+                return_type="tokens",
             )
         ),
         "(a) transformers, one conversation and one generate a seed": one_by_one(
@@ -149,15 +191,17 @@ def main() -> None:
     base = seconds["prefs, exact"]
     print(
         f"{len(asked)} templates, {given.seeds} seeds, conversations of {min(lengths)} to {max(lengths)} tokens,"
-        f" smollm2 in {spec.dtype}, {torch.get_num_threads()} threads; median of {given.repeats}\n"
+        f" {given.shape} in {spec.dtype} on {card(device)}; {len(turns)} of them exactly, in {len(cut)} batches;"
+        f" median of {given.repeats}\n"
     )
     print("| method | s a conversation | ratio |\n|---|---|---|")
     for name, value in seconds.items():
-        print(f"| {name} | {value:.2f} | {value / base:.0f} |")
+        print(f"| {name} | {value:.3f} | {value / base:.0f} |")
     begun = lengths[0] + sum(len(of_question[0].ids) - lengths[0] for of_question in prompts)
     each = given.seeds * sum(len(of_question[0].ids) for of_question in prompts)
     print(f"\nTokens run before any is drawn: {begun:,} exactly; (a), (b) {each:,}, {each / begun:.0f} times as many")
-    compare_means(asked, prompts, exact()[: given.repeats], sampled)
+    if given.shape == "smollm2":  # random weights draw no option
+        compare_means(asked, prompts, exact()[: given.repeats], sampled)
 
 
 def compare_means(

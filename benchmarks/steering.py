@@ -24,37 +24,38 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from exact_ratings import conversations, templates
-from transformers import AutoModelForCausalLM
+from exact_ratings import card, conversations, now, templates
+from shapes import CHOICES, plain_model, prefs_model
 
 from prefs.models.backend import Ask, Question, Sampling, Steering
-from prefs.models.embedded import smollm2_folder
-from prefs.models.loading import Models, ModelSpec
+from prefs.models.device import resolve_device
+from prefs.models.loading import ModelSpec
 from prefs.models.steering import places_of_answer
 from prefs.options import Asked, ask
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+CLOCKS = {"wall": now, "processor": time.process_time}
 
 
 class Plain:
     """transformers' own forward pass, steered by a hook on a layer."""
 
-    def __init__(self, pad: int):
-        self.model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32).eval()
-        self.pad = pad
+    def __init__(self, spec: ModelSpec, pad: int):
+        self.model, self.pad = plain_model(spec), pad
 
     @torch.inference_mode()
     def masses(self, asked: Sequence[Asked], steering: Steering) -> torch.Tensor:
         """[rows, options] probabilities of options of one token."""
         width = max(len(row.ids) for row in asked)
         gaps = [width - len(row.ids) for row in asked]
-        ids = torch.tensor([[self.pad] * gap + list(row.ids) for row, gap in zip(asked, gaps, strict=True)])
-        mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
+        device = self.model.device
+        padded = [[self.pad] * gap + list(row.ids) for row, gap in zip(asked, gaps, strict=True)]
+        ids = torch.tensor(padded, device=device)
+        mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps], device=device)
         steered = torch.zeros(len(asked), width, 1)
         for row, (each, gap) in enumerate(zip(asked, gaps, strict=True)):
             start, end = places_of_answer(each)[steering.at]
             steered[row, gap + start : gap + min(end, width)] = steering.coefficient
-        change = steered * steering.vector
+        change = (steered * steering.vector).to(device, self.model.dtype)
         hook = self.model.model.layers[steering.layer].register_forward_hook(
             lambda module, inputs, output: output + change
         )
@@ -68,8 +69,8 @@ class Plain:
             ).logits[:, -1]
         finally:
             hook.remove()
-        options = torch.tensor([[tail[0] for tail in row.tails] for row in asked])
-        return logits.softmax(dim=-1).gather(1, options)
+        options = torch.tensor([[tail[0] for tail in row.tails] for row in asked], device=device)
+        return logits.float().softmax(dim=-1).gather(1, options).cpu()
 
 
 def main() -> None:
@@ -82,19 +83,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--at", nargs="+", default=["all", "completion", "question", "last"])
+    parser.add_argument("--shape", choices=CHOICES, default="smollm2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     given = parser.parse_args()
-    spec = ModelSpec(name="smollm2", path="embedded:smollm2", dtype="float32", device="cpu", prefill="Answer: ")
-    backend = Models().get(spec)
+    device = resolve_device(given.device)
+    spec = ModelSpec(given.shape, given.shape, dtype=given.dtype, device=str(device), prefill="Answer: ")
+    backend = prefs_model(spec)
     (template,) = (each for each in templates() if each.name == "anchored_1_5")
     question = Question(template.question, template.says, spec.prefill)
     turns = conversations(given.conversations, given.tokens, backend)
-    asked = [ask(backend.encoder, row, question) for row in turns]  # type: ignore[attr-defined]
+    asked = [ask(backend.encoder, row, question) for row in turns]
     if any(len(tail) != 1 for row in asked for tail in row.tails):
         raise SystemExit("the plain side scores options of one token")
     batches = [slice(at, at + given.batch) for at in range(0, len(turns), given.batch)]
-    plain = Plain(backend.encoder.tokenizer.pad_token_id or 0)  # type: ignore[attr-defined]
+    plain = Plain(spec, backend.encoder.tokenizer.pad_token_id or 0)
     # The largest coefficients turn the model over, the smallest hardly touch it.
-    vector = torch.randn(576, generator=torch.Generator().manual_seed(0))
+    vector = torch.randn(backend.d_model, generator=torch.Generator().manual_seed(0))
     coefficients = torch.linspace(-1, 1, given.coefficients).tolist()
 
     def ours(steering: Sequence[Steering]) -> torch.Tensor:
@@ -102,9 +107,7 @@ def main() -> None:
         found = []
         for rows in batches:
             doses = [[each] for each in steering]
-            of_batch = backend.observe_doses(  # type: ignore[attr-defined]
-                turns[rows], Ask(question), Sampling(1.0, 1.0, 1), doses, likelihood=False
-            )
+            of_batch = backend.observe_doses(turns[rows], Ask(question), Sampling(1.0, 1.0, 1), doses, likelihood=False)
             found.append(torch.tensor([[row.answer.scores[0].mass for row in of_dose] for of_dose in of_batch]))
         return torch.cat(found, dim=1)
 
@@ -113,9 +116,9 @@ def main() -> None:
 
     lengths = [len(row.ids) for row in asked]
     print(
-        f"{len(coefficients)} coefficients at layer {given.layer} of {backend.n_layers}, {len(turns)} conversations of"  # type: ignore[attr-defined]
-        f" {min(lengths)} to {max(lengths)} tokens with their question in batches of {given.batch}, smollm2 in float32,"
-        f" {torch.get_num_threads()} threads, {given.clock} time; median of {given.repeats}\n"
+        f"{len(coefficients)} coefficients at layer {given.layer} of {backend.n_layers}, {len(turns)} conversations of"
+        f" {min(lengths)} to {max(lengths)} tokens with their question in batches of {given.batch}, {given.shape} in"
+        f" {given.dtype} on {card(device)}, {given.clock} time; median of {given.repeats}\n"
     )
     print("| steered | plain (s) | prefs (s) | ratio | largest difference of a probability |\n|---|---|---|---|---|")
     ours([Steering(given.layer, vector, 1.0)])  # warm up
@@ -128,7 +131,7 @@ def main() -> None:
                 spent.append(timed(CLOCKS[given.clock], partial(record, brought, side, steering)))
         mine, others = statistics.median(seconds[ours]), statistics.median(seconds[theirs])
         apart = float((brought[ours] - brought[theirs]).abs().max())
-        print(f"| {at} | {others:.1f} | {mine:.1f} | {others / mine:.2f} | {apart:.0e} |", flush=True)
+        print(f"| {at} | {others:.2f} | {mine:.2f} | {others / mine:.2f} | {apart:.0e} |", flush=True)
 
 
 def record(brought: dict[Callable, torch.Tensor], side: Callable, steering: Sequence[Steering]) -> None:

@@ -172,12 +172,15 @@ def test_only_vectors_missing_stops_at_the_deepest_layer(checked, models, tmp_pa
 
 def test_lengths_are_expected_from_what_the_store_has(checked):
     found = planned(checked.store, *SMALL, "dataset.limit=12", "template=[likert,anchored]", "judge=none")
-    assert found.known["completions"] == (6, pytest.approx(8, abs=1))
+    assert found.known["completions"] == (6, pytest.approx(7.5, abs=1))
     count, mean = found.known["answers"]
     assert count == 24
-    rater = found.roles[1]
-    assert rater.drawn_tokens.most == 24 * 3
-    assert rater.drawn_tokens.expected <= 24 * mean
+    completer, rater = found.roles
+    # Batches are cut from all tasks and run whole, so the tasks that are there are run again beside the new ones.
+    assert (completer.requests, rater.drawn_tokens.most) == (12, 48 * 3)
+    assert completer.drawn_tokens.expected < completer.drawn_tokens.most == 12 * 7
+    assert completer.drawn_tokens.expected == pytest.approx(12 * found.known["completions"][1], rel=0.15)
+    assert rater.drawn_tokens.expected <= 48 * mean
     assert "the store has 6 completions with" in " ".join(printed(found, typed(composed(checked.store))).split())
 
 
@@ -207,6 +210,7 @@ def test_hours_are_two_operations_a_parameter_and_token(checked):
     assert rater.gpu_hours.most == pytest.approx(2 * rater.parameters * total / 200e12 / 3600)
 
 
+@pytest.mark.slow
 def test_concepts_and_doses_are_counted(tmp_path, tmp_path_factory):
     """On a tiny model: the texts under each condition, their vectors, and then every dose."""
     path = tiny_model(tmp_path_factory.mktemp("model"), llama()).path
@@ -282,7 +286,7 @@ def test_a_sweep_prints_a_plan_a_job_and_leaves_nothing(tmp_path):
     ("override", "line"),
     [
         ("plam=true", "prefs: plam: there is no such key; did you mean 'plan'?"),
-        ("plan_tflops=0", "prefs: plan_tflops: 0.0; it must be more than 0"),
+        ("plan_tflops=0", "prefs: plan_tflops: got 0.0; allowed: more than 0"),
     ],
 )
 def test_a_wrong_key_is_one_line(tmp_path, override, line):

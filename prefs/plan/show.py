@@ -15,6 +15,7 @@ from prefs.plan.book import COMPLETER, JUDGE, RATER
 from prefs.plan.costs import Amount, Plan, RoleCost
 from prefs.terminal import MISSING, new_table, show
 
+MOST_NAMED = 2
 SWEEP = (
     "This is one job of a sweep. Its jobs share the store: what several of them want is in the plan of each, and made"
     " once."
@@ -23,7 +24,8 @@ SWEEP = (
 
 def show_plan(plan: Plan, config: Config, *, sweep: bool, console: Console) -> None:
     """Print a plan: what is to be made, what that costs, and which of the numbers are exact."""
-    templates = ", ".join(each.name for each in config.template.values())
+    names = [each.name for each in config.template.values()]
+    templates = ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} templates"
     title = f"Plan · {config.model.name} · {templates} · {config.dataset.name}, {plan.tasks:,} tasks"
     tables = [_records(plan.work)]
     tables += [_costs(plan.roles)] if plan.roles else []
@@ -57,7 +59,7 @@ def _role(kind: str) -> str:
 
 
 def _costs(roles: Sequence[RoleCost]) -> Table:
-    table = new_table("Forward passes: ≤ is an upper bound, ~ what is expected, and no sign exact", "role")
+    table = new_table("Forward passes: ≤ upper bound, ~ expected, no sign: exact", "role")
     table.add_column("model")
     names = ["thoughts"] if any(each.thoughts for each in roles) else []
     names += ["prompt tokens", "generated tokens"]
