@@ -30,27 +30,6 @@ from prefs.store import Store
 
 LAYERS, WIDTH = 32, 4096
 WORDS = "the model was asked how much it liked what it had done and why this could be so or not".split()  # noqa: SIM905
-    "the",
-    "model",
-    "was",
-    "asked",
-    "how",
-    "much",
-    "it",
-    "liked",
-    "what",
-    "it",
-    "had",
-    "done",
-    "and",
-    "why",
-    "this",
-    "could",
-    "be",
-    "so",
-    "or",
-    "not",
-]
 
 
 def flushed(path: Path) -> None:
@@ -77,7 +56,8 @@ class Vectors:
 
     def plain_read(self, folder: Path) -> None:
         for part in range(len(self.keys)):
-            assert load_file(folder / f"{part}.safetensors")["vectors"].shape == self.vectors.shape
+            # It maps the file; only a copy has read it.
+            assert load_file(folder / f"{part}.safetensors")["vectors"].clone().shape == self.vectors.shape
 
     def write(self, folder: Path) -> None:
         vectors = Store.open(str(folder)).vectors("residuals", {"model": "m"})
@@ -126,9 +106,9 @@ class Rows:
                 flushed(path)
 
     def plain_read(self, folder: Path, *, rows: bool = False) -> None:
-        for at, expected in enumerate(self.tables):
-            table = pq.read_table(folder / f"{at}.parquet")
-            assert len(table.to_pylist() if rows else table) == len(expected)
+        tables = [pq.read_table(folder / f"{at}.parquet") for at in range(len(self.tables))]
+        found = [table.to_pylist() for table in tables] if rows else tables
+        assert sum(len(part) for part in found) == sum(len(part) for part in self.parts)
 
     def write(self, folder: Path) -> None:
         table = Store.open(str(folder)).table("completions", {"model": "m"}, SCHEMA)

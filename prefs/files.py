@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,17 +17,31 @@ if TYPE_CHECKING:  # help and completion come through here, and should not wait 
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all. Raises OSError, and leaves nothing behind then."""
-    temporary = path.parent / f".part-{uuid.uuid4().hex}"
+
+    def write(temporary: Path) -> Path:
+        temporary.write_bytes(content)
+        return path
+
+    appear(path.parent, write)
+
+
+def appear(folder: Path, write: Callable[[Path], Path]) -> Path:
+    """Have a file written so that it appears in a folder whole or not at all.
+
+    `write` is given a temporary path to write to, and returns the one that the file is to have, as this does. Raises
+    OSError and what `write` raises, and leaves nothing behind then.
+    """
+    temporary = folder / f".part-{uuid.uuid4().hex}"
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        path = write(temporary)
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+    return path
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

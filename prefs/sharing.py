@@ -20,7 +20,7 @@ class Found:
 
     def __init__(self, table: Table):
         self.table = table
-        self.rows: dict[str, dict[str, Any]] = table.read()
+        self.rows = table.read()
         self.made: set[str] = set()
 
     def lacking(self, keys: Iterable[str]) -> list[str]:
@@ -30,13 +30,12 @@ class Found:
     def write(self, rows: Mapping[str, dict[str, Any]]) -> None:
         """Write rows that were lacking."""
         self.table.append(rows)
-        self.rows.update(rows)
+        self.rows.put(rows)
         self.made.update(rows)
 
     def refresh(self) -> None:
         """Read what others have written since; of two rows with one key, the one known first stays."""
-        for key, row in self.table.read_new().items():
-            self.rows.setdefault(key, row)
+        self.table.read_new(self.rows)
 
 
 def share(

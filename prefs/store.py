@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ import torch
 import xxhash
 from platformdirs import user_data_path
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from prefs.errors import UserError
-from prefs.files import write_durably
+from prefs.files import appear, write_durably
 from prefs.leases import Leases
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 # Part of every specification: raise it when the meaning of a stored record changes.
 FORMAT = 1
 ABANDONED_AFTER_S = 24 * 3600
+COMPRESSION = "zstd"
+# Parts of rows are put together to blocks of this size in memory.
+BLOCK_BYTES = 2**24
 
 
 def canonical(value: object) -> str:
@@ -110,16 +113,15 @@ class _Collection:
         text = f"{self._before}{canonical(determinants)}{self._after}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _new_parts(self) -> list[Path]:
-        """The undamaged parts that are not known yet, by name; from now on they are.
+    def _new_parts(self) -> Iterator[tuple[Path, Any]]:
+        """The undamaged parts that are not known yet, by name, with what was `_loaded` of them; then they are known.
 
         A part whose bytes do not give its name is set aside and named in a warning.
         """
-        good = []
         try:
             names = sorted(set(self._names()) - self._known)
         except FileNotFoundError:
-            return []
+            return
         except OSError as error:
             raise UserError(f"cannot read the store at {self.folder}: {error.strerror}") from None
         for name in names:
@@ -127,7 +129,8 @@ class _Collection:
                 continue
             path = self.folder / name
             try:
-                if file_checksum(path) != name.removesuffix(self.suffix):
+                checksum, loaded = self._loaded(path)
+                if checksum != name.removesuffix(self.suffix):
                     self._set_aside(path, "its bytes do not match its checksum")
                     continue
             except FileNotFoundError:
@@ -135,8 +138,11 @@ class _Collection:
             except OSError as error:
                 raise UserError(f"cannot read the store at {path}: {error.strerror}") from None
             self._known.add(name)
-            good.append(path)
-        return good
+            yield path, loaded
+
+    def _loaded(self, path: Path) -> tuple[str, Any]:
+        """The checksum of a part, and of it what is kept from that reading."""
+        return file_checksum(path), None
 
     def _names(self) -> list[str]:
         """The folder's files as they are now, also where other hosts write to it.
@@ -159,9 +165,13 @@ class _Collection:
             path.rename(aside / path.name)
             log.warning("Store: %s is damaged (%s); set aside in %s and computed again", path.name, reason, aside)
 
-    def _write(self, content: bytes) -> Path:
-        """Write a part: temporary name, flush, rename. Raises UserError where the disk refuses."""
-        path = self.folder / f"{xxhash.xxh3_128_hexdigest(content)}{self.suffix}"
+    def _write(self, write: Callable[[Path], object]) -> Path:
+        """Have a part written to a path: temporary name, flush, rename. Raises UserError where the disk refuses."""
+
+        def written(temporary: Path) -> Path:
+            write(temporary)
+            return self.folder / f"{file_checksum(temporary)}{self.suffix}"
+
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -169,9 +179,10 @@ class _Collection:
             if not self._tidied:
                 self._forget_abandoned()
                 self._tidied = True
-            write_durably(path, content)
-        except OSError as error:
-            raise UserError(f"cannot write to the store at {self.folder}: {error.strerror}") from None
+            path = appear(self.folder, written)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot write to the store at {self.folder}: {reason}") from None
         self._known.add(path.name)
         return path
 
@@ -192,35 +203,101 @@ class Table(_Collection):
         super().__init__(root, kind, spec)
         self.schema = pa.schema([pa.field("key", pa.string()), *schema])
 
-    def read(self) -> dict[str, dict[str, Any]]:
+    def read(self) -> Rows:
         """All rows by key. Where two parts hold a key, the part whose name sorts first counts."""
         self._known.clear()
-        return self.read_new()
+        rows = Rows()
+        self.read_new(rows)
+        return rows
 
-    def read_new(self) -> dict[str, dict[str, Any]]:
-        """The rows that others have written since the last reading, by key."""
-        rows: dict[str, dict[str, Any]] = {}
-        for path in self._new_parts():
+    def read_new(self, rows: Rows) -> None:
+        """Add the rows that others have written since the last reading; of two with one key, the first stays."""
+        parts: list[pa.Table] = []
+        size = 0
+        for path, content in self._new_parts():
             try:
-                part = pq.read_table(path, schema=self.schema)
+                part = pq.ParquetFile(content).read()
+                if not part.schema.equals(self.schema):
+                    part = pq.read_table(content, schema=self.schema)
             except (OSError, pa.ArrowException) as error:
                 self._set_aside(path, str(error).splitlines()[0])
                 continue
-            for row in part.to_pylist():
-                rows.setdefault(row.pop("key"), row)
-        return rows
+            parts.append(part)
+            size += part.nbytes
+            if size > BLOCK_BYTES:
+                rows.add(parts)
+                parts, size = [], 0
+        rows.add(parts)
+
+    def _loaded(self, path: Path) -> tuple[str, pa.BufferReader]:
+        content = path.read_bytes()
+        return xxhash.xxh3_128_hexdigest(content), pa.BufferReader(content)
 
     def append(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Write rows, given by key, as one part. Nothing is written for no rows."""
         if rows:
-            self._write(self.encoded(rows))
+            table = self._columns(rows)
+            self._write(lambda path: pq.write_table(table, path, compression=COMPRESSION))
 
-    def encoded(self, rows: Mapping[str, Mapping[str, Any]]) -> bytes:
-        """Rows, given by key, as the bytes of a part."""
-        table = pa.Table.from_pylist([{"key": key, **row} for key, row in rows.items()], schema=self.schema)
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        return buffer.getvalue()
+    def encoded_bytes(self, rows: Mapping[str, Mapping[str, Any]]) -> int:
+        """How many bytes a part of these rows takes up."""
+        content = pa.BufferOutputStream()
+        pq.write_table(self._columns(rows), content, compression=COMPRESSION)
+        return content.getvalue().size
+
+    def _columns(self, rows: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+        fields = list(self.schema)[1:]
+        columns = [pa.array([row.get(field.name) for row in rows.values()], field.type) for field in fields]
+        return pa.Table.from_arrays([pa.array(rows, pa.string()), *columns], schema=self.schema)
+
+
+class Rows(Mapping[str, dict[str, Any]]):
+    """Rows by key. Those that were read stay columns until they are asked for: a store has many that a job does not
+    want, and as columns they take a fraction of the memory."""
+
+    def __init__(self) -> None:
+        self._put: dict[str, dict[str, Any]] = {}
+        # By key, a row's number among all that were read; a block begins at its start, and has a column for each name.
+        self._number: dict[str, int] = {}
+        self._starts: list[int] = []
+        self._blocks: list[list[tuple[str, pa.Array]]] = []
+        self._count = 0
+
+    def put(self, rows: Mapping[str, dict[str, Any]]) -> None:
+        """Take rows that are not there yet."""
+        self._put.update(rows)
+
+    def add(self, parts: Sequence[pa.Table]) -> None:
+        """Take the rows of columns, with their ``key``, that are not there yet."""
+        if not parts:
+            return
+        # Of many small parts one block is made: it takes less memory, and a row is quicker to find.
+        whole = parts[0] if len(parts) == 1 else pa.concat_tables(parts).combine_chunks()
+        for block in whole.to_batches():
+            for number, key in enumerate(block.column("key").to_pylist(), start=self._count):
+                if key not in self._put:
+                    self._number.setdefault(key, number)
+            self._starts.append(self._count)
+            self._blocks.append([(name, block.column(name)) for name in block.schema.names if name != "key"])
+            self._count += block.num_rows
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        if key in self._put:
+            return self._put[key]
+        number = self._number[key]
+        at = bisect_right(self._starts, number) - 1
+        row = number - self._starts[at]
+        return {name: column[row].as_py() for name, column in self._blocks[at]}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._put or key in self._number
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._number
+        yield from self._put
+
+    def __len__(self) -> int:
+        return len(self._number) + len(self._put)
 
 
 @dataclass(frozen=True)
@@ -251,7 +328,7 @@ class Vectors(_Collection):
 
     def refresh(self) -> None:
         """Read what others have written since: which keys are there at which layers, and which are absent."""
-        for path in self._new_parts():
+        for path, _ in self._new_parts():
             try:
                 with safe_open(path, framework="pt") as part:
                     meta = json.loads(part.metadata()["prefs"])
@@ -282,7 +359,8 @@ class Vectors(_Collection):
         tensors = {f"layer.{layer}": vectors[:, at].contiguous() for at, layer in enumerate(layers)} if keys else {}
         self.made.update(keys, absent)
         self.bytes_made += vectors.nbytes
-        self._index(self._write(save(tensors, metadata={"prefs": canonical(meta)})), meta)
+        path = self._write(lambda path: _save(tensors, path, canonical(meta)))
+        self._index(path, meta)
 
     def in_order(self, keys: Sequence[str]) -> list[int]:
         """Indices of the keys in the order in which their vectors lie in the parts; every key must be there."""
@@ -306,15 +384,20 @@ class Vectors(_Collection):
                 raise KeyError(f"{key} is not there at layers {lacking}")
         gathered: torch.Tensor | None = None
         for (path, here), rows in wanted.items():
-            outs, ins = (list(numbers) for numbers in zip(*rows, strict=True))
-            first, last = min(ins), max(ins)
-            ins = [row - first for row in ins]
+            outs, ins = (torch.tensor(numbers) for numbers in zip(*rows, strict=True))
+            first, last = int(ins.min()), int(ins.max())
+            # Rows that lie together, and go together, are copied once.
+            whole = bool((ins.diff() == 1).all() and (outs.diff() == 1).all())
+            there = slice(int(outs[0]), int(outs[-1]) + 1)
             with safe_open(path, framework="pt") as part:
                 for layer in here:
                     tensor = part.get_slice(f"layer.{layer}")[first : last + 1]
                     if gathered is None:
                         gathered = torch.empty((len(keys), len(layers), tensor.shape[1]), dtype=tensor.dtype)
-                    gathered[outs, layers.index(layer)] = tensor[ins]
+                    if whole:
+                        gathered[there, layers.index(layer)] = tensor
+                    else:
+                        gathered[outs, layers.index(layer)] = tensor[ins - first]
         return torch.empty((0, len(layers), 0)) if gathered is None else gathered
 
 
@@ -326,7 +409,7 @@ class Result(_Collection):
     def read(self) -> tuple[dict[str, torch.Tensor], Any] | None:
         """The tensors by name and the JSON; None where they are not there."""
         self._known.clear()
-        for path in self._new_parts():
+        for path, _ in self._new_parts():
             try:
                 with safe_open(path, framework="pt") as part:
                     said = json.loads(part.metadata()["prefs"])
@@ -338,7 +421,15 @@ class Result(_Collection):
     def write(self, tensors: Mapping[str, torch.Tensor], said: Any) -> None:
         """Write tensors by name, and what JSON says of them, whose names keep their order."""
         text = json.dumps(said, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        self._write(save(dict(tensors), metadata={"prefs": text}))
+        self._write(lambda path: _save(dict(tensors), path, text))
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, said: str) -> None:
+    """Write tensors with JSON about them, to be read by whoever may read the user's files."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"prefs": said})  # which makes it the user's own
+    path.chmod(mode)
 
 
 def batches(lengths: Mapping[str, int], budget: int) -> list[list[str]]:
@@ -358,8 +449,8 @@ def batches(lengths: Mapping[str, int], budget: int) -> list[list[str]]:
 
 def file_checksum(path: Path) -> str:
     """XXH3 of a file's bytes, 128 bits in hexadecimal: against accidents, not against an adversary."""
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            state.update(block)
+    state, block = xxhash.xxh3_128(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            state.update(block[:count])
     return state.hexdigest()

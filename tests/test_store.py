@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from prefs.errors import UserError
-from prefs.store import Store, batches, canonical, digest
+from prefs.store import Rows, Store, batches, canonical, digest
 
 SCHEMA = pa.schema([("text", pa.string()), ("mass", pa.list_(pa.float64()))])
 SPEC = {"model": {"id": "m", "dtype": "bfloat16"}, "temperature": 1.0}
@@ -216,8 +216,11 @@ def test_what_others_write_meanwhile_is_read_and_what_is_known_is_not_read_again
     theirs, more = fill(store, start=3)
     vectors, other = store.vectors("v", SPEC), store.vectors("v", SPEC)
     other.append(["a"], [0], torch.ones(1, 1, 4), absent=["b"])
-    assert ours.read_new() == more
-    assert ours.read_new() == {}
+    known = Rows()
+    ours.read_new(known)
+    assert known == more
+    ours.read_new(again := Rows())
+    assert not again
     assert theirs.read() == rows | more
     assert not vectors.has("a", [0])
     vectors.refresh()
@@ -232,7 +235,8 @@ def test_a_store_that_can_only_be_read_serves_what_it_has(store):
     table.folder.chmod(0o555)
     reader = store.table("t", SPEC, SCHEMA)
     assert reader.read() == rows
-    assert reader.read_new() == {}
+    reader.read_new(found := Rows())
+    assert not found
     table.folder.chmod(0o755)
 
 
@@ -245,3 +249,56 @@ def test_batches_hold_every_row_once_within_the_budget_in_any_order(lengths, bud
     items = list(lengths.items())
     random.shuffle(items)
     assert batches(dict(items), budget) == cut
+
+
+def test_rows_of_many_parts_are_found_each_by_its_key(store, monkeypatch):
+    monkeypatch.setattr("prefs.store.BLOCK_BYTES", 300)  # a few parts make a block
+    whole = {}
+    for start in range(0, 60, 3):
+        whole |= fill(store, start=start)[1]
+    table = store.table("t", SPEC, SCHEMA)
+    found = table.read()
+    assert 1 < len(found._blocks) < 20
+    assert found == whole
+    assert sorted(found) == sorted(whole)
+    assert "nothing" not in found
+    with pytest.raises(KeyError):
+        found["nothing"]
+
+
+def test_of_two_rows_with_one_key_the_first_known_stays(store):
+    table, rows = fill(store)
+    key = next(iter(rows))
+    found = table.read()
+    store.table("t", SPEC, SCHEMA).append({key: {"text": "another", "mass": []}, "new": {"text": None, "mass": None}})
+    table.read_new(found)
+    assert found == rows | {"new": {"text": None, "mass": None}}
+    assert len(found) == 4
+    found.put({"made": {"text": "made", "mass": [1.0]}})
+    store.table("t", SPEC, SCHEMA).append({"made": {"text": "by another", "mass": None}})
+    table.read_new(found)
+    assert found["made"]["text"] == "made"
+    assert len(found) == len(list(found)) == 5
+
+
+def test_whoever_may_read_the_users_files_may_read_parts(store):
+    before = os.umask(0o027)
+    try:
+        table, _ = fill(store)
+        vectors = store.vectors("v", SPEC)
+        vectors.append(["a"], [0], torch.ones(1, 1, 4), absent=[])
+    finally:
+        os.umask(before)
+    parts = [*table.folder.glob("*.parquet"), *vectors.folder.glob("*.safetensors")]
+    assert [path.stat().st_mode & 0o777 for path in parts] == [0o640, 0o640]
+
+
+@pytest.mark.parametrize("order", [list(range(8)), list(range(2, 7)), [5, 0, 3], [7, 6, 5], [4, 4]])
+def test_vectors_come_in_the_order_asked_for(store, order):
+    vectors = store.vectors("v", SPEC)
+    known = torch.randn(8, 3, 4)
+    keys = [f"{at}" for at in range(8)]
+    for start in (0, 4):
+        vectors.append(keys[start : start + 4], [1, 2, 5], known[start : start + 4], absent=[])
+    gathered = store.vectors("v", SPEC).gather([keys[at] for at in order], [5, 1])
+    assert torch.equal(gathered, known[order][:, [2, 0]])

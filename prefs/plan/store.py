@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from prefs.leases import Leases
-from prefs.store import FORMAT, Store, Table, Vectors, store_root
+from prefs.store import FORMAT, Rows, Store, Table, Vectors, store_root
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +73,15 @@ class _Table(Table):
         super().__init__(root, kind, spec, schema)
         self._planned = planned
 
-    def read(self) -> dict[str, dict[str, Any]]:
+    def read(self) -> Rows:
         rows = super().read()
         self._planned.drawn.setdefault(self.kind, {}).update(rows)
-        return {**self._planned.rows.get(self.folder, {}), **rows}
+        rows.put({key: row for key, row in self._planned.rows.get(self.folder, {}).items() if key not in rows})
+        return rows
 
     def append(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
         if rows:
-            self._planned.bytes += len(self.encoded(rows))
+            self._planned.bytes += self.encoded_bytes(rows)
             self._planned.rows.setdefault(self.folder, {}).update({key: dict(row) for key, row in rows.items()})
 
     def _names(self) -> list[str]:
