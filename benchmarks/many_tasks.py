@@ -170,7 +170,7 @@ def job(count: int, folder: Path) -> dict[str, Any]:
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
 
-    from prefs import job
+    from prefs import job, stages
     from prefs.config import register, typed
     from prefs.jobs import Doings
     from prefs.models.loading import Models, ModelSpec
@@ -198,9 +198,9 @@ def job(count: int, folder: Path) -> dict[str, Any]:
     ):
         Path("/proc/self/clear_refs").write_text("5")  # forgets how high memory was
         seconds: Counter[str] = Counter()
-        stages = ("load_tasks", "complete", "rate", "judge", "_report", "write_table")
+        asking, after = ("load_tasks", "complete", "rate", "judge"), ("_report", "write_table")
         begun, ran = time.perf_counter(), time.process_time()
-        with timed(seconds, job, *stages), contextlib.redirect_stdout(sys.stderr):
+        with timed(seconds, stages, *asking), timed(seconds, job, *after), contextlib.redirect_stdout(sys.stderr):
             job.run_job(config, job.Place(folder / name), models, Doings(), plain_config=plain)
         took = {"seconds": time.perf_counter() - begun, "processor": time.process_time() - ran}
         found[name] = {**took, "peak": resident("VmHWM") - before, "stages": seconds}

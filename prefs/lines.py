@@ -38,9 +38,22 @@ def one_line_errors(*, enabled: bool, interrupted: str) -> Iterator[None]:
             " (completer=smollm2 completer.model.name=mine, say)\n"
         )
         sys.exit(2)
+    except RuntimeError as error:
+        if not (enabled and (extra := _extra_of(error))):
+            raise
+        sys.stderr.write(
+            f"prefs: hydra/launcher={extra} is not installed: pip install -e '.[{extra}]' in the checkout\n"
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"prefs: interrupted; {interrupted}\n")
         sys.exit(130)
+
+
+def _extra_of(error: RuntimeError) -> str | None:
+    """Our extra with the launcher that Hydra does not find."""
+    unknown = re.match(r"Unknown plugin class : 'hydra_plugins\.hydra_(ray|submitit)_launcher\.", str(error))
+    return {"ray": "ray", "submitit": "slurm"}[unknown[1]] if unknown else None
 
 
 def _within_omegaconf(error: Exception) -> bool:
