@@ -26,7 +26,7 @@ from prefs.config import register, typed
 from prefs.errors import UserError
 from prefs.models.backend import Question
 from prefs.models.loading import ModelSpec
-from prefs.models.transformer_lens import _shared_prefix
+from prefs.models.transformer_lens import shared_prefix
 from prefs.options import ask
 
 FILES = Path(__file__).parent / "chat_templates"
@@ -301,7 +301,7 @@ def test_llama_3_2s_own_date_is_todays(encoders):
 def test_questions_share_all_that_comes_before_them(encoder, told):
     conversation = (*[SYSTEM] * told, *CONVERSATION[:2])
     asked = [ask(encoder, conversation, question) for question in QUESTIONS]
-    prefix = _shared_prefix(asked)
+    prefix = shared_prefix(asked)
     start, end = asked[0].spans[-2]
     assert end <= len(prefix)
     assert written(encoder, prefix[start:end]).strip() == "It's 42."
