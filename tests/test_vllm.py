@@ -165,7 +165,8 @@ def test_residuals_are_refused(engine):
 
 def test_usage_counts_requests_and_tokens(engine):
     before = engine.usage()
-    prompt = (Message("system", "Mind what you count."), *CONVERSATIONS[0][:1])  # not in the cache
+    # Not in the cache, and longer than the blocks that are kept there.
+    prompt = (Message("system", "Mind what you count. " * 60), *CONVERSATIONS[0][:1])
     (sample,) = engine.complete([prompt], 0, Sampling(0.0, 1.0, 3))
     spent = engine.usage().since(before)
     run = sample.tokens + sample.finished - 1
