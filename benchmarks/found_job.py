@@ -97,7 +97,7 @@ def parts(file: Path, output: Path) -> None:
     from prefs.probing import ProbeReport
 
     clock = Clock()
-    clock.watch("keys, conversations, verdicts: the stages' own work", job, "_measure", "load_tasks", "_plan")
+    clock.watch("keys, conversations, verdicts: the stages' own work", job, "measure", "job_tasks", "sites")
     clock.watch("reading the store", store.Table, "read", "read_new")
     clock.watch("reading the store", store.Vectors, "refresh", "gather")
     clock.watch("reading the store", store.Result, "read")

@@ -4,13 +4,15 @@ A gigabyte of residual vectors (bfloat16, 32 layers x 4,096) against ``safetenso
 and a gigabyte of rows of text against ``pyarrow.parquet.write_table`` and ``read_table`` with the same compression, in
 parts of the same sizes and on the same disk. What the store has to do besides: bring vectors into the order of layers
 and of the keys asked for, make names from checksums and check them, flush, and turn dictionaries into columns. What is
-written is in the page cache when it is read, on both sides. All in one process, taking turns; medians are printed.
+written is in the page cache when it is read, on both sides. All in one process, taking turns, in one order and then the
+other; medians are printed.
 ``python benchmarks/store_speed.py --scratch FOLDER``
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import shutil
@@ -143,7 +145,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="a folder on the disk to be measured (default: the system's)")
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     print("| data | parts | what | plain (MB/s) | prefs (MB/s) | ratio |\n|---|---|---|---|---|---|")
     for kind in (Vectors, Rows):
@@ -151,13 +153,18 @@ def main() -> None:
             data = kind(given.megabytes, parts)
             taken: dict[tuple[str, str], list[float]] = {}
             with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
-                for _ in range(given.repeats):
-                    for what, who, run in ways(data):
+                for repeat in range(given.repeats):
+                    turns = [
+                        [way for way in ways(data) if way[0].startswith(kind)][:: -1 if repeat % 2 else 1]
+                        for kind in ("write", "read")
+                    ]
+                    for what, who, run in itertools.chain(*turns):
                         folder = Path(scratch) / who
                         if what.startswith("write"):
                             shutil.rmtree(folder, ignore_errors=True)
                             folder.mkdir()
                             os.sync()  # what another one left to be written is not this one's
+                            time.sleep(1)
                         begun = time.perf_counter()
                         run(folder)
                         taken.setdefault((what, who), []).append(time.perf_counter() - begun)
