@@ -4,7 +4,7 @@ Whole jobs, ``prefs.job.run_job`` with the shipped config, on tasks of a file: c
 ratings, vectors of 2 layers x 64 numbers at four positions, a judging model, statistics, tables and figures (no
 probes, no W&B). Only the model is simulated: its answers and vectors are drawn from a hash of what it is asked, which
 costs next to nothing. Then the same job once more, with everything in the store and no model. Each number of tasks has
-a process and a store of its own. Prints a Markdown table: ``python benchmarks/many_tasks.py``. Needs Linux.
+a store of its own, and each job a process. Prints a Markdown table: ``python benchmarks/many_tasks.py``. Needs Linux.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from prefs.models.backend import (
 )
 
 LAYERS, WIDTH = 2, 64
+RUNS = ("computed", "found")
 ORIGINS = ("BAILBENCH", "WILDCHAT", "ALPACA", "MATH")
 WORDS = tuple("please tell me in a few plain words how one would best go about the following matter".split())  # noqa: SIM905
 
@@ -136,7 +137,8 @@ def write_tasks(path: Path, count: int) -> None:
 def write_model(folder: Path) -> None:
     """A folder that is a model as far as its identity and its config go."""
     folder.mkdir()
-    config = {"model_type": "simulated", "num_hidden_layers": LAYERS, "hidden_size": WIDTH}
+    config: dict[str, Any] = {"model_type": "simulated", "num_hidden_layers": LAYERS, "hidden_size": WIDTH}
+    config["max_position_embeddings"] = Simulated.max_context
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"")
 
@@ -165,8 +167,8 @@ def timed(seconds: Counter[str], owner: Any, *names: str) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def job(count: int, folder: Path) -> dict[str, Any]:
-    """A job of so many tasks on an empty store, and once more; what they took."""
+def job(folder: Path, *, simulated: bool) -> dict[str, Any]:
+    """The job of a folder with its tasks, and what it took. Without a simulated model nothing can be computed."""
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
 
@@ -176,8 +178,6 @@ def job(count: int, folder: Path) -> dict[str, Any]:
     from prefs.models.loading import Models, ModelSpec
     from prefs.run import register_resolvers
 
-    write_tasks(folder / "tasks.jsonl", count)
-    write_model(folder / "model")
     register()
     register_resolvers()
     overrides = ["model=hf", f"model.path={folder / 'model'}", "model.dtype=float32", "model.device=cpu", "probe=none"]
@@ -188,24 +188,18 @@ def job(count: int, folder: Path) -> dict[str, Any]:
         composed = compose("config", overrides=overrides)
     plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     config = typed(composed)
-    simulated = Simulated()
+    engine = ModelSpec.from_config(config.model).engine
     logging.basicConfig(level=logging.WARNING)
     before = resident("VmRSS")
-    found: dict[str, Any] = {}
-    for name, models in (
-        ("computed", Models({ModelSpec.from_config(config.model).engine: simulated})),
-        ("found", Models()),  # a model would have to be loaded, and there is none
-    ):
-        Path("/proc/self/clear_refs").write_text("5")  # forgets how high memory was
-        seconds: Counter[str] = Counter()
-        asking, after = ("load_tasks", "complete", "rate", "judge"), ("_report", "write_table")
-        begun, ran = time.perf_counter(), time.process_time()
-        with timed(seconds, stages, *asking), timed(seconds, job, *after), contextlib.redirect_stdout(sys.stderr):
-            job.run_job(config, job.Place(folder / name), models, Doings(), plain_config=plain)
-        took = {"seconds": time.perf_counter() - begun, "processor": time.process_time() - ran}
-        found[name] = {**took, "peak": resident("VmHWM") - before, "stages": seconds}
-    found["files"] = sum(len(files) for _, _, files in os.walk(folder / "store"))
-    return found
+    Path("/proc/self/clear_refs").write_text("5")  # forgets how high memory was
+    seconds: Counter[str] = Counter()
+    asking, after = ("load_tasks", "complete", "rate", "judge"), ("_report", "write_table")
+    begun, ran = time.perf_counter(), time.process_time()
+    with timed(seconds, stages, *asking), timed(seconds, job, *after), contextlib.redirect_stdout(sys.stderr):
+        loaded = Models({engine: Simulated()} if simulated else {})
+        job.run_job(config, job.Place(folder / "run"), loaded, Doings(), plain_config=plain)
+    took = {"seconds": time.perf_counter() - begun, "processor": time.process_time() - ran}
+    return {**took, "peak": resident("VmHWM") - before, "stages": seconds}
 
 
 def main() -> None:
@@ -213,27 +207,31 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[1000, 3000, 10_000, 30_000, 100_000])
     parser.add_argument("--scratch", type=Path, help="a folder on the disk to be measured (default: the system's)")
     parser.add_argument("--stages", action="store_true", help="print each stage's time, too")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=RUNS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child is not None:
-        print(json.dumps(job(given.child, given.scratch)))
+        print(json.dumps(job(given.scratch, simulated=given.child == "computed")))
         return
-    columns = [f"{name}: {what}" for name in ("computed", "found") for what in ("ms a task", "of processor", "MiB")]
+    columns = [f"{name}: {what}" for name in RUNS for what in ("ms a task", "of processor", "MiB")]
     print(f"| tasks | {' | '.join(columns)} | parts |")
     print("|---|---|---|---|---|---|---|---|")
     for count in given.tasks:
         with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
-            command = [sys.executable, __file__, "--child", str(count), "--scratch", folder]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout)
+            write_tasks(Path(folder) / "tasks.jsonl", count)
+            write_model(Path(folder) / "model")
+            found = {}
+            for name in RUNS:
+                command = [sys.executable, __file__, "--child", name, "--scratch", folder]
+                found[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            files = sum(len(names) for _, _, names in os.walk(Path(folder) / "store"))
         numbers = [f"{count:,}"]
-        for name in ("computed", "found"):
+        for name in RUNS:
             numbers += [f"{1000 * found[name][took] / count:.2f}" for took in ("seconds", "processor")]
             numbers.append(f"{found[name]['peak']:,.0f}")
-        numbers.append(f"{found['files']:,}")
+        numbers.append(f"{files:,}")
         print(f"| {' | '.join(numbers)} |", flush=True)
         if given.stages:
-            for name in ("computed", "found"):
+            for name in RUNS:
                 each = {stage: f"{1000 * took / count:.2f}" for stage, took in found[name]["stages"].items()}
                 print(f"  {name}, ms a task: {each}", file=sys.stderr, flush=True)
 
