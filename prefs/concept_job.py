@@ -104,12 +104,11 @@ def reader_of(
     positions = tuple(each for each in capture.positions if each in COMPLETION_POSITIONS) if capture else ()
     if not config.concept or capture is None or not positions:
         return None
-    completing = config.completer
     return Reader(
         completer=completer,
         subject=rater,
-        sampling=Sampling(completing.temperature, completing.top_p, completing.max_new_tokens),
-        seed=completing.seed,
+        sampling=Sampling.from_config(config.completer),
+        seed=config.completer.seed,
         capture=replace(capture, positions=positions),
         store=store,
         models=models,
@@ -237,7 +236,7 @@ def steered_along(
         ratings.template,
         found,
         steering.coefficients,
-        Sampling(config.rating.temperature, config.rating.top_p, config.rating.max_new_tokens),
+        Sampling.from_config(config.rating),
         at=cast(Place, steering.at),
         seeds=steering.seeds,
         system_prompt=config.rating.system_prompt,

@@ -191,8 +191,7 @@ def _report(
         subject = _subject(cell, residuals)
         probed = probe(subject, config.probe, config.stats.bootstrap, earlier, stages.store, trainer)
     if isinstance(probed, ProbeReport):
-        log.info("%s", probed.work)
-        stages.doings.work.append(probed.work)
+        stages.doings.did([probed.work])
         tables |= probed.tables
     title = f"{rater.name}, {ratings.template.name}"
     of_concepts = compared(stages.concepts, measured, rated, probed, config, cell.folder, title)

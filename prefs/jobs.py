@@ -35,6 +35,10 @@ class Work:
     computed: int
     bytes: int = 0
 
+    def plus(self, other: Work) -> Work:
+        """Both together."""
+        return Work(self.stage, self.reused + other.reused, self.computed + other.computed, self.bytes + other.bytes)
+
     def __str__(self) -> str:
         size = f" ({self.bytes / 1e6:,.1f} MB)" if self.bytes else ""
         return f"{self.stage}: {self.reused} in the store, {self.computed} computed{size}"

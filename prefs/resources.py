@@ -9,6 +9,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from prefs.sweep import given
+
 ROLES = ("model", "completer.model", "judge.model")
 
 
@@ -32,10 +34,7 @@ def sweep_gpus(master: DictConfig) -> int:
 
     `master` is the sweep's own config, as Hydra composes it before it has any job.
     """
-    params = OmegaConf.select(master, "hydra.sweeper.params") or {}
-    # The command line comes after the config, and so counts.
-    given = [f"{key}={value}" for key, value in params.items()] + list(master.hydra.overrides.task)
     loader = GlobalHydra.instance().config_loader()
-    overrides = {each.get_key_element(): each for each in OverridesParser.create(loader).parse_overrides(given)}
+    overrides = {each.get_key_element(): each for each in OverridesParser.create(loader).parse_overrides(given(master))}
     jobs = chain.from_iterable(BasicSweeper.split_arguments(list(overrides.values()), None))
     return max(job_gpus(loader.load_sweep_config(master, job)) for job in jobs)

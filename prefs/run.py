@@ -62,11 +62,11 @@ def _compared() -> Iterator[None]:
 
 def _compare(folders: list[Path]) -> None:
     for folder in folders:
-        if all(read_job(path.parent).is_shard for path in folder.glob(f"*/{JOB}")):
-            continue  # nothing began, and the error says why; or nothing but shards, which say what to do next
-        from prefs.compare import compare
-
         try:
+            if all(read_job(path.parent).is_shard for path in folder.glob(f"*/{JOB}")):
+                continue  # nothing began, and the error says why; or nothing but shards, which say what to do next
+            from prefs.compare import compare
+
             compare([folder])
         except UserError as error:
             log.error("No comparison: %s", error)

@@ -121,7 +121,7 @@ def measure(
     completions, completed = complete(
         tasks,
         roles.completer,
-        Sampling(config.completer.temperature, config.completer.top_p, config.completer.max_new_tokens),
+        Sampling.from_config(config.completer),
         seed=config.completer.seed,
         system_prompt=config.completer.system_prompt,
         store=store,
@@ -132,7 +132,7 @@ def measure(
         completions,
         roles.rater,
         templates,
-        Sampling(config.rating.temperature, config.rating.top_p, config.rating.max_new_tokens),
+        Sampling.from_config(config.rating),
         seeds=config.rating.seeds,
         exact=config.rating.exact,
         thoughts=config.rating.thoughts,

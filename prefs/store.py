@@ -95,7 +95,9 @@ def store_root(directory: str | None) -> Path:
     return (Path(directory).expanduser() if directory else user_data_path("prefs") / "store").resolve()
 
 
-class _Collection:
+class Collection:
+    """The parts in the folder of one specification; see `Table`, `Vectors` and `Result`."""
+
     suffix: str
 
     def __init__(self, root: Path, kind: str, spec: Mapping[str, Any]):
@@ -194,7 +196,7 @@ class _Collection:
                     path.unlink()
 
 
-class Table(_Collection):
+class Table(Collection):
     """Rows with a ``key`` column."""
 
     suffix = ".parquet"
@@ -308,7 +310,7 @@ class _Part:
     layers: frozenset[int]
 
 
-class Vectors(_Collection):
+class Vectors(Collection):
     """Residual-stream vectors [d_model] by key and layer; a part holds some rows at some layers.
 
     A record may be *absent*: the conversation has no such position, which is known and not to be computed again.
@@ -356,11 +358,15 @@ class Vectors(_Collection):
         if not keys and not absent:
             return
         meta = {"keys": list(keys), "layers": list(layers), "absent": absent}
-        tensors = {f"layer.{layer}": vectors[:, at].contiguous() for at, layer in enumerate(layers)} if keys else {}
         self.made.update(keys, absent)
         self.bytes_made += vectors.nbytes
-        path = self._write(lambda path: _save(tensors, path, canonical(meta)))
-        self._index(path, meta)
+        self._index(self._put(meta, vectors), meta)
+
+    def _put(self, meta: Mapping[str, Any], vectors: torch.Tensor) -> Path:
+        """Write a part; where it is."""
+        layers = meta["layers"] if meta["keys"] else ()
+        tensors = {f"layer.{layer}": vectors[:, at].contiguous() for at, layer in enumerate(layers)}
+        return self._write(lambda path: _save(tensors, path, canonical(meta)))
 
     def in_order(self, keys: Sequence[str]) -> list[int]:
         """Indices of the keys in the order in which their vectors lie in the parts; every key must be there."""
@@ -401,7 +407,7 @@ class Vectors(_Collection):
         return torch.empty((0, len(layers), 0)) if gathered is None else gathered
 
 
-class Result(_Collection):
+class Result(Collection):
     """Tensors and what JSON says of them, as one part; nothing but the specification determines them."""
 
     suffix = ".safetensors"

@@ -73,8 +73,8 @@ def command(folder: Path) -> str | None:
     config = _load(folder)
     if config is None:
         return None
-    given = [*(OmegaConf.select(config, "hydra.overrides.hydra") or []), *_task(config)]
-    return shlex.join(["python", "-m", "prefs.run", "-m", *(each for each in given if each != "hydra.mode=MULTIRUN")])
+    said = [*(OmegaConf.select(config, "hydra.overrides.hydra") or []), *_task(config)]
+    return shlex.join(["python", "-m", "prefs.run", "-m", *(each for each in said if each != "hydra.mode=MULTIRUN")])
 
 
 def _load(folder: Path) -> DictConfig | None:
@@ -83,6 +83,12 @@ def _load(folder: Path) -> DictConfig | None:
         return config if isinstance(config, DictConfig) and _task(config) is not None else None
     except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):
         return None
+
+
+def given(config: DictConfig) -> list[str]:
+    """The overrides of a multirun, of its sweeper's config and of the command line, which comes later and so counts."""
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    return [f"{key}={value}" for key, value in params.items()] + _task(config)
 
 
 def _task(config: DictConfig) -> list[str]:
@@ -94,12 +100,9 @@ def _overrides(folder: Path) -> dict[str, tuple[str, ...]] | None:
     config = _load(folder)
     if config is None or OmegaConf.select(config, "hydra.sweeper._target_") != BASIC_SWEEPER:
         return None
-    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    # The command line comes after the config, and so counts.
-    given = [f"{key}={value}" for key, value in params.items()] + _task(config)
     values: dict[str, tuple[str, ...]] = {}
     try:
-        for override in OverridesParser.create(_config_loader(config)).parse_overrides(given):
+        for override in OverridesParser.create(_config_loader(config)).parse_overrides(given(config)):
             several = tuple(override.sweep_string_iterator()) if override.is_sweep_override() else ("",)
             values[override.get_key_element()] = several
     except (HydraException, ValueError):

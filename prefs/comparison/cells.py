@@ -136,13 +136,7 @@ class Sweep:
         """What all jobs reused and computed, by stage."""
         totals: dict[str, Work] = {}
         for work in (each for job in self.jobs for each in job.work):
-            before = totals.get(work.stage, Work(work.stage, 0, 0))
-            totals[work.stage] = Work(
-                work.stage,
-                before.reused + work.reused,
-                before.computed + work.computed,
-                before.bytes + work.bytes,
-            )
+            totals[work.stage] = totals.get(work.stage, Work(work.stage, 0, 0)).plus(work)
         return list(totals.values())
 
     def spent(self) -> list[Spent]:

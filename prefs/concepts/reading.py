@@ -80,13 +80,7 @@ class Reader:
 
     def done(self) -> list[Work]:
         """The work of all that was read, by stage."""
-        stages = dict.fromkeys(each.stage for each in self.work)
-        return [
-            Work(
-                f"concepts, {stage}",
-                sum(each.reused for each in self.work if each.stage == stage),
-                sum(each.computed for each in self.work if each.stage == stage),
-                sum(each.bytes for each in self.work if each.stage == stage),
-            )
-            for stage in stages
-        ]
+        totals: dict[str, Work] = {}
+        for each in self.work:
+            totals[each.stage] = totals.get(each.stage, Work(f"concepts, {each.stage}", 0, 0)).plus(each)
+        return list(totals.values())

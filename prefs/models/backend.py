@@ -12,6 +12,8 @@ from prefs.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from prefs.config import CompleterConfig, RatingConfig
+
 Conversation = tuple[Message, ...]
 
 
@@ -22,6 +24,11 @@ class Sampling:
     temperature: float
     top_p: float
     max_new_tokens: int
+
+    @classmethod
+    def from_config(cls, config: CompleterConfig | RatingConfig) -> Sampling:
+        """That of a completer or a rater."""
+        return cls(config.temperature, config.top_p, config.max_new_tokens)
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,11 @@ class Models:
     def get(self, spec: ModelSpec) -> Backend:
         """The engine of a spec, loaded now if it is not yet."""
         if spec.engine not in self._loaded:
-            self._loaded[spec.engine] = _load(spec)
+            self._loaded[spec.engine] = self._load(spec)
         return self._loaded[spec.engine]
+
+    def _load(self, spec: ModelSpec) -> Backend:
+        return _load(spec)
 
     def usage(self) -> dict[str, Usage]:
         """What each loaded engine has spent so far, by `ModelSpec.engine`."""

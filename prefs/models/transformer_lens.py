@@ -34,6 +34,7 @@ from prefs.models.backend import (
 )
 from prefs.models.bridge import load_bridge
 from prefs.models.doses import Dose, DoseResponse, active, dosed, finite_rows, likelihood_alone
+from prefs.models.encoded import Encoded
 from prefs.models.loading import ModelSpec
 from prefs.models.memory import Halving
 from prefs.models.passes import Passes
@@ -52,7 +53,7 @@ log = logging.getLogger(__name__)
 SEEDS_AT_ONCE = 4
 
 
-class TransformerLensBackend:
+class TransformerLensBackend(Encoded):
     """A chat model in a `TransformerBridge`. See `prefs.models.backend.Backend` for the protocol."""
 
     def __init__(self, bridge: Any, tokenizer: Any, spec: ModelSpec):
@@ -78,16 +79,6 @@ class TransformerLensBackend:
         for note in backend.encoder.notes(spec.name):
             log.info("%s", note)
         return backend
-
-    def prompt_tokens(self, conversation: Conversation) -> int:
-        return len(self.encoder.encode(conversation, answer="").ids) + self.encoder.thought_room
-
-    def conversation_tokens(self, conversation: Conversation) -> int:
-        return unasked(self.encoder, conversation).question_start
-
-    def question_tokens(self, conversation: Conversation, question: Question) -> int:
-        asked = ask(self.encoder, conversation, question)
-        return len(asked.ids) + max(len(tail) for tail in asked.tails) + self.encoder.thought_room
 
     @torch.inference_mode()
     def complete(

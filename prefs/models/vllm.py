@@ -31,11 +31,12 @@ from prefs.models.backend import (
     Score,
     Usage,
 )
+from prefs.models.encoded import Encoded
 from prefs.models.loading import ModelSpec
 from prefs.models.stops import stop_tokens
 from prefs.models.thoughts import THOUGHT, Thought
 from prefs.models.vllm_engines import Engines, EnginesDied, Output, Request
-from prefs.options import ask, branchings, option_masses, unasked
+from prefs.options import ask, branchings, option_masses
 from prefs.sampling import row_seed
 from prefs.templates import Invalid
 
@@ -68,7 +69,7 @@ class _Opening:
     thought: Thought | None = None
 
 
-class VllmBackend:
+class VllmBackend(Encoded):
     """A chat model in vLLM. See `prefs.models.backend.Backend` for the protocol."""
 
     def __init__(self, start: Callable[[], Engines], tokenizer: Any, stops: frozenset[int], spec: ModelSpec):
@@ -102,16 +103,6 @@ class VllmBackend:
         for note in backend.encoder.notes(spec.name):
             log.info("%s", note)
         return backend
-
-    def prompt_tokens(self, conversation: Conversation) -> int:
-        return len(self.encoder.encode(conversation, answer="").ids) + self.encoder.thought_room
-
-    def conversation_tokens(self, conversation: Conversation) -> int:
-        return unasked(self.encoder, conversation).question_start
-
-    def question_tokens(self, conversation: Conversation, question: Question) -> int:
-        asked = ask(self.encoder, conversation, question)
-        return len(asked.ids) + max(len(tail) for tail in asked.tails) + self.encoder.thought_room
 
     def complete(self, batch: Sequence[Conversation], seed: int, sampling: Sampling) -> list[Sample]:
         thoughts: Sequence[Thought | None] = [None] * len(batch)

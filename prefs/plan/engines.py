@@ -18,12 +18,7 @@ class PlannedModels(Models):
     lengths: Lengths = field(kw_only=True)
     book: Book = field(default_factory=Book)
 
-    def get(self, spec: ModelSpec) -> Backend:
-        if spec.engine not in self._loaded:
-            self._loaded[spec.engine] = self._counting(spec)
-        return self._loaded[spec.engine]
-
-    def _counting(self, spec: ModelSpec) -> Backend:
+    def _load(self, spec: ModelSpec) -> Backend:
         if spec.backend == "openai":
             from prefs.plan.server import PlannedServer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from prefs.leases import Leases
-from prefs.store import FORMAT, Rows, Store, Table, Vectors, store_root
+from prefs.store import FORMAT, Collection, Rows, Store, Table, Vectors, store_root
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,17 @@ class PlannedStore(Store):
         return _Vectors(self.planned, self.root, kind, {"format": FORMAT, **spec})
 
 
-class _Table(Table):
+class _Untouched(Collection):
+    """A collection whose folder stays as it is, damaged parts included."""
+
+    def _names(self) -> list[str]:
+        return os.listdir(self.folder)
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        log.warning("Store: %s is damaged (%s); the run will compute it again", path, reason)
+
+
+class _Table(_Untouched, Table):
     def __init__(self, planned: Planned, root: Path, kind: str, spec: Mapping[str, Any], schema: pa.Schema):
         super().__init__(root, kind, spec, schema)
         self._planned = planned
@@ -84,37 +94,16 @@ class _Table(Table):
             self._planned.bytes += self.encoded_bytes(rows)
             self._planned.rows.setdefault(self.folder, {}).update({key: dict(row) for key, row in rows.items()})
 
-    def _names(self) -> list[str]:
-        return os.listdir(self.folder)
 
-    def _set_aside(self, path: Path, reason: str) -> None:
-        _left(path, reason)
-
-
-class _Vectors(Vectors):
+class _Vectors(_Untouched, Vectors):
     def __init__(self, planned: Planned, root: Path, kind: str, spec: Mapping[str, Any]):
         super().__init__(root, kind, spec)
         self._planned = planned
         for meta in planned.vectors.get(self.folder, []):
             self._index(self.folder, meta)
 
-    def append(self, keys: Sequence[str], layers: Sequence[int], vectors: torch.Tensor, absent: Iterable[str]) -> None:
-        absent = sorted(absent)
-        if not keys and not absent:
-            return
-        meta = {"keys": list(keys), "layers": list(layers), "absent": absent}
-        self.made.update(keys, absent)
-        self.bytes_made += vectors.nbytes
-        self._planned.bytes += vectors.nbytes + KEY_BYTES * (len(keys) + len(absent)) + LAYER_BYTES * len(layers)
+    def _put(self, meta: Mapping[str, Any], vectors: torch.Tensor) -> Path:
+        keys = len(meta["keys"]) + len(meta["absent"])
+        self._planned.bytes += vectors.nbytes + KEY_BYTES * keys + LAYER_BYTES * len(meta["layers"])
         self._planned.vectors.setdefault(self.folder, []).append(meta)
-        self._index(self.folder, meta)
-
-    def _names(self) -> list[str]:
-        return os.listdir(self.folder)
-
-    def _set_aside(self, path: Path, reason: str) -> None:
-        _left(path, reason)
-
-
-def _left(path: Path, reason: str) -> None:
-    log.warning("Store: %s is damaged (%s); the run will compute it again", path, reason)
+        return self.folder

@@ -22,6 +22,7 @@ from prefs.models.backend import (
     Usage,
 )
 from prefs.models.doses import Dose, active, by_beginning, cut, lowest
+from prefs.models.encoded import Encoded
 from prefs.models.loading import ModelSpec, model_folder
 from prefs.models.residuals import spots
 from prefs.models.thoughts import Thought, joined
@@ -31,7 +32,7 @@ from prefs.plan.book import COMPLETER, JUDGE, RATER, THOUGHTS, Book, encoder_of,
 from prefs.plan.lengths import Lengths, Prose
 
 
-class PlannedTransformerLens:
+class PlannedTransformerLens(Encoded):
     """Counts the tokens that `prefs.models.transformer_lens` would run, a conversation at a time.
 
     Steered passes are counted as those of a family that `shares_blocks`.
@@ -42,16 +43,6 @@ class PlannedTransformerLens:
         self.shape = architecture(model_folder(spec), spec.revision)
         self.max_context = spec.max_context or self.shape.context
         self._lengths, self._book, self._prose = lengths, book, Prose(self.encoder)
-
-    def prompt_tokens(self, conversation: Conversation) -> int:
-        return len(self.encoder.encode(conversation, answer="").ids) + self.encoder.thought_room
-
-    def conversation_tokens(self, conversation: Conversation) -> int:
-        return unasked(self.encoder, conversation).question_start
-
-    def question_tokens(self, conversation: Conversation, question: Question) -> int:
-        asked = ask(self.encoder, conversation, question)
-        return len(asked.ids) + max(len(tail) for tail in asked.tails) + self.encoder.thought_room
 
     def complete(
         self, batch: Sequence[Conversation], seed: int, sampling: Sampling, steering: Sequence[Steering] = ()
