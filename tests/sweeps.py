@@ -9,7 +9,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -32,29 +32,43 @@ SWEEP = [
 ]
 
 
+# What a sweep does, as its jobs' records call it.
+STAGES = ("completions", "sampled ratings", "exact ratings", "residual")
+
+
 def environment(store: Path, **more: str) -> dict[str, str]:
     """One thread a job, since sums of several threads can differ in their last digit."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HYDRA", "PREFS", "RAY"))}
     return clean | {"PREFS_STORE": str(store), "COLUMNS": "80", "OMP_NUM_THREADS": "1", **more}
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "prefs.run", *SWEEP, f"hydra.sweep.dir={folder / 'sweep'}", *arguments]
+def start(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen:
+    """Start the sweep, in ``sweep`` below a folder; what it prints goes to ``log`` there."""
+    command = [sys.executable, "-m", "prefs.run", *SWEEP, f"hydra.sweep.dir={folder / 'sweep'}", *arguments]
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
 
 def sweep(folder: Path, environment: dict[str, str], *arguments: str, timeout_s: float = 900) -> str:
-    """Run the sweep to its end, in ``sweep`` below a folder; what it printed."""
-    done = subprocess.run(
-        command(folder, *arguments),
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout_s,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    """Run the sweep to its end; what it printed."""
+    with start(folder, environment, *arguments) as process:
+        try:
+            code = process.wait(timeout_s)
+        finally:
+            process.kill()
+    printed = (folder / "log").read_text()
+    assert code == 0, printed
+    return printed
+
+
+def processes(wanted: Callable[[Sequence[bytes]], bool]) -> list[int]:
+    """The processes of this machine whose command line, in words, is wanted."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if wanted((folder / "cmdline").read_bytes().split(b"\0")):
+                found.append(int(folder.name))
+    return found
 
 
 def jobs(folder: Path) -> list[dict]:
@@ -74,8 +88,10 @@ def assert_same_tables(one: Path, other: Path) -> None:
 
 
 def computed(jobs: Iterable[dict], stage: str) -> int:
-    """How many records of a stage these jobs computed together."""
-    return sum(work["computed"] for job in jobs for work in job["work"] if work["stage"].startswith(stage))
+    """How many records of a stage these jobs computed together, of which there must be some."""
+    made = sum(work["computed"] for job in jobs for work in job["work"] if work["stage"].startswith(stage))
+    assert made, f"nothing is called {stage}"
+    return made
 
 
 def free_port() -> int:

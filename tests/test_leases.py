@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from prefs.errors import UserError
 from prefs.leases import Holder, Leases
@@ -29,15 +30,6 @@ def holding(folder: Path, keys: list[str], term_s: float = TERM_S) -> Holder:
     holder = Holder(folder, term_s)
     assert holder.take(keys)
     return holder
-
-
-def until(done, at_most_s: float = 20.0) -> float:
-    """Seconds until something is so."""
-    start = time.monotonic()
-    while not done():
-        assert time.monotonic() - start < at_most_s
-        time.sleep(0.02)
-    return time.monotonic() - start
 
 
 def stop_beating(holder: Holder) -> None:

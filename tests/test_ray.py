@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sweeps import assert_same_tables, command, computed, environment, free_port, jobs, sweep
+from sweeps import STAGES, assert_same_tables, computed, environment, free_port, jobs, processes, start, sweep
 
 pytestmark = pytest.mark.ray
 
@@ -46,7 +46,7 @@ def test_the_canonical_sweep(serial, cluster, tmp_path):
     printed = sweep(tmp_path, environment(tmp_path / "store", RAY_ADDRESS=cluster), LAUNCHER, "wandb.mode=offline")
     assert_same_tables(serial, tmp_path)
     assert "Comparison · 4 cells of 4 jobs" in printed
-    for stage in ("completions", "sampled ratings", "exact ratings", "residual"):
+    for stage in STAGES:
         assert computed(jobs(tmp_path), stage) == computed(jobs(serial), stage), stage
     assert {job["status"] for job in jobs(tmp_path)} == {"finished"}
     assert len({job["group"] for job in jobs(tmp_path)}) == 1
@@ -57,31 +57,18 @@ def test_the_canonical_sweep(serial, cluster, tmp_path):
 
 def workers() -> list[int]:
     """The processes that run a job just now: Ray gives a worker its task's name."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::_run_job"):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
+    return processes(lambda words: words[0].startswith(b"ray::_run_job"))
 
 
 def killed_sweep(folder: Path, cluster: str, chance: random.Random) -> list[int]:
     """Run the sweep while workers are killed at random points, `KILLS` at most; how many parts were there each time.
 
-    As long as the store does not grow, workers are let live a little longer: few get to the end of a job before the
-    last one is killed, and many die in the middle of their work, however fast the machine.
+    Workers are let live a little longer where the store has not grown since the last one died, and shorter where it
+    has: few get to the end of a job before all are killed, and many die in the middle of their work, however fast the
+    machine.
     """
     store, reach_s = folder / "store", 3.0
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command(folder, LAUNCHER, "wandb.mode=disabled"),
-            cwd=folder,
-            env=environment(store, RAY_ADDRESS=cluster),
-            stdout=log,
-            stderr=log,
-        )
+    process = start(folder, environment(store, RAY_ADDRESS=cluster), LAUNCHER, "wandb.mode=disabled")
     ends: dict[int, float] = {}
     killed: list[int] = []
     while process.poll() is None and len(killed) < KILLS:
@@ -91,8 +78,7 @@ def killed_sweep(folder: Path, cluster: str, chance: random.Random) -> list[int]
                 ends[worker] = float("inf")
                 os.kill(worker, signal.SIGKILL)
                 killed.append(len([*store.rglob("*.parquet"), *store.rglob("*.safetensors")]))
-                if killed[-1] == killed[-2:][0]:
-                    reach_s *= 1.2
+                reach_s *= 1.2 if killed[-1] == killed[-2:][0] else 1 / 1.5
         time.sleep(0.05)
     assert process.wait(timeout=600) == 0, (folder / "log").read_text()
     return killed

@@ -9,14 +9,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from sweeps import assert_same_tables, command, computed, environment, free_port, jobs, sweep
+from sweeps import STAGES, assert_same_tables, computed, environment, free_port, jobs, processes, start, sweep
+from waiting import until
 
 pytestmark = pytest.mark.slurm
 
@@ -69,13 +70,6 @@ class Slurm:
         return "\n".join(path.read_text(errors="replace") for path in self.folder.glob("*log"))
 
 
-def until(done: Callable[[], bool], at_most_s: float, told: Callable[[], str]) -> None:
-    end = time.monotonic() + at_most_s
-    while not done():
-        assert time.monotonic() < end, told()
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> Iterator[Slurm]:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
@@ -116,7 +110,7 @@ def slurm(tmp_path_factory) -> Iterator[Slurm]:
 def test_the_canonical_sweep(serial, slurm, tmp_path):
     sweep(tmp_path, slurm.environment(tmp_path / "store"), *SLURM)
     assert_same_tables(serial, tmp_path)
-    for stage in ("completions", "ratings", "residual"):
+    for stage in STAGES:
         assert computed(jobs(tmp_path), stage) == computed(jobs(serial), stage), stage
     assert {job["status"] for job in jobs(tmp_path)} == {"finished"}
     scripts = list((tmp_path / "sweep" / ".submitit").glob("*/*_submission.sh"))
@@ -127,23 +121,16 @@ def test_the_canonical_sweep(serial, slurm, tmp_path):
 
 def workers(folder: Path) -> list[int]:
     """The processes that run a job of a sweep just now."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            ours = b"submitit.core._submit" in words and any(word.startswith(os.fsencode(folder)) for word in words)
-            if ours and b"python" in words[0]:  # and not the srun that started it
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return found
+
+    def is_worker(words: Sequence[bytes]) -> bool:
+        ours = b"submitit.core._submit" in words and any(word.startswith(os.fsencode(folder)) for word in words)
+        return ours and b"python" in words[0]  # and not the srun that started it
+
+    return processes(is_worker)
 
 
 def test_jobs_that_are_stopped_are_queued_again(serial, slurm, tmp_path):
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            command(tmp_path, *SLURM), cwd=tmp_path, env=slurm.environment(tmp_path / "store"), stdout=log, stderr=log
-        )
+    process = start(tmp_path, slurm.environment(tmp_path / "store"), *SLURM)
     try:
         # When they have begun to write, and have more to do.
         until(lambda: len(workers(tmp_path)) == 2 and any((tmp_path / "store").rglob("*.parquet")), 120, slurm.logs)
