@@ -112,7 +112,9 @@ def test_more_seeds_templates_and_layers_add_to_what_is_there(store, spec_fp32, 
     _, first = run(store, spec_fp32, models)
     wider = dataclasses.replace(PLAN, layers=(0, 7, 15, 29))
     _, second = run(store, spec_fp32, models, names=("anchored", "likert"), seeds=(0, 1, 2), capture=wider)
-    assert second.work[0].reused == 3 * len(TASKS)
+    sampled, exact = second.work[:2]
+    assert (sampled.reused, sampled.computed) == (2 * len(TASKS), len(TASKS))
+    assert (exact.reused, exact.computed) == (len(TASKS), 0)
     old, new = first.ratings["anchored"], second.ratings["anchored"]
     assert [row[:2] for row in new.answers] == list(old.answers)
     np.testing.assert_array_equal(old.mass, new.mass)
