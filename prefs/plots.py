@@ -592,7 +592,7 @@ def _figure(width: float, height: float = 4.2) -> tuple[Figure, Axes]:
 def _save(figure: Figure, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI)
+        figure.savefig(path, dpi=DPI, pil_kwargs={"compress_level": 4})  # twice as fast as 6, and 2 % larger
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     return path

@@ -52,7 +52,9 @@ class Tracker:
             import wandb
 
             plain = frame.astype(object).where(frame.notna(), None)
-            self.run.log({f"tables/{name}": wandb.Table(dataframe=plain, allow_mixed_types=True)})
+            # Row by row: of a data frame W&B asks for each cell by itself.
+            rows, names = plain.to_numpy(dtype=object).tolist(), [str(column) for column in frame.columns]
+            self.run.log({f"tables/{name}": wandb.Table(columns=names, data=rows, allow_mixed_types=True)})
 
     def figure(self, name: str, path: Path) -> None:
         """Log a PNG."""

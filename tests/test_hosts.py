@@ -1,0 +1,168 @@
+"""Whole jobs on hosts that share one store: network namespaces with a client each that keeps what it knows of a folder.
+
+A host is a network, process and host name of its own, and sees the store through an sshfs mount of its own: as over
+NFS, a folder that another host has written to is seen as it was for up to a minute. Full disks and such as can only be
+read are real ones too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from sweeps import STAGES, computed, environment
+from waiting import until
+
+SERVER = Path("/usr/lib/openssh/sftp-server")
+LACKING = [
+    *([] if os.geteuid() == 0 else ["root"]),
+    *(name for name in ("unshare", "mount", "sshfs") if shutil.which(name) is None),
+    *([] if SERVER.exists() and Path("/dev/fuse").exists() else ["sftp-server, or /dev/fuse"]),
+]
+pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}")]
+
+# Several batches of each kind, so that there is something to share.
+JOB = [
+    *("dataset.limit=12", "completer.max_new_tokens=8", "rating.seeds=[0,1]", "rating.max_new_tokens=4"),
+    *("capture.layers=[0]", "capture.positions=[rating]", "model.batch_tokens=200"),
+    *("probe=none", "wandb.mode=disabled", "hydra.run.dir=out"),
+]
+# Attributes are asked for anew, as when NFS opens a file; names are not.
+SEE = "sshfs -o ssh_command={server},dcache_stat_timeout=0,dcache_dir_timeout=60,attr_timeout=0 far:{disk} {seen}"
+
+
+class Site:
+    """A disk, and hosts by name that see it under one path."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.disk, self.seen = folder, folder / "disk", folder / "seen"
+        for made in (self.disk, self.seen):
+            made.mkdir()
+        server = folder / "server"  # which sshfs runs in the place of ssh
+        server.write_text(f"#!/bin/sh\nexec {SERVER}\n")
+        server.chmod(0o755)
+        self.see = SEE.format(server=server, disk=self.disk, seen=self.seen)
+
+    def begin(self, host: str, script: str, *overrides: str) -> subprocess.Popen[str]:
+        """Run shell commands on a host, where ``job`` is the program on the store as the host sees it."""
+        at = self.folder / host
+        at.mkdir(exist_ok=True)
+        words = [sys.executable, "-m", "prefs.run", *JOB, *overrides]
+        job = f'job() {{ {" ".join(map(repr, words))} "$@"; }}'
+        begin = f"set -e; hostname {host}; cd {at}; {job}; {script}"
+        alone = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
+        return subprocess.Popen(
+            [*alone, "bash", "-c", begin],
+            env=environment(self.seen),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def out(self, host: str) -> Path:
+        return self.folder / host / "out"
+
+    def held(self) -> set[str]:
+        """The records that are leased."""
+        return {path.name for path in self.disk.glob("leases/*")} - {"holders", "visits"}
+
+    def parts(self) -> list[Path]:
+        return [*self.disk.rglob("*.parquet"), *self.disk.rglob("*.safetensors")]
+
+
+def record(out: Path) -> dict:
+    return json.loads((out / "job.json").read_text())
+
+
+def assert_same_tables(one: Path, other: Path) -> None:
+    names = sorted(path.relative_to(one) for path in one.rglob("*.parquet"))
+    assert names == sorted(path.relative_to(other) for path in other.rglob("*.parquet"))
+    assert len(names) > 4
+    for name in names:
+        pd.testing.assert_frame_equal(pd.read_parquet(one / name), pd.read_parquet(other / name), check_exact=True)
+
+
+@pytest.fixture
+def site(tmp_path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """What the job finds on a host with a disk of its own."""
+    site = Site(tmp_path_factory.mktemp("alone"))
+    ended(site.begin("alone", f"mount -t tmpfs none {site.seen}; job"))
+    return site.out("alone")
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> str:
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == code, printed
+    return printed
+
+
+def test_two_hosts_share_the_work_and_nothing_is_made_twice(site, alone):
+    together = [site.begin(host, f"{site.see}; job") for host in ("node1", "node2")]
+    printed = [ended(process) for process in together]
+    for stage in STAGES:
+        made = [computed([record(site.out(host))], stage) for host in ("node1", "node2")]
+        assert sum(made) == computed([record(alone)], stage), (stage, printed)
+    for host in ("node1", "node2"):
+        assert_same_tables(site.out(host), alone)
+    assert not site.held()
+
+
+def test_a_host_that_dies_is_inherited_from_after_a_term(site, alone):
+    for attempt in range(5):
+        killed = site.begin(f"killed{attempt}", f"{site.see}; job")
+        made = len(site.parts())
+        until(lambda made=made: site.held() and len(site.parts()) > made, at_most_s=100)
+        killed.kill()
+        killed.communicate()
+        if site.held():
+            break
+    assert site.held(), "five were killed, and none held anything just then"
+    printed = ended(site.begin("heir", f"{site.see}; job", "store.lease_s=4"))
+    assert re.search(rf"is gone \(process \d+ on killed{attempt}\); going on", printed)
+    made, whole = (computed([record(out)], "completions") for out in (site.out("heir"), alone))
+    assert made < whole, "it made what was left"
+    assert_same_tables(site.out("heir"), alone)
+
+
+def test_a_full_disk_is_one_line_and_with_more_room_the_job_goes_on(site, alone):
+    small = f"mount -t tmpfs -o size=64k none {site.seen}"
+    kept = f"sha256sum $(find {site.seen} -name '*.parquet' -o -name '*.safetensors') > kept; wc -l < kept"
+    more = f"mount -o remount,size=64m {site.seen}; sha256sum --quiet --check kept && echo kept"
+    printed = ended(site.begin("node", f"{small}; job || echo code $?; echo parts $({kept}); {more}; job"))
+    refused, _, rest = printed.partition("parts ")
+    assert refused.splitlines()[-1] == "code 2"
+    assert refused.splitlines()[-2].startswith(f"prefs: cannot write to the store at {site.seen}")
+    assert "No space left on device" in refused.splitlines()[-2]
+    assert "Traceback" not in printed
+    assert int(rest.splitlines()[0]) > 0, "something had been stored"
+    assert rest.splitlines()[1] == "kept"
+    assert_same_tables(site.out("node"), alone)
+
+
+def test_a_store_that_can_only_be_read_serves_whoever_lacks_nothing(site, alone):
+    ended(site.begin("writer", f"mount --bind {site.disk} {site.seen}; job"))
+    before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in site.disk.rglob("*") if path.is_file()}
+    read_only = f"mount --bind {site.disk} {site.seen}; mount -o remount,bind,ro {site.seen}"
+    printed = ended(site.begin("reader", f"{read_only}; job; job rating.seeds=[0,1,2] || echo code $?"))
+    assert_same_tables(site.out("writer"), alone)
+    assert_same_tables(site.out("reader"), alone)
+    *_, line, code = printed.splitlines()
+    assert code == "code 2"
+    assert line.startswith(f"prefs: cannot write to the store at {site.seen}")
+    assert line.endswith("Read-only file system")
+    assert "Traceback" not in printed
+    after = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in site.disk.rglob("*") if path.is_file()}
+    assert after == before
