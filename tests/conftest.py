@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 TEMPLATES = ("binary", "likert", "agreement", "stated", "anchored", "anchored_precise")
 # Files are handed to the workers in this order, so that none is left with a long one at the end.
-LONGEST_FIRST = ("test_run", "test_transformer_lens", "test_thinking", "test_rate", "test_hub", "test_comparison")
+LONGEST_FIRST = (
+    *("test_run", "test_hosts", "test_concept_job", "test_transformer_lens", "test_thinking", "test_rate", "test_hub"),
+    *("test_comparison", "test_descent", "test_ridge", "test_plan"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
