@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 ABANDONED_AFTER_S = 24 * 3600
 COMPRESSION = "zstd"
+# Vectors of more than this go into several parts: they are put in order of layers in memory that is still at hand.
+PART_BYTES = 2**26
 # Parts of rows are put together to blocks of this size in memory.
 BLOCK_BYTES = 2**24
 
@@ -353,14 +355,16 @@ class Vectors(Collection):
         return frozenset(layers).issubset(frozenset().union(*held))
 
     def append(self, keys: Sequence[str], layers: Sequence[int], vectors: torch.Tensor, absent: Iterable[str]) -> None:
-        """Write vectors [keys, layers, d_model] in their dtype as one part, and the keys that are absent."""
+        """Write vectors [keys, layers, d_model] in their dtype, in parts of `PART_BYTES` at most or of one row, and the
+        keys that are absent."""
         absent = sorted(absent)
-        if not keys and not absent:
-            return
-        meta = {"keys": list(keys), "layers": list(layers), "absent": absent}
-        self.made.update(keys, absent)
+        rows = max(1, PART_BYTES * len(keys) // max(vectors.nbytes, 1))
+        for first in range(0, len(keys) or min(len(absent), 1), rows):
+            meta = {"keys": list(keys[first : first + rows]), "layers": list(layers), "absent": absent}
+            self._index(self._put(meta, vectors[first : first + rows]), meta)
+            self.made.update(meta["keys"], absent)
+            absent = []
         self.bytes_made += vectors.nbytes
-        self._index(self._put(meta, vectors), meta)
 
     def _put(self, meta: Mapping[str, Any], vectors: torch.Tensor) -> Path:
         """Write a part; where it is."""

@@ -53,7 +53,8 @@ class Tracker:
 
             plain = frame.astype(object).where(frame.notna(), None)
             # Row by row: of a data frame W&B asks for each cell by itself.
-            rows, names = plain.to_numpy(dtype=object).tolist(), [str(column) for column in frame.columns]
+            rows = plain.to_numpy(dtype=object).tolist()
+            names: list[str | int] = [str(column) for column in frame.columns]
             self.run.log({f"tables/{name}": wandb.Table(columns=names, data=rows, allow_mixed_types=True)})
 
     def figure(self, name: str, path: Path) -> None:

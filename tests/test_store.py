@@ -160,6 +160,19 @@ def test_vectors_by_key_and_layer(store):
     assert vectors.gather(["c", "a"], [5]).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("part_bytes", [1, 2 * 24, 3 * 24 + 5, 1 << 20])
+def test_many_vectors_go_into_several_parts(store, monkeypatch, part_bytes):
+    monkeypatch.setattr("prefs.store.PART_BYTES", part_bytes)
+    some, keys = torch.randn(7, 2, 3), list("gfedcba")
+    store.vectors("v", SPEC).append(keys, [0, 5], some, absent=["x"])
+    vectors = store.vectors("v", SPEC)
+    assert len(list(vectors.folder.glob("*.safetensors"))) == {1: 7, 48: 4, 77: 3}.get(part_bytes, 1)
+    assert torch.equal(vectors.gather(keys, [0, 5]), some)
+    assert vectors.absent == {"x"}
+    vectors.append([], [0], torch.empty(0, 1, 3), absent=["y"])
+    assert store.vectors("v", SPEC).absent == {"x", "y"}
+
+
 def test_vectors_of_several_parts_with_other_layers_and_rows(store):
     """Parts that overlap agree only by chance here, so that it is seen which of them was read: the first by name."""
     vectors = store.vectors("v", SPEC)
