@@ -177,10 +177,10 @@ class Collection:
             return self.folder / f"{file_checksum(temporary)}{self.suffix}"
 
         try:
-            if not self.folder.is_dir():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_durably(self.folder / "spec.json", (canonical(self.spec) + "\n").encode())
             if not self._tidied:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not (self.folder / "spec.json").is_file():
+                    write_durably(self.folder / "spec.json", (canonical(self.spec) + "\n").encode())
                 self._forget_abandoned()
                 self._tidied = True
             path = appear(self.folder, written)

@@ -95,6 +95,13 @@ def test_a_cut_off_part_is_set_aside(store, length):
     assert table.read() == {}
 
 
+def test_a_folder_whose_maker_was_killed_gets_its_specification(store):
+    table = store.table("t", SPEC, SCHEMA)
+    table.folder.mkdir(parents=True)
+    fill(store)
+    assert (table.folder / "spec.json").read_text() == canonical(table.spec) + "\n"
+
+
 def test_a_killed_writer_leaves_nothing_that_is_read(store):
     table, rows = fill(store)
     half = table.folder / ".part-0123"
