@@ -38,22 +38,28 @@ def one_line_errors(*, enabled: bool, interrupted: str) -> Iterator[None]:
             " (completer=smollm2 completer.model.name=mine, say)\n"
         )
         sys.exit(2)
-    except RuntimeError as error:
-        if not (enabled and (extra := _extra_of(error))):
+    except Exception as error:
+        if not (enabled and (line := _of_launcher(error))):
             raise
-        sys.stderr.write(
-            f"prefs: hydra/launcher={extra} is not installed: pip install -e '.[{extra}]' in the checkout\n"
-        )
+        sys.stderr.write(f"prefs: {line}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"prefs: interrupted; {interrupted}\n")
         sys.exit(130)
 
 
-def _extra_of(error: RuntimeError) -> str | None:
-    """Our extra with the launcher that Hydra does not find."""
-    unknown = re.match(r"Unknown plugin class : 'hydra_plugins\.hydra_(ray|submitit)_launcher\.", str(error))
-    return {"ray": "ray", "submitit": "slurm"}[unknown[1]] if unknown else None
+def _of_launcher(error: Exception) -> str | None:
+    """One line where a launcher of Hydra is not installed, finds no cluster, or has its jobs refused by it."""
+    said = str(error)
+    if unknown := re.match(r"Unknown plugin class : 'hydra_plugins\.hydra_(ray|submitit)_launcher\.", said):
+        extra = {"ray": "ray", "submitit": "slurm"}[unknown[1]]
+        return f"hydra/launcher={extra} is not installed: pip install -e '.[{extra}]' in the checkout"
+    if said.startswith('Could not detect "srun"'):
+        return "hydra/launcher=slurm: there are no sbatch and srun here; give the command where Slurm's are"
+    # submitit's, which is not imported for this; of a job that failed it has a message of another kind.
+    if type(error).__name__ == "FailedJobError" and (refused := re.findall(r"^sbatch: \w+: (.*)", said, re.MULTILINE)):
+        return f"hydra/launcher=slurm: sbatch did not take the jobs: {_one_line('; '.join(refused))}"
+    return None
 
 
 def _within_omegaconf(error: Exception) -> bool:

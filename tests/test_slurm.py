@@ -152,3 +152,19 @@ def test_a_cancelled_job_is_not_queued_again(slurm, tmp_path):
     slurm.said("scancel", job)
     until(lambda: slurm.said("squeue", "--noheader", "--job", job).strip() == "", 90, slurm.logs)
     assert "JobState=CANCELLED" in slurm.said("scontrol", "show", "job", job)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "line"),
+    [
+        (["hydra.launcher.partition=none"], None, "sbatch did not take the jobs: invalid partition specified: none; "),
+        ([], "/nowhere", "there are no sbatch and srun here; "),
+    ],
+)
+def test_a_cluster_that_takes_no_jobs_is_one_line(slurm, tmp_path, overrides, path, line):
+    there = slurm.environment(tmp_path / "store") | ({"PATH": path} if path else {})
+    process = start(tmp_path, there, *SLURM, *overrides)
+    assert process.wait(timeout=100) == 2
+    *_, last = (tmp_path / "log").read_text().splitlines()
+    assert last.startswith(f"prefs: hydra/launcher=slurm: {line}")
+    assert "Traceback" not in (tmp_path / "log").read_text()
