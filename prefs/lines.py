@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 
 from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from prefs.config import missing_value
@@ -97,12 +98,13 @@ def _shipped(group: str) -> list[str]:
 
 
 def _unknown_key(error: OmegaConfBaseException) -> str:
-    known = sorted(getattr(error.object_type, "__dataclass_fields__", {}))
+    beside = error.parent_node  # of a part of the config that has no class, such as Hydra's launchers
+    keys = getattr(error.object_type, "__dataclass_fields__", beside if isinstance(beside, DictConfig) else {})
+    known = sorted(str(key) for key in keys)
     key = str(error.full_key)
     line = f"{key}: there is no such key"
     close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-    if close:
-        line += f"; did you mean {close[0]!r}?"
+    line += f"; did you mean {close[0]!r}?" if close else "." if known else ""
     return line + (f" Known here: {', '.join(known)}" if known else "")
 
 

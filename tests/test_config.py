@@ -257,6 +257,7 @@ def test_the_reports_concepts_with_its_own_model(name):
     [
         (["model=gemma"], "model: got 'gemma'; allowed: one of gemma27b, gemma3_27b, gpt5nano"),
         (["template=likrt"], "template: got 'likrt'; allowed: one of agreement, anchored"),
+        (["zzz=3"], "zzz: there is no such key. Known here: capture, completer"),
         (["modle=3"], "modle: there is no such key; did you mean 'model'? Known here: capture, completer"),
         (["model.prefil=x"], "model.prefil: there is no such key; did you mean 'prefill'? Known here: api"),
         (["rating.seed=1"], "rating.seed: there is no such key; did you mean 'seeds'?"),

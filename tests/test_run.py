@@ -291,6 +291,7 @@ def test_a_sweep_goes_on_after_a_job_that_fails(uninterrupted, tmp_path):
     ("arguments", "line"),
     [
         (["template=ancored"], "prefs: template: got 'ancored'; allowed: one of agreement, anchored"),
+        (["hydra.swep.dir=x"], "prefs: hydra.swep: there is no such key; did you mean 'sweep'? Known here: callbacks,"),
         (["model.nme=x"], "prefs: model.nme: there is no such key; did you mean 'name'?"),
         (["rating.seeds=[1,1]"], "prefs: rating.seeds: got [1, 1]"),
         (["capture.layers=[30]"], "prefs: capture.layers: got 30; allowed: all, or from -30 to 29"),
