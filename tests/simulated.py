@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
+from hydra_app import shipped_configs
 from omegaconf import OmegaConf, open_dict
 
-from prefs.config import JudgeConfig, ProbeConfig, TemplateConfig, register, with_prompts
+from prefs.config import JudgeConfig, ProbeConfig, TemplateConfig, with_prompts
 from prefs.files import write_table
 from prefs.job import answers_table, completions_table, exact_table, thoughts_table
 from prefs.jobs import Work, recorded
@@ -33,7 +34,6 @@ from prefs.models.loading import Models
 from prefs.probes.outcome import NoProbe
 from prefs.probing import Subject, probe
 from prefs.records import Answer, Completion, Ratings, Residuals, Thoughts
-from prefs.run import register_resolvers
 from prefs.store import Store
 from prefs.tasks import Task
 from prefs.templates import Invalid, Template
@@ -60,9 +60,7 @@ class Simulated:
 @functools.cache
 def config(*overrides: str) -> Mapping[str, Any]:
     """The shipped config with overrides, as a job records it."""
-    register()
-    register_resolvers()
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with shipped_configs():
         given = {each.partition("=")[0] for each in overrides}
         always = [each for each in ALWAYS if each.partition("=")[0] not in given]
         composed = compose("config", overrides=[*always, *overrides])
@@ -258,9 +256,7 @@ def hydra_sweep(folder: Path, *overrides: str) -> list[list[str]]:
 
     The overrides are Hydra's own, so that what `prefs.sweep` reads from the file can be held against them.
     """
-    register()
-    register_resolvers()
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with shipped_configs():
         loader = GlobalHydra.instance().config_loader()
         composed = loader.load_configuration("config", list(overrides), RunMode.MULTIRUN)
         with open_dict(composed):

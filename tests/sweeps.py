@@ -74,16 +74,21 @@ def processes(wanted: Callable[[Sequence[bytes]], bool]) -> list[int]:
 def jobs(folder: Path) -> list[dict]:
     """The jobs' own records, by number."""
     found = sorted((folder / "sweep").glob("*/job.json"), key=lambda path: int(path.parent.name))
-    return [json.loads(path.read_text()) for path in found]
+    return [job(path.parent) for path in found]
 
 
-def assert_same_tables(one: Path, other: Path) -> None:
-    """Every table of every job and of their comparison, to the last digit."""
-    names = sorted(path.relative_to(one / "sweep") for path in (one / "sweep").rglob("*.parquet"))
-    assert names == sorted(path.relative_to(other / "sweep") for path in (other / "sweep").rglob("*.parquet"))
-    assert len(names) > 20
+def job(folder: Path) -> dict:
+    """The record of the job of a folder."""
+    return json.loads((folder / "job.json").read_text())
+
+
+def assert_same_tables(one: Path, other: Path, more_than: int = 20) -> None:
+    """Every table below two folders, of sweeps and their comparison or of single jobs, to the last digit."""
+    names = sorted(path.relative_to(one) for path in one.rglob("*.parquet"))
+    assert names == sorted(path.relative_to(other) for path in other.rglob("*.parquet"))
+    assert len(names) > more_than
     for name in names:
-        left, right = (pd.read_parquet(folder / "sweep" / name) for folder in (one, other))
+        left, right = (pd.read_parquet(folder / name) for folder in (one, other))
         pd.testing.assert_frame_equal(left, right, check_exact=True, obj=str(name))
 
 

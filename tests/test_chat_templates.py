@@ -17,12 +17,13 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose
+from hydra_app import shipped_configs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefs.chat import ChatEncoder, Message, Thinking, as_dicts
-from prefs.config import register, typed
+from prefs.config import typed
 from prefs.errors import UserError
 from prefs.models.backend import Question
 from prefs.models.loading import ModelSpec
@@ -385,8 +386,7 @@ def test_a_template_that_ends_the_thought_of_a_model_that_is_to_think_is_refused
     ],
 )
 def test_shipped_models_think_as_their_template_does(tokenizers, model, template):
-    register()
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with shipped_configs():
         config = typed(compose("config", overrides=[f"model={model}"])).model
     spec = ModelSpec.from_config(dataclasses.replace(config, device="cpu"))
     encoder = ChatEncoder(tokenizers[template], json.loads(spec.chat_template_kwargs), spec.thinking)

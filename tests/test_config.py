@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from hydra_app import shipped_configs
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,15 +23,12 @@ from prefs.errors import UserError
 from prefs.lines import explain
 from prefs.measured import Measured
 from prefs.models.loading import ModelSpec
-from prefs.run import register_resolvers
 from prefs.summary import groups_by_origin, stability, stability_table
 
 
 @pytest.fixture(autouse=True)
 def hydra_app():
-    register()
-    register_resolvers()
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with shipped_configs():
         yield
 
 

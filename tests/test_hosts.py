@@ -7,9 +7,6 @@ read are real ones too.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,16 +15,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from sweeps import STAGES, computed, environment
+from sweeps import STAGES, assert_same_tables, computed, environment, job
 from waiting import until
 
+from prefs.store import file_checksum
+
 SERVER = Path("/usr/lib/openssh/sftp-server")
-LACKING = [
-    *([] if os.geteuid() == 0 else ["root"]),
-    *(name for name in ("unshare", "mount", "sshfs") if shutil.which(name) is None),
-    *([] if SERVER.exists() and Path("/dev/fuse").exists() else ["sftp-server, or /dev/fuse"]),
-]
-pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}")]
+pytestmark = pytest.mark.hosts
 
 # Several batches of each kind, so that there is something to share.
 JOB = [
@@ -79,22 +73,16 @@ class Site:
         """The completions that are stored."""
         return {key for part in self.disk.glob("completions/*/*.parquet") for key in pd.read_parquet(part)["key"]}
 
-
-def record(out: Path) -> dict:
-    return json.loads((out / "job.json").read_text())
-
-
-def assert_same_tables(one: Path, other: Path) -> None:
-    names = sorted(path.relative_to(one) for path in one.rglob("*.parquet"))
-    assert names == sorted(path.relative_to(other) for path in other.rglob("*.parquet"))
-    assert len(names) > 4
-    for name in names:
-        pd.testing.assert_frame_equal(pd.read_parquet(one / name), pd.read_parquet(other / name), check_exact=True)
+    def checksums(self) -> dict[Path, str]:
+        """Of all files on the disk."""
+        return {path: file_checksum(path) for path in self.disk.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def possible(tmp_path_factory) -> None:
-    """Containers may be root and yet not be let make namespaces or mount anything."""
+    """Skip where there is no unshare, sshfs or sftp-server, and where namespaces or mounts are not allowed."""
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare on this machine")
     site = Site(tmp_path_factory.mktemp("tried"))
     tried = site.begin("tried", f"{site.see}; touch {site.seen}/there")
     said, _ = tried.communicate(timeout=60)
@@ -115,9 +103,9 @@ def alone(tmp_path_factory) -> Path:
     return site.out("alone")
 
 
-def ended(process: subprocess.Popen[str], code: int = 0) -> str:
+def ended(process: subprocess.Popen[str]) -> str:
     printed, _ = process.communicate(timeout=300)
-    assert process.returncode == code, printed
+    assert process.returncode == 0, printed
     return printed
 
 
@@ -125,10 +113,10 @@ def test_two_hosts_share_the_work_and_nothing_is_made_twice(site, alone):
     together = [site.begin(host, f"{site.see}; job") for host in ("node1", "node2")]
     printed = [ended(process) for process in together]
     for stage in STAGES:
-        made = [computed([record(site.out(host))], stage) for host in ("node1", "node2")]
-        assert sum(made) == computed([record(alone)], stage), (stage, printed)
+        made = [computed([job(site.out(host))], stage) for host in ("node1", "node2")]
+        assert sum(made) == computed([job(alone)], stage), (stage, printed)
     for host in ("node1", "node2"):
-        assert_same_tables(site.out(host), alone)
+        assert_same_tables(site.out(host), alone, more_than=4)
     assert not site.held()
 
 
@@ -143,9 +131,9 @@ def test_a_host_that_dies_is_inherited_from_after_a_term(site, alone):
     assert site.held() - site.completed(), "five were killed, and none was at a completion just then"
     printed = ended(site.begin("heir", f"{site.see}; job", TERM))
     assert re.search(r"is gone \(process \d+ on killed\d\); going on", printed)
-    made, whole = (computed([record(out)], "completions") for out in (site.out("heir"), alone))
+    made, whole = (computed([job(out)], "completions") for out in (site.out("heir"), alone))
     assert made < whole, "it made what was left"
-    assert_same_tables(site.out("heir"), alone)
+    assert_same_tables(site.out("heir"), alone, more_than=4)
 
 
 def test_a_full_disk_is_one_line_and_with_more_room_the_job_goes_on(site, alone):
@@ -160,20 +148,19 @@ def test_a_full_disk_is_one_line_and_with_more_room_the_job_goes_on(site, alone)
     assert "Traceback" not in printed
     assert int(rest.splitlines()[0]) > 0, "something had been stored"
     assert rest.splitlines()[1] == "kept"
-    assert_same_tables(site.out("node"), alone)
+    assert_same_tables(site.out("node"), alone, more_than=4)
 
 
 def test_a_store_that_can_only_be_read_serves_whoever_lacks_nothing(site, alone):
     ended(site.begin("writer", f"mount --bind {site.disk} {site.seen}; job"))
-    before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in site.disk.rglob("*") if path.is_file()}
+    before = site.checksums()
     read_only = f"mount --bind {site.disk} {site.seen}; mount -o remount,bind,ro {site.seen}"
     printed = ended(site.begin("reader", f"{read_only}; job; job rating.seeds=[0,1,2] || echo code $?"))
-    assert_same_tables(site.out("writer"), alone)
-    assert_same_tables(site.out("reader"), alone)
+    assert_same_tables(site.out("writer"), alone, more_than=4)
+    assert_same_tables(site.out("reader"), alone, more_than=4)
     *_, line, code = printed.splitlines()
     assert code == "code 2"
     assert line.startswith(f"prefs: cannot write to the store at {site.seen}")
     assert line.endswith("Read-only file system")
     assert "Traceback" not in printed
-    after = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in site.disk.rglob("*") if path.is_file()}
-    assert after == before
+    assert site.checksums() == before

@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose
+from hydra_app import shipped_configs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefs.config import DatasetConfig, RowReader, SourceConfig, register, typed
+from prefs.config import DatasetConfig, RowReader, SourceConfig, typed
 from prefs.errors import ConfigError, UserError
 from prefs.hub_tasks import Skip, in_turn, task_of
-from prefs.run import register_resolvers
 from prefs.tasks import Task, load_tasks
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -41,9 +41,7 @@ def written(folder: Path, rows: list[dict[str, Any]], kind: str = "parquet", nam
 
 def shipped(name: str, *overrides: str) -> DatasetConfig:
     """A data set's config as a command line composes and checks it."""
-    register()
-    register_resolvers()
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with shipped_configs():
         return typed(compose("config", overrides=[f"dataset={name}", *overrides])).dataset
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose
+from hydra_app import shipped_configs
 from omegaconf import OmegaConf
 
-from prefs.config import JudgeConfig, register, typed
+from prefs.config import JudgeConfig, typed
 from prefs.errors import ConfigError
 from prefs.judge import judge, refuses
 from prefs.models.loading import Models
 from prefs.records import Completion
-from prefs.run import register_resolvers
 from prefs.store import Store
 from prefs.tasks import Task
 
@@ -30,9 +30,7 @@ def store(tmp_path) -> Store:
 
 
 def composed(*overrides: str):
-    register()
-    register_resolvers()
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with shipped_configs():
         return typed(compose("config", overrides=list(overrides)))
 
 

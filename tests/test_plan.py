@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose
+from hydra_app import shipped_configs
 from omegaconf import OmegaConf
 from rich.console import Console
 from test_run import run, start
 from tiny_models import llama, tiny_model
 
 from prefs.chat import Message
-from prefs.config import ApiConfig, register, typed
+from prefs.config import ApiConfig, typed
 from prefs.errors import UserError
 from prefs.job import Place, run_job
 from prefs.jobs import Job, read_job, recorded
@@ -30,7 +31,6 @@ from prefs.plan.server import PlannedServer
 from prefs.plan.show import show_plan
 from prefs.plan.store import Planned
 from prefs.plan.vllm_requests import PlannedVllm
-from prefs.run import register_resolvers
 
 # At this temperature the model goes on to the end of its tokens, and its seeds part at once.
 SMALL = (
@@ -52,9 +52,7 @@ TOKENS = ("prompt_tokens", "completion_tokens")
 
 @pytest.fixture(scope="module", autouse=True)
 def hydra_app():
-    register()
-    register_resolvers()
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with shipped_configs():
         yield
 
 

@@ -44,7 +44,7 @@ def cluster(tmp_path_factory) -> Iterator[str]:
 
 def test_the_canonical_sweep(serial, cluster, tmp_path):
     printed = sweep(tmp_path, environment(tmp_path / "store", RAY_ADDRESS=cluster), LAUNCHER, "wandb.mode=offline")
-    assert_same_tables(serial, tmp_path)
+    assert_same_tables(serial / "sweep", tmp_path / "sweep")
     assert "Comparison · 4 cells of 4 jobs" in printed
     for stage in STAGES:
         assert computed(jobs(tmp_path), stage) == computed(jobs(serial), stage), stage
@@ -94,7 +94,7 @@ def test_workers_killed_at_random_points(serial, cluster, tmp_path):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         killed = killed_sweep(folder, cluster, chance)
-        assert_same_tables(serial, folder)
+        assert_same_tables(serial / "sweep", folder / "sweep")
         assert {job["status"] for job in jobs(folder)} == {"finished"}
     assert len(killed) == KILLS, "three sweeps ended before so many were killed"
     assert len(set(killed)) > 1, "some died in the middle of their work"

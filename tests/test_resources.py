@@ -6,19 +6,16 @@ import subprocess
 import sys
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose
+from hydra_app import shipped_configs
 from omegaconf import DictConfig
 
-from prefs.config import register
 from prefs.resources import job_gpus, sweep_gpus
-from prefs.run import register_resolvers
 
 
 @pytest.fixture(autouse=True)
 def hydra():
-    register()
-    register_resolvers()
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with shipped_configs():
         yield
 
 

@@ -109,7 +109,7 @@ def slurm(tmp_path_factory) -> Iterator[Slurm]:
 
 def test_the_canonical_sweep(serial, slurm, tmp_path):
     sweep(tmp_path, slurm.environment(tmp_path / "store"), *SLURM)
-    assert_same_tables(serial, tmp_path)
+    assert_same_tables(serial / "sweep", tmp_path / "sweep")
     for stage in STAGES:
         assert computed(jobs(tmp_path), stage) == computed(jobs(serial), stage), stage
     assert {job["status"] for job in jobs(tmp_path)} == {"finished"}
@@ -140,7 +140,7 @@ def test_jobs_that_are_stopped_are_queued_again(serial, slurm, tmp_path):
         assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text() + slurm.logs()
     finally:
         process.kill()
-    assert_same_tables(serial, tmp_path)
+    assert_same_tables(serial / "sweep", tmp_path / "sweep")
     assert {job["status"] for job in jobs(tmp_path)} == {"finished"}
 
 

@@ -1,0 +1,20 @@
+"""The program's configs as Hydra composes them, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra import initialize_config_module
+
+from prefs.config import register
+from prefs.run import register_resolvers
+
+
+@contextmanager
+def shipped_configs() -> Iterator[None]:
+    """Inside, `hydra.compose` and Hydra's config loader know what ships."""
+    register()
+    register_resolvers()
+    with initialize_config_module("prefs.conf", version_base="1.3"):
+        yield
