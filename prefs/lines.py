@@ -26,27 +26,27 @@ def one_line_errors(*, enabled: bool, interrupted: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if not enabled:
-            raise
-        sys.stderr.write(f"prefs: {explain(error)}\n")
-        sys.exit(2)
-    except (AssertionError, AttributeError) as error:
-        if not (enabled and _within_omegaconf(error)):
-            raise
-        sys.stderr.write(
-            "prefs: an override goes into a part of the config that is null; choose that part first"
-            " (completer=smollm2 completer.model.name=mine, say)\n"
-        )
-        sys.exit(2)
     except Exception as error:
-        if not (enabled and (line := _of_launcher(error))):
+        line = _mendable(error) if enabled else None
+        if line is None:
             raise
         sys.stderr.write(f"prefs: {line}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"prefs: interrupted; {interrupted}\n")
         sys.exit(130)
+
+
+def _mendable(error: Exception) -> str | None:
+    """One line for what the user can mend."""
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException):
+        return explain(error)
+    if isinstance(error, AssertionError | AttributeError) and _within_omegaconf(error):
+        return (
+            "an override goes into a part of the config that is null; choose that part first"
+            " (completer=smollm2 completer.model.name=mine, say)"
+        )
+    return _of_launcher(error)
 
 
 def _of_launcher(error: Exception) -> str | None:

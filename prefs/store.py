@@ -358,13 +358,15 @@ class Vectors(Collection):
         """Write vectors [keys, layers, d_model] in their dtype, in parts of `PART_BYTES` at most or of one row, and the
         keys that are absent."""
         absent = sorted(absent)
-        rows = max(1, PART_BYTES * len(keys) // max(vectors.nbytes, 1))
-        for first in range(0, len(keys) or min(len(absent), 1), rows):
-            meta = {"keys": list(keys[first : first + rows]), "layers": list(layers), "absent": absent}
-            self._index(self._put(meta, vectors[first : first + rows]), meta)
-            self.made.update(meta["keys"], absent)
-            absent = []
+        if not keys and not absent:
+            return
+        self.made.update(keys, absent)
         self.bytes_made += vectors.nbytes
+        rows = max(1, PART_BYTES * len(keys) // max(1, vectors.nbytes))
+        for first in range(0, max(1, len(keys)), rows):
+            some = slice(first, first + rows)
+            meta = {"keys": list(keys[some]), "layers": list(layers), "absent": [] if first else absent}
+            self._index(self._put(meta, vectors[some]), meta)
 
     def _put(self, meta: Mapping[str, Any], vectors: torch.Tensor) -> Path:
         """Write a part; where it is."""
