@@ -31,15 +31,15 @@ import torch
 from shapes import CHOICES, lens_model, plain_model, prefs_model
 from transformers import AutoTokenizer
 
-from prefs.chat import ChatEncoder, Message
 from prefs.config import DatasetConfig
-from prefs.models.backend import CaptureRequest, Conversation, Observation, Sampling
+from prefs.data.task import load_tasks
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import BATCH_TOKENS, ModelSpec
-from prefs.options import unasked
-from prefs.store import batches
-from prefs.tasks import load_tasks
+from prefs.models.options import unasked
+from prefs.models.tokens import ChatEncoder, Message
+from prefs.models.types import CaptureRequest, Conversation, Observation, Sampling
+from prefs.store.table import batches
 
 POSITIONS = ("last_prompt", "last_completion", "mean_completion")
 NOTHING_SAMPLED = Sampling(1.0, 1.0, 1)

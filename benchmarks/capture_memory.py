@@ -29,12 +29,12 @@ def resident(which: str) -> float:
 
 def capture(count: int, batch_tokens: int) -> dict[str, float]:
     """Capture `count` tasks and tell what memory that took."""
-    from prefs.models.backend import Sampling
+    from prefs.data.task import Task
     from prefs.models.loading import Models, ModelSpec
-    from prefs.rate import CapturePlan, rate
-    from prefs.records import Completion
-    from prefs.store import Store
-    from prefs.tasks import Task
+    from prefs.models.types import Sampling
+    from prefs.stages.rate import CapturePlan, rate
+    from prefs.stages.records import Completion
+    from prefs.store.table import Store
 
     spec = ModelSpec(name="smollm2", path="embedded:smollm2", dtype="float32", batch_tokens=batch_tokens)
     models = Models()

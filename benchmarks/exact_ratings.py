@@ -31,30 +31,30 @@ import numpy as np
 import torch
 from shapes import CHOICES, lens_model, plain_model, prefs_model
 
-from prefs.chat import Message
-from prefs.config import DatasetConfig, register
-from prefs.models.backend import Ask, Conversation, Observation, Question, Sampling
+from prefs.config import CONF, DatasetConfig, register
+from prefs.data.task import load_tasks
+from prefs.data.template import Template
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.loading import BATCH_TOKENS, ModelSpec
-from prefs.options import Asked, ask
+from prefs.models.options import Asked, ask
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, Conversation, Observation, Question, Sampling
 from prefs.statistics.exact import exact_summary
-from prefs.store import batches
-from prefs.tasks import load_tasks
-from prefs.templates import Template
+from prefs.store.table import batches
 
 TEMPLATES = ("binary", "likert", "agreement", "stated", "anchored", "anchored_precise")
 
 
 def templates() -> list[Template]:
     """The six shipped templates."""
-    from hydra import compose, initialize_config_module
+    from hydra import compose, initialize_config_dir
 
     from prefs.config import typed
     from prefs.run import register_resolvers
 
     register()
     register_resolvers()
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         config = typed(compose("config", overrides=[f"template=[{','.join(TEMPLATES)}]"]))
     return [Template.from_config(each) for each in config.template.values()]
 

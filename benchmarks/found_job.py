@@ -97,8 +97,11 @@ def parts(file: Path, output: Path) -> None:
     begun = time.perf_counter()
     imported(file)
     importing = time.perf_counter() - begun
-    from prefs import job, run, store, track
-    from prefs.probing import ProbeReport
+    from prefs import pipeline as job
+    from prefs import run
+    from prefs.results import wandb as track
+    from prefs.stages.probe import ProbeReport
+    from prefs.store import table as store
 
     clock = Clock()
     clock.watch("keys, conversations, verdicts: the stages' own work", job, "measure", "job_tasks", "sites")

@@ -1,6 +1,6 @@
 """Whether time and memory grow with the number of tasks, and no faster.
 
-Whole jobs, ``prefs.job.run_job`` with the shipped config, on tasks of a file: completions, four seeds and exact
+Whole jobs, ``prefs.pipeline.run_job`` with the shipped config, on tasks of a file: completions, four seeds and exact
 ratings, vectors of 2 layers x 64 numbers at four positions, a judging model, statistics, tables and figures (no
 probes, no W&B). Only the model is simulated: its answers and vectors are drawn from a hash of what it is asked, which
 costs next to nothing. Then the same job once more, with everything in the store and no model. Each number of tasks has
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import xxhash
 
-from prefs.models.backend import (
+from prefs.models.types import (
     Answer,
     Ask,
     CaptureRequest,
@@ -50,7 +50,7 @@ WORDS = tuple("please tell me in a few plain words how one would best go about t
 
 
 class Simulated:
-    """A `prefs.models.backend.Backend` whose every answer is a hash of what it is asked."""
+    """A `prefs.models.types.Backend` whose every answer is a hash of what it is asked."""
 
     max_context = 1_000_000
 
@@ -169,14 +169,15 @@ def timed(seconds: Counter[str], owner: Any, *names: str) -> Iterator[None]:
 
 def job(folder: Path, *, simulated: bool) -> dict[str, Any]:
     """The job of a folder with its tasks, and what it took. Without a simulated model nothing can be computed."""
-    from hydra import compose, initialize_config_module
+    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from prefs import job, stages
-    from prefs.config import register, typed
-    from prefs.jobs import Doings
+    from prefs import pipeline as job
+    from prefs.config import CONF, register, typed
     from prefs.models.loading import Models, ModelSpec
+    from prefs.results.job_record import Doings
     from prefs.run import register_resolvers
+    from prefs.stages import measure as stages
 
     register()
     register_resolvers()
@@ -184,7 +185,7 @@ def job(folder: Path, *, simulated: bool) -> dict[str, Any]:
     overrides += ["dataset=file", f"dataset.path={folder / 'tasks.jsonl'}", "judge=llm", "judge.phrases=[]"]
     overrides += ["model@judge.model=hf", f"judge.model.path={folder / 'model'}", "judge.model.dtype=float32"]
     overrides += ["judge.model.device=cpu", "wandb.mode=disabled", f"store.dir={folder / 'store'}"]
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", overrides=overrides)
     plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     config = typed(composed)

@@ -36,9 +36,9 @@ from prefs.probes.probe import Site
 from prefs.probes.ridge import RidgeBank
 from prefs.probes.targets import Target
 from prefs.probes.train import Training, train
-from prefs.records import Residuals
+from prefs.stages.records import Residuals
 from prefs.statistics.estimates import Estimate
-from prefs.store import Store
+from prefs.store.table import Store
 
 PENALTIES = tuple(float(each) for each in np.logspace(-4, 4, 17))
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

@@ -12,10 +12,10 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig
 
-from prefs.models.bridge import wrap
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import ModelSpec
-from prefs.models.transformer_lens import TransformerLensBackend
+from prefs.models.local.bridge import wrap
+from prefs.models.local.engine import TransformerLensBackend
 
 SHAPES = {
     "llama_1b": LlamaConfig(

@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 
-from prefs.measured import Measured
-from prefs.summary import groups_by_origin, refusals, stability
+from prefs.results.summary import groups_by_origin, refusals, stability
+from prefs.statistics.measured import Measured
 
 
 def cell(tasks: int, seeds: int, origins: tuple[str, ...], rng: np.random.Generator) -> Measured:

@@ -27,11 +27,11 @@ import torch
 from exact_ratings import card, conversations, now, templates
 from shapes import CHOICES, plain_model, prefs_model
 
-from prefs.models.backend import Ask, Question, Sampling, Steering
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec
-from prefs.models.steering import places_of_answer
-from prefs.options import Asked, ask
+from prefs.models.local.steering import places_of_answer
+from prefs.models.options import Asked, ask
+from prefs.models.types import Ask, Question, Sampling, Steering
 
 CLOCKS = {"wall": now, "processor": time.process_time}
 

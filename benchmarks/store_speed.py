@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefs.complete import SCHEMA
-from prefs.store import Store
+from prefs.stages.complete import SCHEMA
+from prefs.store.table import Store
 
 LAYERS, WIDTH = 32, 4096
 WORDS = "the model was asked how much it liked what it had done and why this could be so or not".split()  # noqa: SIM905

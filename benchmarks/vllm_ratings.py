@@ -20,11 +20,11 @@ import psutil
 from exact_ratings import TEMPLATES, conversations, templates
 
 from prefs.config import ModelConfig, ModelDType, VllmConfig
-from prefs.models.backend import Ask, Backend, Conversation, Question, Sampling
+from prefs.data.template import Template
 from prefs.models.loading import Models, ModelSpec
-from prefs.options import ask
-from prefs.store import batches
-from prefs.templates import Template
+from prefs.models.options import ask
+from prefs.models.types import Ask, Backend, Conversation, Question, Sampling
+from prefs.store.table import batches
 
 
 def main() -> None:

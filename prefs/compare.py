@@ -36,13 +36,13 @@ from prefs.comparison.tables import (
     variance,
 )
 from prefs.config import StatsConfig, WandbConfig
+from prefs.data.task import ALL
 from prefs.errors import UserError
-from prefs.files import write_table
-from prefs.measured import DIRECT
-from prefs.report import write_report
-from prefs.tasks import ALL
-from prefs.terminal import MISSING, new_table, number, show, show_files, with_interval
-from prefs.track import tracker
+from prefs.results.html import write_report
+from prefs.results.terminal import MISSING, new_table, number, show, show_files, with_interval
+from prefs.results.wandb import tracker
+from prefs.statistics.measured import DIRECT
+from prefs.store.files import write_table
 
 log = logging.getLogger("prefs")
 

@@ -1,6 +1,6 @@
 """Structured configs: the schema of every config group, and the checks that need no model.
 
-Hydra composes ``prefs/conf`` into a `Config`; OmegaConf enforces names and types while it does, so a misspelt key or
+Hydra composes ``conf/`` into a `Config`; OmegaConf enforces names and types while it does, so a misspelt key or
 a wrong type stops before anything is loaded. `check` then refuses what types cannot express. These data classes are
 the one exception to "frozen": OmegaConf fills them in, and nothing changes them afterwards.
 """
@@ -18,8 +18,11 @@ from urllib.parse import urlsplit
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from prefs.data.shard import Shard
 from prefs.errors import ConfigError
-from prefs.shards import Shard
+
+# The YAML files: within the package of a wheel, beside it in a checkout.
+CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir())
 
 POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
 # Those that lie in the conversation, before any question.

@@ -20,12 +20,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefs.config import register, typed, with_prompts
+from prefs.config import CONF, register, typed, with_prompts
 from prefs.errors import UserError
-from prefs.jobs import FILE as JOB
-from prefs.jobs import Doings, read_job, recorded
-from prefs.lines import explain, one_line_errors
+from prefs.one_line_errors import explain, one_line_errors
 from prefs.resources import sweep_gpus
+from prefs.results.job_record import FILE as JOB
+from prefs.results.job_record import Doings, read_job, recorded
 from prefs.sweep import name_suffix, noting_sweeps, sweep_name, swept
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def main() -> None:
     # Hydra prints errors in its own way unless this is set; then they come up to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED), _compared():
-        hydra.main(version_base="1.3", config_path="pkg://prefs.conf", config_name="config")(_job(wants_traceback))()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job(wants_traceback))()
 
 
 @contextmanager
@@ -129,8 +129,8 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.
                 with _uncollected():
-                    from prefs.job import Place, run_job
                     from prefs.models.loading import Models
+                    from prefs.pipeline import Place, run_job
 
                 if not loaded:
                     loaded.append(Models())

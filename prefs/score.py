@@ -25,10 +25,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig
 
-from prefs.config import DEVICE, filled
+from prefs.config import CONF, DEVICE, filled
 from prefs.errors import ConfigError, UserError
-from prefs.files import write_durably
-from prefs.lines import one_line_errors
+from prefs.one_line_errors import one_line_errors
+from prefs.store.files import write_durably
 
 if TYPE_CHECKING:
     from prefs.models.loading import Models
@@ -43,7 +43,7 @@ METRICS = {"r2": "R²", "pearson": "r", "auc": "AUC"}
 
 @dataclass
 class ScoreConfig:
-    """What to score with which probe. See `prefs/score_conf/score.yaml` for what the keys mean."""
+    """What to score with which probe. See `conf/score.yaml` for what the keys mean."""
 
     probe: str = MISSING
     text: str | None = None
@@ -84,7 +84,7 @@ def main() -> None:
     with one_line():
         sys.argv[1:] = literal(sys.argv[1:])
         try:
-            hydra.main(version_base="1.3", config_path="pkg://prefs.score_conf", config_name="score")(job)()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="score")(job)()
         except OSError as error:  # of Hydra, which makes the folder `out`
             if error.filename is None or wants_traceback:
                 raise
@@ -180,8 +180,8 @@ def score(config: ScoreConfig, text: str, completion: str | None, folder: Path, 
     UserError
         If the probe, the model or the text is not what it has to be, or the disk refuses.
     """
-    from prefs.models.backend import Sampling
-    from prefs.models.transformer_lens import TransformerLensBackend
+    from prefs.models.local.engine import TransformerLensBackend
+    from prefs.models.types import Sampling
     from prefs.probes.apply import apply
     from prefs.probes.card import load_probe
     from prefs.probes.source import Source
@@ -201,7 +201,7 @@ def score(config: ScoreConfig, text: str, completion: str | None, folder: Path, 
 
 def _facts(saved: SavedProbe, source: Source, applied: Applied) -> dict[str, str]:
     """What there is to say, by name."""
-    from prefs.terminal import number
+    from prefs.results.terminal import number
 
     low, high = source.scale
     known = [f"{name} {number(source.metrics[key])}" for key, name in METRICS.items() if key in source.metrics]
@@ -247,7 +247,7 @@ def _print(saved: SavedProbe, source: Source, applied: Applied, page: Path) -> N
     from rich.table import Table
     from rich.text import Text
 
-    from prefs.report import printable
+    from prefs.results.html import printable
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True, style="dim")

@@ -16,15 +16,15 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from prefs.config import TemplateConfig
+from prefs.config import CONF, TemplateConfig
+from prefs.data.template import Template
 from prefs.models.embedded import smollm2_folder
-from prefs.templates import Template
 
 # What loads torch is imported where it is used: the process that hands out the tests to the workers runs none.
 if TYPE_CHECKING:
-    from prefs.chat import ChatEncoder
     from prefs.models.loading import Models, ModelSpec
-    from prefs.models.transformer_lens import TransformerLensBackend
+    from prefs.models.local.engine import TransformerLensBackend
+    from prefs.models.tokens import ChatEncoder
 
 TEMPLATES = ("binary", "likert", "agreement", "stated", "anchored", "anchored_precise")
 # Files are handed to the workers in this order, so that none is left with a long one at the end.
@@ -41,9 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def template(name: str) -> Template:
     """A template as the shipped YAML gives it."""
-    from importlib.resources import files
 
-    text = (files("prefs.conf") / "template" / f"{name}.yaml").read_text()
+    text = (CONF / "template" / f"{name}.yaml").read_text()
     config = OmegaConf.merge(OmegaConf.structured(TemplateConfig), yaml.safe_load(text)[name])
     return Template.from_config(OmegaConf.to_object(config))
 
@@ -81,7 +80,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="session")
 def backend(models: Models, smollm2_fp32: ModelSpec) -> TransformerLensBackend:
-    from prefs.models.transformer_lens import TransformerLensBackend
+    from prefs.models.local.engine import TransformerLensBackend
 
     loaded = models.get(smollm2_fp32)
     assert isinstance(loaded, TransformerLensBackend)
@@ -97,7 +96,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer) -> ChatEncoder:
-    from prefs.chat import ChatEncoder
+    from prefs.models.tokens import ChatEncoder
 
     return ChatEncoder(tokenizer)
 

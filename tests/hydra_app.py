@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hydra import initialize_config_module
+from hydra import initialize_config_dir
 
-from prefs.config import register
+from prefs.config import CONF, register
 from prefs.run import register_resolvers
 
 
@@ -16,5 +16,5 @@ def shipped_configs() -> Iterator[None]:
     """Inside, `hydra.compose` and Hydra's config loader know what ships."""
     register()
     register_resolvers()
-    with initialize_config_module("prefs.conf", version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         yield

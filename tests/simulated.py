@@ -24,19 +24,19 @@ from hydra_app import shipped_configs
 from omegaconf import OmegaConf, open_dict
 
 from prefs.config import JudgeConfig, ProbeConfig, TemplateConfig, with_prompts
-from prefs.files import write_table
-from prefs.job import answers_table, completions_table, exact_table, thoughts_table
-from prefs.jobs import Work, recorded
-from prefs.judge import judge
-from prefs.measured import Measured
-from prefs.models.backend import Question, Sampling
+from prefs.data.task import Task
+from prefs.data.template import Invalid, Template
 from prefs.models.loading import Models
+from prefs.models.types import Question, Sampling
+from prefs.pipeline import answers_table, completions_table, exact_table, thoughts_table
 from prefs.probes.outcome import NoProbe
-from prefs.probing import Subject, probe
-from prefs.records import Answer, Completion, Ratings, Residuals, Thoughts
-from prefs.store import Store
-from prefs.tasks import Task
-from prefs.templates import Invalid, Template
+from prefs.results.job_record import Work, recorded
+from prefs.stages.judge import judge
+from prefs.stages.probe import Subject, probe
+from prefs.stages.records import Answer, Completion, Ratings, Residuals, Thoughts
+from prefs.statistics.measured import Measured
+from prefs.store.files import write_table
+from prefs.store.table import Store
 
 # Beside what a test gives: no figure of a job is simulated, and no probe if not asked for; few resamples are quick.
 ALWAYS = ("completer=smollm2", "capture=none", "probe=none", "stats.bootstrap=20", "wandb.mode=disabled")

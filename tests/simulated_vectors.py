@@ -10,8 +10,8 @@ import torch
 
 from prefs.probes.features import Tensors
 from prefs.probes.probe import Site
-from prefs.records import Residuals
-from prefs.store import Store
+from prefs.stages.records import Residuals
+from prefs.store.table import Store
 
 
 def residuals(n: int, layers: int, d: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -11,14 +11,14 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import gemma2, gemma3, llama, plain_model, tiny_model
 from transformers import AutoTokenizer
 
-from prefs.chat import Message
 from prefs.errors import UserError
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling, Steering
-from prefs.models.bridge import wrap
 from prefs.models.loading import Models
-from prefs.models.residuals import Recorder
-from prefs.models.steering import Steered, places_of_completion
-from prefs.models.transformer_lens import TransformerLensBackend
+from prefs.models.local.bridge import wrap
+from prefs.models.local.engine import TransformerLensBackend
+from prefs.models.local.residuals import Recorder
+from prefs.models.local.steering import Steered, places_of_completion
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, CaptureRequest, Question, Sampling, Steering
 
 CONVERSATIONS = [
     (Message("user", "Hi"), Message("assistant", "Hello. " * 9)),

@@ -9,8 +9,8 @@ from conftest import template
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefs.chat import ChatEncoder, Message, as_dicts
 from prefs.errors import UserError
+from prefs.models.tokens import ChatEncoder, Message, as_dicts
 
 # The manner of four families' templates, written on SmolLM2's tokenizer.
 TRIMS = (

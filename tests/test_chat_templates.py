@@ -22,13 +22,13 @@ from hydra_app import shipped_configs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefs.chat import ChatEncoder, Message, Thinking, as_dicts
 from prefs.config import typed
 from prefs.errors import UserError
-from prefs.models.backend import Question
 from prefs.models.loading import ModelSpec
-from prefs.models.transformer_lens import shared_prefix
-from prefs.options import ask
+from prefs.models.local.engine import shared_prefix
+from prefs.models.options import ask
+from prefs.models.tokens import ChatEncoder, Message, Thinking, as_dicts
+from prefs.models.types import Question
 
 FILES = Path(__file__).parent / "chat_templates"
 DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024"

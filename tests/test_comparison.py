@@ -23,14 +23,14 @@ from simulated import Simulated, around, completed, config, hydra_sweep, simulat
 from wandb.proto import wandb_internal_pb2
 
 import prefs.compare
-import prefs.plots
+import prefs.results.figures
 from prefs.compare import compare, main
 from prefs.comparison.cautions import cautions, unfinished
 from prefs.comparison.cells import Cell, align, read_sweep
 from prefs.comparison.tables import Block, agreement, agreement_matrices, cell_table, stability_by, variance
+from prefs.data.task import Task
 from prefs.errors import UserError
-from prefs.records import Completion
-from prefs.tasks import Task
+from prefs.stages.records import Completion
 
 RATERS, TEMPLATES, TASKS = ("keen", "usual"), ("anchored", "stated"), 100
 GROUP = "simulated 2026-11-24/04-27-26"
@@ -60,7 +60,7 @@ def compared(*folders: Path, out: Path | None = None, wandb_mode: str | None = N
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("COLUMNS", "1000")  # each remark on one line
-        patch.setattr(prefs.plots, "DPI", 40)  # drawn in less time
+        patch.setattr(prefs.results.figures, "DPI", 40)  # drawn in less time
         for name in ("WANDB_MODE", "WANDB_API_KEY"):
             patch.delenv(name, raising=False)
         written = compare(list(folders), out, wandb_mode)

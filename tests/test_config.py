@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,12 @@ from hydra_app import shipped_configs
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefs.config import Config, register, typed, with_prompts
+from prefs.config import CONF, Config, register, typed, with_prompts
 from prefs.errors import UserError
-from prefs.lines import explain
-from prefs.measured import Measured
 from prefs.models.loading import ModelSpec
-from prefs.summary import groups_by_origin, stability, stability_table
+from prefs.one_line_errors import explain
+from prefs.results.summary import groups_by_origin, stability, stability_table
+from prefs.statistics.measured import Measured
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +99,7 @@ def test_a_source_is_put_elsewhere_from_the_command_line(tmp_path):
 
 
 def shipped(group: str) -> list[str]:
-    return sorted(path.name.removesuffix(".yaml") for path in (files("prefs.conf") / group).iterdir())
+    return sorted(path.name.removesuffix(".yaml") for path in (CONF / group).iterdir())
 
 
 # What a model that somebody else serves cannot give.
@@ -354,7 +353,7 @@ def test_what_is_wrong_is_one_line(overrides, expected):
 def own_folder(tmp_path):
     """Compose from a folder of a user's own YAML files beside the shipped ones."""
     GlobalHydra.instance().clear()
-    (tmp_path / "main.yaml").write_text("defaults:\n  - config\n  - _self_\nhydra:\n  searchpath: [pkg://prefs.conf]\n")
+    (tmp_path / "main.yaml").write_text(f"defaults:\n  - config\n  - _self_\nhydra:\n  searchpath: [file://{CONF}]\n")
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         yield tmp_path
 

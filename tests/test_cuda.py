@@ -21,11 +21,11 @@ import torch
 from conftest import template
 from tiny_models import llama, tiny_model
 
-from prefs.chat import Message
 from prefs.errors import UserError
-from prefs.models.backend import Ask, CaptureRequest, Observation, Question, Sampling, Steering
 from prefs.models.loading import Models, ModelSpec
-from prefs.models.transformer_lens import TransformerLensBackend
+from prefs.models.local.engine import TransformerLensBackend
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, CaptureRequest, Observation, Question, Sampling, Steering
 
 pytestmark = [
     pytest.mark.gpu,

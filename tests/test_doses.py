@@ -11,11 +11,11 @@ import torch
 from tiny_models import SIZES, gemma2, gemma3, llama, plain_model, tiny_model
 from transformers import GPTNeoXConfig, Qwen3Config
 
-from prefs.chat import Message, Thinking
 from prefs.errors import UserError
-from prefs.models.backend import Ask, Question, Sampling, Steering
 from prefs.models.loading import Models
-from prefs.options import ask
+from prefs.models.options import ask
+from prefs.models.tokens import Message, Thinking
+from prefs.models.types import Ask, Question, Sampling, Steering
 
 CONVERSATIONS = [
     (Message("user", "Count to three, slowly, and then say why." * 3), Message("assistant", "1")),
@@ -157,7 +157,7 @@ def plain_nll(plain, asked, dose) -> float:
 
 @pytest.mark.parametrize("at", AT)
 def test_the_likelihood_of_completions(both, monkeypatch, at):
-    monkeypatch.setattr("prefs.models.doses.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("prefs.models.local.doses.TOKENS_AT_ONCE", 7)
     backend, plain = both
     doses = [[], [Steering(0, vector(0), 1.0, at)], [Steering(4, vector(1), 2.0, at), Steering(2, vector(2), 2.0, at)]]
     found = backend.observe_doses(CONVERSATIONS, Ask(WORDS), DRAWN, doses)
@@ -227,7 +227,7 @@ def test_the_unsteered_model_is_run_once_and_with_the_shared_blocks(llama_backen
 
 
 def test_no_logits_are_kept_but_those_that_are_read(llama_backend, monkeypatch):
-    monkeypatch.setattr("prefs.models.doses.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("prefs.models.local.doses.TOKENS_AT_ONCE", 7)
     shapes: Counter[int] = Counter()
     head = llama_backend.bridge.original_model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, inputs, output: shapes.update([output.shape[:-1].numel()]))

@@ -9,18 +9,18 @@ import pandas as pd
 import pytest
 from tiny_models import llama, tiny_model
 
-from prefs.closing_concepts import concept_lines, concept_remarks, steadiest
 from prefs.concepts.cell import rating_correlations
 from prefs.concepts.extract import HELD_OUT, OTHER_ORIGINS, READ_UNDER, WRITTEN_UNDER, Concept, NoConcept, extract
 from prefs.concepts.reading import Reader
 from prefs.config import ConceptConfig
-from prefs.measured import Measured
-from prefs.models.backend import Sampling
+from prefs.data.task import Task
 from prefs.models.loading import Models
+from prefs.models.types import Sampling
 from prefs.probes.probe import Site
-from prefs.rate import CapturePlan
-from prefs.store import Store
-from prefs.tasks import Task
+from prefs.results.closing_concepts import concept_lines, concept_remarks, steadiest
+from prefs.stages.rate import CapturePlan
+from prefs.statistics.measured import Measured
+from prefs.store.table import Store
 
 TASKS = [Task(f"t{n}", f"What is {n} and {n * 3 % 7}?", ("MATH", "POEMS", "NEWS")[n // 8]) for n in range(24)]
 PLAN = CapturePlan(layers=(0, 3), positions=("last_prompt", "mean_completion"), dtype="float32")

@@ -18,7 +18,7 @@ import pytest
 from sweeps import STAGES, assert_same_tables, computed, environment, job
 from waiting import until
 
-from prefs.store import file_checksum
+from prefs.store.table import file_checksum
 
 SERVER = Path("/usr/lib/openssh/sftp-server")
 pytestmark = pytest.mark.hosts

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from prefs.config import RowReader, SourceConfig
+from prefs.data.hub import open_source
 from prefs.errors import UserError
-from prefs.hub import open_source
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -192,7 +192,7 @@ PROGRAM = """
 import json, logging, sys
 from prefs.config import DatasetConfig, SourceConfig
 from prefs.errors import UserError
-from prefs.tasks import load_tasks
+from prefs.data.task import load_tasks
 
 logged = []
 handler = logging.Handler()

@@ -8,12 +8,12 @@ from hydra_app import shipped_configs
 from omegaconf import OmegaConf
 
 from prefs.config import JudgeConfig, typed
+from prefs.data.task import Task
 from prefs.errors import ConfigError
-from prefs.judge import judge, refuses
 from prefs.models.loading import Models
-from prefs.records import Completion
-from prefs.store import Store
-from prefs.tasks import Task
+from prefs.stages.judge import judge, refuses
+from prefs.stages.records import Completion
+from prefs.store.table import Store
 
 TASKS = [Task(f"t{n}", f"Count to {n}.") for n in range(4)]
 COMPLETIONS = [

@@ -15,8 +15,8 @@ import pytest
 from waiting import until
 
 from prefs.errors import UserError
-from prefs.leases import Holder, Leases
-from prefs.sharing import share
+from prefs.store.leases import Holder, Leases
+from prefs.store.missing import share
 
 TERM_S = 0.6
 

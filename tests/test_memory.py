@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny_models import llama, tiny_model
 
-from prefs.chat import Message
 from prefs.errors import UserError
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
 from prefs.models.loading import Models
-from prefs.models.memory import out_of_memory
+from prefs.models.local.memory import out_of_memory
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, CaptureRequest, Question, Sampling
 
 CONVERSATIONS = [
     (Message("user", "Count to " + "ten " * n), Message("assistant", "One, two." * (5 - n))) for n in range(1, 6)

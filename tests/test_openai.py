@@ -22,21 +22,21 @@ import xxhash
 from conftest import template
 from fault_server import Asked, FaultServer, Say, chat, error, likeliest, serving
 
-from prefs.chat import Message, Thinking
-from prefs.complete import complete
 from prefs.config import ApiConfig, ModelConfig
+from prefs.data.task import Task
+from prefs.data.template import Invalid
 from prefs.errors import ConfigError, UserError
-from prefs.models import served
-from prefs.models.backend import Ask, CaptureRequest, Interrupted, Question, Sample, Sampling, Score
 from prefs.models.loading import Models, ModelSpec, identity
-from prefs.models.openai import OpenAIBackend
-from prefs.models.refusals import asked_wait
-from prefs.rate import rate
-from prefs.records import Completion
-from prefs.sampling import row_seed
-from prefs.store import Store
-from prefs.tasks import Task
-from prefs.templates import Invalid
+from prefs.models.openai import server as served
+from prefs.models.openai.engine import OpenAIBackend
+from prefs.models.openai.refusals import asked_wait
+from prefs.models.sampling import row_seed
+from prefs.models.tokens import Message, Thinking
+from prefs.models.types import Ask, CaptureRequest, Interrupted, Question, Sample, Sampling, Score
+from prefs.stages.complete import complete
+from prefs.stages.rate import rate
+from prefs.stages.records import Completion
+from prefs.store.table import Store
 
 KEY = "key_0123456789abcdef"
 SHORT = Sampling(1.0, 1.0, 5)
@@ -897,11 +897,11 @@ def test_conversations_with_control_tokens_in_them_are_counted_in_one_warning(tm
 def test_an_interrupt_from_the_keyboard_stops_at_once(tmp_path):
     with serving(lambda asked: Say(hang=True)) as server:
         script = f"""
-            from prefs.chat import Message
+            from prefs.models.tokens import Message
             from prefs.config import ApiConfig
-            from prefs.models.backend import Sampling
+            from prefs.models.types import Sampling
             from prefs.models.loading import ModelSpec
-            from prefs.models.openai import OpenAIBackend
+            from prefs.models.openai.engine import OpenAIBackend
             spec = ModelSpec("t", "t", "openai", dtype="served", api=ApiConfig({server.base_url!r}, None))
             OpenAIBackend.load(spec).complete([(Message("user", "p"),)] * 3, 0, Sampling(1.0, 1.0, 5))
         """

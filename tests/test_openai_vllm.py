@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 from conftest import template
 
-from prefs.chat import Message
-from prefs.complete import complete
 from prefs.config import ApiConfig
+from prefs.data.task import Task
 from prefs.errors import UserError
-from prefs.models.backend import Ask, Interrupted, Question, Sample, Sampling
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models, ModelSpec
-from prefs.models.openai import OpenAIBackend
-from prefs.rate import rate
-from prefs.records import Completion
-from prefs.store import Store
-from prefs.tasks import Task
+from prefs.models.openai.engine import OpenAIBackend
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, Interrupted, Question, Sample, Sampling
+from prefs.stages.complete import complete
+from prefs.stages.rate import rate
+from prefs.stages.records import Completion
+from prefs.store.table import Store
 
 pytestmark = [
     pytest.mark.vllm,

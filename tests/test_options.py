@@ -9,10 +9,10 @@ import pytest
 from conftest import TEMPLATES, template
 from tokenizers import normalizers
 
-from prefs.chat import ChatEncoder, Message
 from prefs.errors import UserError
-from prefs.models.backend import Question
-from prefs.options import ask, branchings, option_masses
+from prefs.models.options import ask, branchings, option_masses
+from prefs.models.tokens import ChatEncoder, Message
+from prefs.models.types import Question
 
 CONVERSATION = (Message("user", "Hello"), Message("assistant", "Hi there."))
 

@@ -16,14 +16,13 @@ from rich.console import Console
 from test_run import run, start
 from tiny_models import llama, tiny_model
 
-from prefs.chat import Message
 from prefs.config import ApiConfig, typed
 from prefs.errors import UserError
-from prefs.job import Place, run_job
-from prefs.jobs import Job, read_job, recorded
-from prefs.models.backend import Ask, Question, Sampling
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, Question, Sampling
+from prefs.pipeline import Place, run_job
 from prefs.plan.book import JUDGE, RATER, Book
 from prefs.plan.costs import Plan, plan
 from prefs.plan.lengths import Lengths
@@ -31,6 +30,7 @@ from prefs.plan.server import PlannedServer
 from prefs.plan.show import show_plan
 from prefs.plan.store import Planned
 from prefs.plan.vllm_requests import PlannedVllm
+from prefs.results.job_record import Job, read_job, recorded
 
 # At this temperature the model goes on to the end of its tokens, and its seeds part at once.
 SMALL = (

@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from prefs import plots
+from prefs.results import figures as plots
 
 HOSTILE = ("$x_{", "<|im_end|>" * 9, "名前")
 

@@ -14,16 +14,16 @@ import torch
 from simulated_vectors import residuals, signal_and_noise
 
 from prefs.config import ProbeConfig, ProbeControlsConfig
-from prefs.files import write_table
-from prefs.jobs import Work
-from prefs.measured import Measured
-from prefs.models.backend import Sampling
+from prefs.models.types import Sampling
 from prefs.probes import tested
 from prefs.probes.card import load_probe
 from prefs.probes.outcome import NoProbe
-from prefs.probing import ProbeReport, Subject, probe
-from prefs.records import Residuals
-from prefs.store import Store, Vectors
+from prefs.results.job_record import Work
+from prefs.stages.probe import ProbeReport, Subject, probe
+from prefs.stages.records import Residuals
+from prefs.statistics.measured import Measured
+from prefs.store.files import write_table
+from prefs.store.table import Store, Vectors
 
 N, LAYERS, POSITIONS = 48, (1, 4, 8), ("mean_completion", "rating")
 ORIGINS = ("MATH", "ALPACA", "WILDCHAT", "BAILBENCH")

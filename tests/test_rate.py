@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from conftest import template
 
-from prefs.complete import complete
-from prefs.models.backend import Sampling
+from prefs.data.task import Task
+from prefs.data.template import Invalid
 from prefs.models.loading import Models
-from prefs.rate import CapturePlan, rate
-from prefs.records import Completion
-from prefs.store import Store
-from prefs.tasks import Task
-from prefs.templates import Invalid
+from prefs.models.types import Sampling
+from prefs.stages.complete import complete
+from prefs.stages.rate import CapturePlan, rate
+from prefs.stages.records import Completion
+from prefs.store.table import Store
 
 # Some of the same length, so that they could change places at the edge of a batch.
 TASKS = [Task(f"t{n}", f"Count to {n}{n % 2 * ', slowly'}.", origin="ABC"[n % 3]) for n in range(5)]

@@ -9,10 +9,9 @@ from fault_server import chat, likeliest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefs.chat import Message, Thinking
-from prefs.models.control_text import control_texts
-from prefs.models.refusals import refusal_of_row, words
-from prefs.models.replies import (
+from prefs.models.openai.control_text import control_texts
+from prefs.models.openai.refusals import refusal_of_row, words
+from prefs.models.openai.replies import (
     Malformed,
     Parted,
     Reply,
@@ -23,6 +22,7 @@ from prefs.models.replies import (
     read_reply,
     read_spent,
 )
+from prefs.models.tokens import Message, Thinking
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -17,9 +17,9 @@ import pytest
 from browser import chromium
 from PIL import Image
 
-from prefs import files
 from prefs.errors import UserError
-from prefs.report import Config, Example, Figure, Rated, Report, Section, Table, write_report
+from prefs.results.html import Config, Example, Figure, Rated, Report, Section, Table, write_report
+from prefs.store.table import files
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

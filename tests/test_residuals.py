@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_models import gemma2, llama, plain_model, tiny_model
 
-from prefs.chat import Message
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
 from prefs.models.loading import Models
-from prefs.models.residuals import Recorder
-from prefs.options import ask
+from prefs.models.local.residuals import Recorder
+from prefs.models.options import ask
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, CaptureRequest, Question, Sampling
 
 SHARED = ("last_prompt", "first_completion", "last_completion", "mean_completion")
 SAMPLING = Sampling(1.0, 1.0, 2)

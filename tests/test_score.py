@@ -23,12 +23,12 @@ from omegaconf import OmegaConf
 from scipy.special import expit, ndtr
 from tiny_models import llama, tiny_model
 
-from prefs.chat import Message, Thinking
 from prefs.config import ModelConfig, ThinkingConfig
 from prefs.errors import UserError
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
 from prefs.models.loading import Models, ModelSpec, identity
-from prefs.models.transformer_lens import TransformerLensBackend
+from prefs.models.local.engine import TransformerLensBackend
+from prefs.models.tokens import Message, Thinking
+from prefs.models.types import Ask, CaptureRequest, Question, Sampling
 from prefs.probes.card import SavedProbe, load_probe, save_probe
 from prefs.probes.page import SHADES, shade
 from prefs.probes.probe import Probe, Site

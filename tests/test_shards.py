@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sweeps import environment, jobs
 
+from prefs.data.shard import Shard
 from prefs.errors import ConfigError, UserError
-from prefs.shards import Shard
 
 SMALL = [
     "dataset.limit=7",

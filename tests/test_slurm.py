@@ -11,13 +11,14 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from sweeps import STAGES, assert_same_tables, computed, environment, free_port, jobs, processes, start, sweep
 from waiting import until
+
+from prefs.config import CONF as CONFIGS
 
 pytestmark = pytest.mark.slurm
 
@@ -145,7 +146,7 @@ def test_jobs_that_are_stopped_are_queued_again(serial, slurm, tmp_path):
 
 
 def test_a_cancelled_job_is_not_queued_again(slurm, tmp_path):
-    (setup,) = OmegaConf.load(files("prefs.conf.hydra.launcher") / "slurm.yaml").setup
+    (setup,) = OmegaConf.load(CONFIGS / "hydra" / "launcher" / "slurm.yaml").setup
     (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{setup}\nsrun --output={tmp_path}/begun hostname\nsrun sleep 600\n")
     job = slurm.said("sbatch", "--parsable", f"--output={tmp_path}/log", str(tmp_path / "job.sh")).strip()
     until((tmp_path / "begun").exists, 60, slurm.logs)

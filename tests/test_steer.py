@@ -10,18 +10,18 @@ import torch
 from conftest import template
 from tiny_models import llama, tiny_model
 
-from prefs.chat import Message
 from prefs.concepts.card import SavedVectors
 from prefs.config import CoherenceConfig, SteeringConfig, SteeringControlsConfig
-from prefs.dose_response import arrows, dose_response
+from prefs.data.task import Task
 from prefs.errors import UserError
-from prefs.models.backend import Ask, Question, Sampling, Steering
 from prefs.models.loading import Models
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, Question, Sampling, Steering
 from prefs.probes.probe import Site
-from prefs.records import Completion
-from prefs.steer import Arrow, Dose, Responses, steer
-from prefs.store import Store
-from prefs.tasks import Task
+from prefs.stages.dose_response import arrows, dose_response
+from prefs.stages.records import Completion
+from prefs.stages.steer import Arrow, Dose, Responses, steer
+from prefs.store.table import Store
 
 COMPLETIONS = [Completion(Task(f"t{n}", "Count. " * (n + 1), "ABC"[n % 3]), f"One{n}" * (n % 4)) for n in range(6)]
 COMPLETIONS.append(Completion(Task("none", "What?", "A"), None))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_models import gemma2, llama, plain_model, tiny_model
 
-from prefs.chat import Message, Thinking
 from prefs.errors import UserError
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling, Steering
 from prefs.models.loading import Models
-from prefs.options import ask
+from prefs.models.options import ask
+from prefs.models.tokens import Message, Thinking
+from prefs.models.types import Ask, CaptureRequest, Question, Sampling, Steering
 
 CONVERSATIONS = [
     (Message("user", "Count to three, slowly, and then say why." * 3), Message("assistant", "1")),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from prefs.errors import UserError
-from prefs.store import Rows, Store, batches, canonical, digest
+from prefs.store.table import Rows, Store, batches, canonical, digest
 
 SCHEMA = pa.schema([("text", pa.string()), ("mass", pa.list_(pa.float64()))])
 SPEC = {"model": {"id": "m", "dtype": "bfloat16"}, "temperature": 1.0}
@@ -169,7 +169,7 @@ def test_vectors_by_key_and_layer(store):
 
 @pytest.mark.parametrize("part_bytes", [1, 2 * 24, 3 * 24 + 5, 1 << 20])
 def test_many_vectors_go_into_several_parts(store, monkeypatch, part_bytes):
-    monkeypatch.setattr("prefs.store.PART_BYTES", part_bytes)
+    monkeypatch.setattr("prefs.store.table.PART_BYTES", part_bytes)
     some, keys = torch.randn(7, 2, 3), list("gfedcba")
     store.vectors("v", SPEC).append(keys, [0, 5], some, absent=["x"])
     vectors = store.vectors("v", SPEC)
@@ -272,7 +272,7 @@ def test_batches_hold_every_row_once_within_the_budget_in_any_order(lengths, bud
 
 
 def test_rows_of_many_parts_are_found_each_by_its_key(store, monkeypatch):
-    monkeypatch.setattr("prefs.store.BLOCK_BYTES", 300)  # a few parts make a block
+    monkeypatch.setattr("prefs.store.table.BLOCK_BYTES", 300)  # a few parts make a block
     whole = {}
     for start in range(0, 60, 3):
         whole |= fill(store, start=start)[1]

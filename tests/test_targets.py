@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefs.measured import Measured
-from prefs.models.backend import Sampling
+from prefs.models.types import Sampling
 from prefs.probes.targets import targets_of
+from prefs.statistics.measured import Measured
 from prefs.statistics.sampled import intraclass
 
 SAMPLED = Sampling(1.0, 1.0, 8)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefs.config import DatasetConfig
+from prefs.data.task import NO_ORIGIN, Task, load_tasks, read_tasks
 from prefs.errors import ConfigError, UserError
-from prefs.tasks import NO_ORIGIN, Task, load_tasks, read_tasks
 
 
 def test_mini_has_32_tasks_of_each_origin():

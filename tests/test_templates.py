@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefs.config import OptionConfig, Reading, TemplateConfig
+from prefs.data.template import Invalid, Option, Template
 from prefs.errors import ConfigError
-from prefs.templates import Invalid, Option, Template
 
 ANCHORED = template("anchored")
 LIKERT = template("likert")

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefs.models.backend import Question
-from prefs.models.text_options import (
+from prefs.models.openai.text_options import (
     SharedToken,
     first_token_masses,
     opened,
     seen_beginnings,
     whole_string_masses,
 )
+from prefs.models.types import Question
 
 ALPHABET = "ab1"
 TOKENS = [*ALPHABET, *(x + y for x in ALPHABET for y in ALPHABET), "<end>"]

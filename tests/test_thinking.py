@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import template
 
-from prefs.chat import Message, Thinking
-from prefs.complete import complete
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling, Steering
+from prefs.data.task import Task
+from prefs.data.template import Invalid
 from prefs.models.loading import Models
-from prefs.rate import CapturePlan, rate, thought_seeds
-from prefs.store import Store
-from prefs.tasks import Task
-from prefs.templates import Invalid
+from prefs.models.tokens import Message, Thinking
+from prefs.models.types import Ask, CaptureRequest, Question, Sampling, Steering
+from prefs.stages.complete import complete
+from prefs.stages.rate import CapturePlan, rate, thought_seeds
+from prefs.store.table import Store
 
 SENTENCE = Thinking(open="", close=".", gap=" ", max_tokens=12, force_close=True)
 SAMPLING = Sampling(1.0, 1.0, 4)

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import gemma2, llama, plain_model, tiny_model
 
-from prefs.chat import Message
 from prefs.config import POSITIONS
 from prefs.errors import UserError
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
 from prefs.models.loading import Models
-from prefs.models.token_stream import owners, token_texts
-from prefs.options import ask
+from prefs.models.local.token_stream import owners, token_texts
+from prefs.models.options import ask
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, CaptureRequest, Question, Sampling
 
 QUESTION = Question("Did you like it?", ("yes", "no"), "Well: ")
 TURNS = (Message("user", "Say <|im_end|> 🦄, please. " * 3), Message("assistant", "Here: <|im_end|>\n\n🦄"))

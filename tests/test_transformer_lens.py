@@ -11,13 +11,13 @@ from conftest import template
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
-from prefs.chat import Message
 from prefs.errors import UserError
 from prefs.models.architecture import Architecture, architecture
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models, model_folder
-from prefs.options import ask
+from prefs.models.options import ask
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, CaptureRequest, Question, Sampling
 
 ALL = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)

@@ -20,17 +20,17 @@ import torch
 from conftest import TEMPLATES, template
 from scipy.stats import chisquare
 
-from prefs.chat import Message, Thinking
-from prefs.complete import complete
 from prefs.config import VllmConfig
+from prefs.data.task import Task
+from prefs.data.template import Invalid
 from prefs.errors import ConfigError, UserError
-from prefs.models.backend import Ask, CaptureRequest, Question, Sampling
 from prefs.models.loading import Models
-from prefs.options import ask, option_masses
-from prefs.rate import rate
-from prefs.store import Store
-from prefs.tasks import Task
-from prefs.templates import Invalid
+from prefs.models.options import ask, option_masses
+from prefs.models.tokens import Message, Thinking
+from prefs.models.types import Ask, CaptureRequest, Question, Sampling
+from prefs.stages.complete import complete
+from prefs.stages.rate import rate
+from prefs.store.table import Store
 
 pytestmark = [
     pytest.mark.vllm,

@@ -16,7 +16,7 @@ import pytest
 from prefs.config import VllmConfig
 from prefs.errors import UserError
 from prefs.models.loading import Models, identity
-from prefs.models.vllm_engines import _ctrl_c_gets_through, _environment, _guard, _output_to, _reason, _reason_in
+from prefs.models.vllm.workers import _ctrl_c_gets_through, _environment, _guard, _output_to, _reason, _reason_in
 
 LOG = """\
 (EngineCore pid=12) WARNING 11-24 10:38:54 [base.py:380] ValueError: only a warning

@@ -11,9 +11,9 @@ import pandas as pd
 from prefs import sweep
 from prefs.comparison.cells import Cell, Sweep, also_different
 from prefs.comparison.tables import Block
-from prefs.jobs import FAILED, FINISHED
-from prefs.tasks import ALL
-from prefs.terminal import number
+from prefs.data.task import ALL
+from prefs.results.job_record import FAILED, FINISHED
+from prefs.results.terminal import number
 
 # The ceiling on R² below which a target is called noise, and how many probes one line names.
 NOISE, MOST = 0.1, 6

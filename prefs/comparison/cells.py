@@ -16,8 +16,8 @@ import pandas as pd
 import pyarrow as pa
 
 from prefs.errors import UserError
-from prefs.jobs import FILE, FINISHED, Job, Spent, Work, read_job
-from prefs.measured import Measured
+from prefs.results.job_record import FILE, FINISHED, Job, Spent, Work, read_job
+from prefs.statistics.measured import Measured
 
 # What decides neither a completion nor a rating nor a verdict, and so does not make a cell another one.
 ASIDE = ("store", "wandb", "stats", "capture", "probe", "concept", "steering", "model.device", "model.batch_tokens")

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 
 from prefs.comparison.cells import FIRST, Cell, flat, telling
-from prefs.measured import Measured
+from prefs.data.task import ALL
+from prefs.results.summary import columns, groups_by_origin, numeric
+from prefs.results.terminal import with_interval
 from prefs.statistics.estimates import Estimate, known_mean
 from prefs.statistics.factorial import Contrast, Factorial, factorial
-from prefs.summary import columns, groups_by_origin, numeric
-from prefs.tasks import ALL
-from prefs.terminal import with_interval
+from prefs.statistics.measured import Measured
 
 # The first factor and the second, by the section of the config that has the condition.
 ROLES = ("completer", "rating")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from prefs import plots
 from prefs.comparison.conditions import Grid, violin_tables
 from prefs.comparison.probe_tables import cosine_matrices
 from prefs.comparison.probed import Probed
 from prefs.comparison.steered import Steered, dose_tables
 from prefs.comparison.tables import Block, agreement_matrices, refused_distribution
-from prefs.summary import by_origin
-from prefs.tasks import ALL
+from prefs.data.task import ALL
+from prefs.results import figures as plots
+from prefs.results.summary import by_origin
 
 # Figures of single cells, beyond which they crowd out the rest.
 MOST_CELLS = 12

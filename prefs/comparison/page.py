@@ -14,10 +14,10 @@ from prefs import sweep
 from prefs.comparison.cells import Cell, Sweep
 from prefs.comparison.figures import MOST_CELLS, MOST_NAMES
 from prefs.comparison.tables import Block
-from prefs.report import Config, Example, Figure, Rated, Report, Section, Table
-from prefs.summary import by_origin
-from prefs.tasks import ALL
-from prefs.terminal import number
+from prefs.data.task import ALL
+from prefs.results.html import Config, Example, Figure, Rated, Report, Section, Table
+from prefs.results.summary import by_origin
+from prefs.results.terminal import number
 
 EXAMPLES = 40
 # Columns that name a cell, beside `cell`.

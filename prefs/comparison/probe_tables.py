@@ -15,9 +15,9 @@ import pandas as pd
 from prefs.comparison.cells import Cell, flat, telling
 from prefs.comparison.probed import Probed
 from prefs.probes.controls import BLIND
+from prefs.results.summary import columns, numeric
 from prefs.statistics.agreement import correlations
 from prefs.statistics.estimates import Resamples
-from prefs.summary import columns, numeric
 
 if TYPE_CHECKING:
     from prefs.probes.card import SavedProbe

@@ -12,7 +12,7 @@ import pandas as pd
 from prefs.comparison.cells import Cell, Sweep, flat, read_table, telling
 from prefs.comparison.conditions import Grid, level
 from prefs.errors import UserError
-from prefs.summary import numeric
+from prefs.results.summary import numeric
 
 DOSES, SLOPES = "steering_doses.parquet", "steering_slopes.parquet"
 # What makes other steered ratings of the same cell.

@@ -10,10 +10,8 @@ import numpy as np
 import pandas as pd
 
 from prefs.comparison.cells import SEED, Cell
-from prefs.statistics.agreement import correlation
-from prefs.statistics.estimates import Resamples
-from prefs.statistics.variance import pomp, variance_decomposition
-from prefs.summary import (
+from prefs.data.task import ALL
+from prefs.results.summary import (
     Group,
     Stability,
     columns,
@@ -25,7 +23,9 @@ from prefs.summary import (
     stability,
     stability_table,
 )
-from prefs.tasks import ALL
+from prefs.statistics.agreement import correlation
+from prefs.statistics.estimates import Resamples
+from prefs.statistics.variance import pomp, variance_decomposition
 
 AGREEMENT_COLUMNS = (
     "between", "of", "a", "b", "completion_seed", "condition", "means", "n", "r", "r_low", "r_high", "r_reason",
@@ -56,7 +56,7 @@ class Block:
 
 
 def cell_table(blocks: Sequence[Block]) -> pd.DataFrame:
-    """One row a cell and origin: everything that `prefs.summary.stability_table` has."""
+    """One row a cell and origin: everything that `prefs.results.summary.stability_table` has."""
     return _stack(
         (cell, stability_table(rows))
         for block in blocks

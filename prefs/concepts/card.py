@@ -15,7 +15,7 @@ import torch
 
 from prefs.errors import UserError
 from prefs.probes.probe import Site
-from prefs.tensor_card import load_pair, save_pair
+from prefs.store.tensor_card import load_pair, save_pair
 
 TENSORS = "vectors.safetensors"
 CARD = "vectors.json"
@@ -72,7 +72,7 @@ def save_vectors(folder: str | Path, saved: SavedVectors) -> list[Path]:
     Raises
     ------
     ValueError, TypeError
-        As `prefs.tensor_card.save_pair` does.
+        As `prefs.store.tensor_card.save_pair` does.
     """
     norms = saved.vectors.norm(dim=-1, keepdim=True)
     unit = torch.where(norms > 0, saved.vectors / norms.clamp(min=torch.finfo(torch.float32).tiny), 0.0)

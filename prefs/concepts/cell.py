@@ -9,13 +9,13 @@ import pandas as pd
 
 from prefs.concepts.difference import project
 from prefs.concepts.extract import Concept
-from prefs.measured import Measured
 from prefs.probes.features import Captured
 from prefs.probes.scores import score
-from prefs.probing import ProbeReport
-from prefs.records import Residuals
+from prefs.results.summary import columns, numeric
+from prefs.stages.probe import ProbeReport
+from prefs.stages.records import Residuals
 from prefs.statistics.estimates import Resamples
-from prefs.summary import columns, numeric
+from prefs.statistics.measured import Measured
 
 WORDS = ("concept", "with", "position")
 

@@ -17,12 +17,12 @@ from prefs.concepts.difference import Difference, difference_of_means, project
 from prefs.concepts.reading import Read, Reader
 from prefs.concepts.separation import separation
 from prefs.config import ConceptConfig
+from prefs.data.task import Task
 from prefs.probes.features import Captured, NotFinite
 from prefs.probes.folds import assign_folds
 from prefs.probes.scores import permutation_p
+from prefs.results.summary import columns, numeric
 from prefs.statistics.estimates import LEVEL, Resamples
-from prefs.summary import columns, numeric
-from prefs.tasks import Task
 
 FLIPS = 1000
 HELD_OUT = "held-out tasks"

@@ -8,15 +8,15 @@ from functools import cached_property
 
 import numpy as np
 
-from prefs.complete import complete
-from prefs.jobs import Work
-from prefs.models.backend import Sampling
+from prefs.data.task import Task
 from prefs.models.loading import Models, ModelSpec
+from prefs.models.types import Sampling
 from prefs.probes.features import Captured
-from prefs.rate import CapturePlan, rate
-from prefs.records import Completion, Residuals
-from prefs.store import Store
-from prefs.tasks import Task
+from prefs.results.job_record import Work
+from prefs.stages.complete import complete
+from prefs.stages.rate import CapturePlan, rate
+from prefs.stages.records import Completion, Residuals
+from prefs.store.table import Store
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Model back-ends: one file an engine, behind the small protocol in `prefs.models.backend`."""
+"""Model back-ends: one file an engine, behind the small protocol in `prefs.models.types`."""

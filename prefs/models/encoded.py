@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from prefs.chat import ChatEncoder
-from prefs.models.backend import Conversation, Question
-from prefs.options import ask, unasked
+from prefs.models.options import ask, unasked
+from prefs.models.tokens import ChatEncoder
+from prefs.models.types import Conversation, Question
 
 
 class Encoded:
-    """The part of a `prefs.models.backend.Backend` that counts tokens before they are run."""
+    """The part of a `prefs.models.types.Backend` that counts tokens before they are run."""
 
     encoder: ChatEncoder
 

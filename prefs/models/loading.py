@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 
 from platformdirs import user_cache_path
 
-from prefs.chat import Thinking
 from prefs.config import ApiConfig, ModelConfig, ThinkingConfig, VllmConfig
 from prefs.errors import ConfigError, UserError
-from prefs.files import write_durably
-from prefs.models.backend import Backend, Usage
 from prefs.models.device import resolve_device, resolve_dtype
-from prefs.models.keys import key_of
-from prefs.store import canonical, digest, file_checksum
+from prefs.models.openai.keys import key_of
+from prefs.models.tokens import Thinking
+from prefs.models.types import Backend, Usage
+from prefs.store.files import write_durably
+from prefs.store.table import canonical, digest, file_checksum
 
 log = logging.getLogger(__name__)
 
@@ -144,14 +144,14 @@ def _load(spec: ModelSpec) -> Backend:
     check_weights(spec)
     log.info("Loading %s (%s) with %s", spec.name, spec.dtype, spec.backend)
     if spec.backend == "openai":
-        from prefs.models.openai import OpenAIBackend
+        from prefs.models.openai.engine import OpenAIBackend
 
         return OpenAIBackend.load(spec)
     if spec.backend == "vllm":
-        from prefs.models.vllm import VllmBackend
+        from prefs.models.vllm.engine import VllmBackend
 
         return VllmBackend.load(spec, model_folder(spec))
-    from prefs.models.transformer_lens import TransformerLensBackend
+    from prefs.models.local.engine import TransformerLensBackend
 
     return TransformerLensBackend.load(spec, model_folder(spec))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from prefs.chat import Message
-from prefs.models.backend import Answer, Sample, Score
-from prefs.templates import Invalid
+from prefs.data.template import Invalid
+from prefs.models.tokens import Message
+from prefs.models.types import Answer, Sample, Score
 
 # Ends the messages that a thought's random numbers are drawn for, so that they are not those of the answer.
 THOUGHT = Message("assistant", "<thought>")

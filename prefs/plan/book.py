@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from prefs.chat import ChatEncoder
 from prefs.errors import UserError, first_line
-from prefs.models.backend import Question, Score
 from prefs.models.loading import ModelSpec, model_folder
+from prefs.models.tokens import ChatEncoder
+from prefs.models.types import Question, Score
 
 COMPLETER, RATER, JUDGE = ROLES = ("completer", "rater", "judge")
 # Tables whose rows come after a thought, by who thinks.

@@ -11,23 +11,23 @@ from pathlib import Path
 
 import torch
 
-from prefs.concept_job import reader_of, steered_along
 from prefs.concepts.card import load_vectors
 from prefs.concepts.extract import NoConcept, extract, read_all
 from prefs.concepts.reading import Reader
 from prefs.config import Config, ModelConfig, SteeringControlsConfig
-from prefs.dose_response import arrows
-from prefs.jobs import Doings, Work
+from prefs.data.task import Task
+from prefs.data.template import Template
 from prefs.models.architecture import active_parameters
 from prefs.models.loading import ModelSpec, has_weights, model_folder
 from prefs.plan.book import COMPLETER, JUDGE, RATER, ROLES, Book, Tally
 from prefs.plan.engines import PlannedModels
 from prefs.plan.lengths import Lengths
 from prefs.plan.store import Planned, PlannedStore
-from prefs.stages import Roles, Sites, job_tasks, measure, sites
-from prefs.steer import Arrow, Control
-from prefs.tasks import Task
-from prefs.templates import Template
+from prefs.results.job_record import Doings, Work
+from prefs.stages.concept import reader_of, steered_along
+from prefs.stages.dose_response import arrows
+from prefs.stages.measure import Roles, Sites, job_tasks, measure, sites
+from prefs.stages.steer import Arrow, Control
 
 SERVED = "openai"
 # Tables of what models say, with how long it was.
@@ -58,7 +58,7 @@ class RoleCost:
     requests, thoughts
         Conversations put to it, and thoughts that it will have.
     prompt_tokens, drawn_tokens
-        Tokens that go through the model, as `prefs.models.backend.Usage` counts them.
+        Tokens that go through the model, as `prefs.models.types.Usage` counts them.
     parameters
         That a token meets; None of a served model.
     gpu_hours

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prefs.models.backend import Backend
 from prefs.models.loading import Models, ModelSpec
+from prefs.models.types import Backend
 from prefs.plan.book import Book
 from prefs.plan.lengths import Lengths
 

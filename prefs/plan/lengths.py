@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from prefs.chat import ChatEncoder
-from prefs.models.backend import Conversation
+from prefs.models.sampling import row_seed
+from prefs.models.tokens import ChatEncoder
+from prefs.models.types import Conversation
 from prefs.plan.store import Planned
-from prefs.sampling import row_seed
 
 # Thoughts that are measured; the store keeps their texts and not their lengths.
 THOUGHTS_MEASURED = 200

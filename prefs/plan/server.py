@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from prefs.chat import Message
-from prefs.models.backend import (
+from prefs.models.loading import ModelSpec
+from prefs.models.openai.choices import CHOICE_TOKENS
+from prefs.models.openai.engine import NO_LIMIT
+from prefs.models.tokens import Message
+from prefs.models.types import (
     Answer,
     Ask,
     CaptureRequest,
@@ -17,9 +20,6 @@ from prefs.models.backend import (
     Sampling,
     Usage,
 )
-from prefs.models.choices import CHOICE_TOKENS
-from prefs.models.loading import ModelSpec
-from prefs.models.openai import NO_LIMIT
 from prefs.plan.book import COMPLETER, JUDGE, RATER, THOUGHTS, Book, uniform
 from prefs.plan.lengths import Lengths, Prose
 

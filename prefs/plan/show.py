@@ -10,10 +10,10 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from prefs.config import Config
-from prefs.jobs import Work
 from prefs.plan.book import COMPLETER, JUDGE, RATER
 from prefs.plan.costs import Amount, Plan, RoleCost
-from prefs.terminal import MISSING, new_table, show
+from prefs.results.job_record import Work
+from prefs.results.terminal import MISSING, new_table, show
 
 MOST_NAMED = 2
 SWEEP = (

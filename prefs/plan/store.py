@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from prefs.leases import Leases
-from prefs.store import FORMAT, Collection, Rows, Store, Table, Vectors, store_root
+from prefs.store.leases import Leases
+from prefs.store.table import FORMAT, Collection, Rows, Store, Table, Vectors, store_root
 
 log = logging.getLogger(__name__)
 

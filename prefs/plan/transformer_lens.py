@@ -6,9 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from prefs.chat import Message
 from prefs.models.architecture import architecture
-from prefs.models.backend import (
+from prefs.models.encoded import Encoded
+from prefs.models.loading import ModelSpec, model_folder
+from prefs.models.local.doses import Dose, active, by_beginning, cut, lowest
+from prefs.models.local.engine import reads_logits, shared_prefix
+from prefs.models.local.residuals import spots
+from prefs.models.options import Asked, ask, unasked
+from prefs.models.thoughts import Thought, joined
+from prefs.models.tokens import Message
+from prefs.models.types import (
     Answer,
     Ask,
     CaptureRequest,
@@ -21,19 +28,12 @@ from prefs.models.backend import (
     Steering,
     Usage,
 )
-from prefs.models.doses import Dose, active, by_beginning, cut, lowest
-from prefs.models.encoded import Encoded
-from prefs.models.loading import ModelSpec, model_folder
-from prefs.models.residuals import spots
-from prefs.models.thoughts import Thought, joined
-from prefs.models.transformer_lens import reads_logits, shared_prefix
-from prefs.options import Asked, ask, unasked
 from prefs.plan.book import COMPLETER, JUDGE, RATER, THOUGHTS, Book, encoder_of, uniform
 from prefs.plan.lengths import Lengths, Prose
 
 
 class PlannedTransformerLens(Encoded):
-    """Counts the tokens that `prefs.models.transformer_lens` would run, a conversation at a time.
+    """Counts the tokens that `prefs.models.local.engine` would run, a conversation at a time.
 
     Steered passes are counted as those of a family that `shares_blocks`.
     """
@@ -186,7 +186,7 @@ class PlannedTransformerLens(Encoded):
         return answers
 
     def _doses(self, asked: Sequence[Asked], doses: Sequence[Dose], question: Ask, sampling: Sampling) -> None:
-        """What `prefs.models.doses.DoseResponse` runs."""
+        """What `prefs.models.local.doses.DoseResponse` runs."""
         tally, layers, done = self._book.of(RATER), self.shape.layers, 0
         for beginning, group in by_beginning(doses).items():
             starts = cut(asked, beginning)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prefs.chat import ChatEncoder
 from prefs.models.architecture import architecture
-from prefs.models.backend import Ask, CaptureRequest, Conversation, Observation, Sample, Sampling
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec, model_folder
-from prefs.models.vllm import VllmBackend
-from prefs.models.vllm_engines import Output, Request
+from prefs.models.tokens import ChatEncoder
+from prefs.models.types import Ask, CaptureRequest, Conversation, Observation, Sample, Sampling
+from prefs.models.vllm.engine import VllmBackend
+from prefs.models.vllm.workers import Output, Request
 from prefs.plan.book import COMPLETER, JUDGE, RATER, THOUGHTS, Book, Tally, encoder_of
 from prefs.plan.lengths import Lengths, Prose
 
@@ -50,7 +50,7 @@ class PlannedVllm(VllmBackend):
 
 
 class _CountingEngines:
-    """In place of `prefs.models.vllm_engines.Engines`: runs nothing, and counts what their prefix cache would leave."""
+    """In place of `prefs.models.vllm.workers.Engines`: runs nothing, and counts what their prefix cache would leave."""
 
     running = True
 

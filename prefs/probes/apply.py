@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from prefs.chat import Message
-from prefs.complete import conversation
 from prefs.errors import UserError
-from prefs.models.backend import Ask, CaptureRequest, Conversation, Sample, Sampling
-from prefs.models.token_stream import TokenStream
-from prefs.models.transformer_lens import TransformerLensBackend
+from prefs.models.local.engine import TransformerLensBackend
+from prefs.models.local.token_stream import TokenStream
+from prefs.models.tokens import Message
+from prefs.models.types import Ask, CaptureRequest, Conversation, Sample, Sampling
 from prefs.probes.probe import Probe
 from prefs.probes.source import Source
+from prefs.stages.complete import conversation
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ from sklearn.linear_model import LinearRegression, RidgeCV
 from sklearn.model_selection import ShuffleSplit
 from sklearn.preprocessing import normalize
 
+from prefs.data.hub import reachable
 from prefs.errors import UserError
-from prefs.hub import reachable
 from prefs.statistics.estimates import Floats
 
 Booleans = NDArray[np.bool_]

@@ -11,7 +11,7 @@ import torch
 
 from prefs.errors import UserError
 from prefs.probes.probe import FORMS, Probe, Site
-from prefs.tensor_card import load_pair, save_pair
+from prefs.store.tensor_card import load_pair, save_pair
 
 TENSORS = "probe.safetensors"
 CARD = "probe.json"
@@ -46,7 +46,7 @@ def save_probe(folder: str | Path, saved: SavedProbe) -> list[Path]:
     Raises
     ------
     ValueError, TypeError
-        As `prefs.tensor_card.save_pair` does.
+        As `prefs.store.tensor_card.save_pair` does.
     """
     probe = saved.probe
     parts = {"mean": probe.mean, "scale": probe.scale, **{f"form.{name}": each for name, each in probe.tensors.items()}}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from prefs.probes.probe import Site
-from prefs.records import Residuals
+from prefs.stages.records import Residuals
 
 
 class NotFinite(ValueError):

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from prefs.probes.apply import Applied
-from prefs.report import page_environment
-from prefs.terminal import number
+from prefs.results.html import page_environment
+from prefs.results.terminal import number
 
 # Shades on either side of the centre. Blue and orange: told apart by the colour-blind as well.
 SHADES = 10

@@ -31,8 +31,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prefs.config import ModelConfig, ModelDType
 from prefs.errors import UserError
-from prefs.models.backend import Question, Sampling
 from prefs.models.loading import EMBEDDED, ModelSpec, identity
+from prefs.models.types import Question, Sampling
 from prefs.probes.card import SavedProbe
 
 

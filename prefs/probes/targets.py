@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefs.measured import Measured, valid_means
-from prefs.models.backend import Sampling
+from prefs.models.types import Sampling
 from prefs.probes.scores import Scores
 from prefs.statistics.estimates import Estimate
 from prefs.statistics.exact import ceiling, predicted_r, reliability
+from prefs.statistics.measured import Measured, valid_means
 from prefs.statistics.sampled import intraclass
 
 NO_CEILING = "no ceiling is known for a target of yes and no"

@@ -15,7 +15,6 @@ import pandas as pd
 
 from prefs.config import ProbeConfig
 from prefs.errors import UserError
-from prefs.measured import Measured
 from prefs.probes import baselines
 from prefs.probes import controls as names
 from prefs.probes.crossval import cross_validate, held_out_origins
@@ -28,8 +27,9 @@ from prefs.probes.targets import Target
 from prefs.probes.train import Training
 from prefs.probes.validated import CrossValidated, Nothing
 from prefs.progress import progress
+from prefs.results.summary import columns, numeric
 from prefs.statistics.estimates import LEVEL, Estimate, Resamples
-from prefs.summary import columns, numeric
+from prefs.statistics.measured import Measured
 
 
 @dataclass(frozen=True, eq=False)

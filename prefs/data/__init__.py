@@ -1,0 +1,1 @@
+"""Tasks, templates and the hub they may come from."""

@@ -1,0 +1,138 @@
+"""A model's chat template: rendered with placeholders for the texts, and what it says and does by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from prefs.errors import UserError
+
+if TYPE_CHECKING:  # as in `prefs.models.tokens`
+    from transformers import PreTrainedTokenizerFast
+
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+# Splits a rendered template into what the template wrote and, at odd places, the numbers of the texts.
+PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+Turn = Mapping[str, str]
+
+
+def placeholder(index: int) -> str:
+    """What stands for the text of this number."""
+    return f"{_OPEN}{index}{_CLOSE}"
+
+
+class ChatTemplate:
+    """The template of one tokenizer, with the arguments that it is always rendered with.
+
+    Raises
+    ------
+    UserError
+        If the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, kwargs: Mapping[str, Any]):
+        self.name = tokenizer.name_or_path
+        if not tokenizer.chat_template:
+            raise UserError(f"{self.name}: no chat template; prefs rates chat models")
+        self.kwargs = dict(kwargs)
+        self._tokenizer = tokenizer
+
+    def render(self, turns: Sequence[Turn], *, open_turn: bool, **kwargs: Any) -> str:
+        """The conversation with a placeholder for the text of each turn; ``open_turn`` opens the assistant's next.
+
+        Raises
+        ------
+        UserError
+            If the template refuses these roles or leaves a turn out.
+        """
+        shown = [{"role": turn["role"], "content": _shown(turn, at)} for at, turn in enumerate(turns)]
+        try:
+            rendered = self._apply(shown, open_turn, kwargs)
+        except TemplateError as error:
+            folded = _folded(shown)
+            if folded is None:
+                raise UserError(f"the chat template of {self.name} refuses: {error}") from None
+            rendered = self._apply(folded, open_turn, kwargs)
+        for at, turn in enumerate(shown):
+            if placeholder(at) in turn["content"] and placeholder(at) not in rendered:
+                raise UserError(f"the chat template of {self.name} leaves out the {turn['role']} turn")
+        return rendered
+
+    def _apply(self, turns: list[dict[str, str]], open_turn: bool, kwargs: Mapping[str, Any]) -> str:
+        options = {"strftime_now": _fixed_date, **self.kwargs, **kwargs}
+        rendered = self._tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=open_turn, **options
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    def opened_turn(self, **kwargs: Any) -> str:
+        """What it opens the assistant's turn with, after a user's."""
+        return self.render([{"role": "user", "content": "?"}], open_turn=True, **kwargs).partition(placeholder(0))[2]
+
+    def own_system(self, control: re.Pattern[str], *given: str) -> str | None:
+        """What it says in a system turn by itself, less control tokens and the role's name; None if nothing.
+
+        Parameters
+        ----------
+        control
+            Matches a control token.
+        given
+            A system prompt, or none.
+        """
+        marks: dict[str, str] = {}
+
+        def marked(text: str) -> str:
+            # Control tokens as one character each, so that none is cut in two.
+            return control.sub(lambda token: marks.setdefault(token[0], chr(0xF0000 + len(marks))), text)
+
+        start, between = map(marked, self._around_users())
+        # Both end with the header of a user's turn.
+        header = next(between[at:] for at in range(len(between) + 1) if start.endswith(between[at:]))
+        start = marked(self._around_users(*given)[0])
+        before = start.rpartition(header)[0] if header else start
+        texts = [re.sub(r"\Asystem(\n|\Z)", "", text).strip() for text in re.split("[\U000f0000-\U000fffff]", before)]
+        return "\n".join(text for text in texts if text) or None
+
+    def _around_users(self, *system: str) -> tuple[str, str]:
+        """What it writes before the first user's turn, and between an answer and the next user's turn."""
+        turns = [{"role": "system", "content": text} for text in system]
+        turns += [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
+        rendered = self.render(turns, open_turn=False)
+        first, answer, second = (placeholder(len(system) + at) for at in range(3))
+        return rendered.partition(first)[0], rendered.partition(answer)[2].partition(second)[0]
+
+
+def _shown(turn: Turn, at: int) -> str:
+    """A turn's content with a placeholder in it.
+
+    Blanks stay outside: a template that trims its messages trims them as it would. An empty system prompt has no
+    placeholder: templates ask whether there is one.
+    """
+    content = turn["content"]
+    text = content.strip()
+    if not text:
+        return content + placeholder(at) * (turn["role"] != "system")
+    lead, _, tail = content.partition(text)
+    return lead + placeholder(at) + tail
+
+
+def _folded(turns: list[dict[str, str]]) -> list[dict[str, str]] | None:
+    """The system prompt put before the first user's text, with a blank line between, as Gemma's authors write it.
+
+    For models without a system role. None if no system prompt is there.
+    """
+    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
+        return None
+    system, user = turns[0]["content"], turns[1]["content"]
+    return [{"role": "user", "content": f"{system}\n\n{user}" if system.strip() else user}, *turns[2:]]
+
+
+def _fixed_date(form: str) -> str:
+    """Today, to chat templates that print it: the day that Llama 3's fall back on, so that records stay the same."""
+    return datetime(2024, 7, 26).strftime(form)

@@ -1,0 +1,1 @@
+"""The TransformerLens engine: sampling, option scoring, capture and steering on this machine."""

@@ -1,0 +1,286 @@
+"""Forward passes of a `TransformerBridge` over left-padded token ids, with explicit masks and positions.
+
+A pass goes on from a `State`, whose keys and values are kept, and may begin above a block whose output is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from prefs.errors import UserError
+from prefs.models.local.memory import out_of_memory
+from prefs.models.local.residuals import AllRecorded, Hook
+from prefs.models.local.state import State
+from prefs.models.local.steering import Steered
+
+log = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """What looks at the residual stream as a pass goes by; `stops` if it may end the pass by `AllRecorded`."""
+
+    @property
+    def stops(self) -> bool: ...
+
+    def hooks(self) -> Sequence[tuple[int, Hook]]: ...
+
+
+class Kept:
+    """Keeps the whole residual stream [rows, width, d_model] after some blocks, where it is.
+
+    ``stops`` ends the pass after the deepest of them.
+    """
+
+    def __init__(self, layers: Sequence[int], *, stops: bool):
+        self.stops = stops
+        self.after: dict[int, torch.Tensor] = {}
+        self._layers = sorted(set(layers))
+
+    def hooks(self) -> list[tuple[int, Hook]]:
+        return [(layer, self._keeping(layer)) for layer in self._layers]
+
+    def _keeping(self, layer: int) -> Hook:
+        def keep(tensor: torch.Tensor, hook: Any) -> None:
+            self.after[layer] = tensor
+            if self.stops and layer == self._layers[-1]:
+                raise AllRecorded
+
+        return keep
+
+
+class Passes:
+    """Forward passes of one model.
+
+    Parameters
+    ----------
+    bridge
+        The `TransformerBridge`.
+    pad
+        A token to pad with; it is masked.
+    name
+        Of the model, for errors.
+    """
+
+    def __init__(self, bridge: Any, pad: int, name: str):
+        self._bridge = bridge
+        self._pad = pad
+        self._name = name
+        # Where tokens go. With a device map, blocks and logits may be elsewhere.
+        self.device = bridge.original_model.get_input_embeddings().weight.device
+        self.n_layers = int(bridge.cfg.n_layers)
+        # Tokens times blocks that ran them.
+        self._ran_of_prompts = self._ran_of_answers = 0
+        self._hooks = [f"blocks.{layer}.hook_out" for layer in range(self.n_layers)]
+        absent = [name for name in self._hooks if name not in bridge.hook_dict]
+        if absent:
+            raise UserError(f"{name}: TransformerLens offers no residual stream at {absent[0]}")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts that have been run, without padding; one that half of the blocks ran is half a token."""
+        return round(self._ran_of_prompts / self.n_layers)
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens that were drawn and then run, counted as those of prompts."""
+        return round(self._ran_of_answers / self.n_layers)
+
+    def nothing(self, rows: int, cached: bool = True) -> State:
+        """The state of rows with no tokens yet; with a cache, so that it can be forked, or without."""
+        empty = torch.zeros((rows, 0), dtype=torch.long, device=self.device)
+        cache = DynamicCache(config=self._bridge.original_model.config) if cached else None
+        return State(cache, empty, empty.sum(dim=1), Steered.of((), [{}] * rows, self.device))
+
+    def start(
+        self,
+        rows: Sequence[Sequence[int]],
+        steered: Steered | None = None,
+        watchers: Sequence[Watcher] = (),
+        cached: bool = True,
+    ) -> tuple[State, torch.Tensor]:
+        """Run whole sequences from nothing; `cached` unless nothing goes on from them."""
+        # A pass that stops cannot hand over the cache that the model makes, and so is given one.
+        state = self.nothing(len(rows), cached and any(each.stops for each in watchers))
+        return self._run(replace(state, steered=steered or state.steered), rows, 1, watchers, cached)
+
+    def extend(
+        self,
+        state: State,
+        rows: Sequence[Sequence[int]],
+        keep: int = 1,
+        watchers: Sequence[Watcher] = (),
+        *,
+        drawn: bool = False,
+    ) -> tuple[State, torch.Tensor]:
+        """Run more tokens after a state; rows may differ in length. The given state must not be used again.
+
+        `drawn` tokens are the model's own.
+
+        Returns
+        -------
+        state
+            With these tokens in it.
+        logits
+            [rows, keep, vocabulary] after each of the last `keep` tokens; [rows, 0, 0] where a watcher stops the pass
+            before them.
+        """
+        return self._run(state, rows, keep, watchers, cached=True, drawn=drawn)
+
+    def extend_above(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        below: State,
+        state: State,
+        rows: Sequence[Sequence[int]],
+        watchers: Sequence[Watcher] = (),
+    ) -> tuple[State, torch.Tensor]:
+        """As `extend`, running only the blocks above `layer`.
+
+        Parameters
+        ----------
+        hidden
+            [rows, width, d_model], the residual stream after that block in an earlier pass over the same tokens.
+        below
+            The state after that pass, for the keys and values of the blocks that are not run.
+        state
+            The state before it, whose steering has not changed `hidden`, but may: it is of `layer` and those above.
+        """
+        with self._handing_over(range(layer + 1), hidden):
+            state, logits = self._run(state, rows, 1, watchers, cached=True, first=layer + 1)
+        return state.with_lower(below, layer + 1), logits
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[tokens, vocabulary] from what the last block left, [tokens, d_model]: the model's own norm, output layer
+        and all that it does to logits."""
+        ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=self.device)
+        with self._handing_over(range(self.n_layers), hidden[None]):
+            return self._bridge(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                position_ids=ids,
+                use_cache=False,
+                logits_to_keep=len(hidden),
+                return_type="logits",
+            )[0]
+
+    @cached_property
+    @torch.inference_mode()
+    def shares_blocks(self) -> bool:
+        """Whether a pass can begin above a block: whether all that reaches the next one is the residual stream.
+
+        It is tried out, in a pass over a few tokens: families may also hand over keys and values, or keep states of
+        another kind.
+        """
+        first, then = [(1, 2, 3)], [(4, 5)]
+        layer = max(self.n_layers - 2, 0)
+        kept = Kept([layer], stops=False)
+        try:
+            state, _ = self.extend(self.nothing(1), first)
+            below, expected = self.extend(state.fork(), then, watchers=[kept])
+            shared, found = self.extend_above(layer, kept.after[layer], below, state.fork(), then)
+            pairs = [(expected, found), (self.extend(below, then)[1], self.extend(shared, then)[1])]
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            log.debug("%s: no pass begins above a block: %s", self._name, error)
+            return False
+        return all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in pairs)
+
+    def tensor(self, values: Sequence[Any]) -> torch.Tensor:
+        """Whole numbers, where tokens go."""
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+    def _run(
+        self,
+        state: State,
+        rows: Sequence[Sequence[int]],
+        keep: int,
+        watchers: Sequence[Watcher],
+        cached: bool,
+        *,
+        drawn: bool = False,
+        first: int = 0,
+    ) -> tuple[State, torch.Tensor]:
+        width = max(len(row) for row in rows)
+        ids = self.tensor([[self._pad] * (width - len(row)) + list(row) for row in rows])
+        real = self.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        # Padding stands at position 0: it is masked, and positions must lie inside the model's range.
+        positions = (state.lengths[:, None] + real.cumsum(dim=1) - 1).clamp(min=0) * real
+        mask = torch.cat([state.mask, real], dim=1)
+        # In this order, vectors are recorded as they flow on: after steering.
+        by_layer = [*state.steered.hooks(positions, real), *(hook for each in watchers for hook in each.hooks())]
+        logits, cache, end = torch.empty((len(rows), 0, 0)), state.cache, _end(watchers)
+        with contextlib.suppress(AllRecorded), self._bridge.hooks([(self._hooks[at], hook) for at, hook in by_layer]):
+            logits, cache = self._bridge(
+                ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cached,
+                logits_to_keep=keep,
+                return_type="logits_and_cache",
+            )
+            end = self.n_layers
+        ran = sum(len(row) for row in rows) * (end - first)
+        if drawn:
+            self._ran_of_answers += ran
+        else:
+            self._ran_of_prompts += ran
+        return State(cache, mask, state.lengths + real.sum(dim=1), state.steered), logits
+
+    @contextmanager
+    def _handing_over(self, layers: Sequence[int], hidden: torch.Tensor) -> Iterator[None]:
+        """Let blocks give `hidden` in place of running. Each gives the same: the last one's is what is read."""
+        blocks = [self._bridge.blocks[layer].original_component for layer in layers]
+        form = self._form_of_output
+        output = hidden if form is None else (hidden, *form)
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(_in_place_of_forward(block, output))
+            yield
+
+    @cached_property
+    def _form_of_output(self) -> tuple[None, ...] | None:
+        """None for a family whose blocks give the residual stream; what comes after it where they give a tuple.
+
+        That is attention's weights, which nobody reads.
+        """
+        given: list[Any] = []
+        block = self._bridge.blocks[0].original_component
+        handle = block.register_forward_hook(lambda module, inputs, output: given.append(output))
+        try:
+            self.start([(1,)], watchers=[Kept([0], stops=True)], cached=False)
+        finally:
+            handle.remove()
+        return (None,) * (len(given[0]) - 1) if isinstance(given[0], tuple) else None
+
+
+def _end(watchers: Sequence[Watcher]) -> int:
+    """The blocks that a pass has run when a watcher stops it."""
+    return min((1 + max(layer for layer, _ in each.hooks()) for each in watchers if each.stops), default=0)
+
+
+@contextmanager
+def _in_place_of_forward(module: nn.Module, output: Any) -> Iterator[None]:
+    """Give `output` where the module would run; hooks around it run as ever."""
+    # Of its own where accelerate has put one on the module, and the class's otherwise.
+    own = module.__dict__.get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

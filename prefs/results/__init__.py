@@ -1,0 +1,1 @@
+"""What a job or a comparison found, and one renderer a medium."""

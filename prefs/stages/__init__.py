@@ -1,0 +1,1 @@
+"""The stages of a job, each reading its inputs from the store."""

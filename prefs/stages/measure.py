@@ -1,0 +1,147 @@
+"""The stages that ask models, as a config wants them: of a run, and of the plan of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefs.config import Config
+from prefs.data.shard import Shard
+from prefs.data.task import Task, load_tasks
+from prefs.data.template import Template
+from prefs.errors import ConfigError
+from prefs.models.architecture import Architecture, architecture
+from prefs.models.loading import Models, ModelSpec, model_folder
+from prefs.models.types import Sampling
+from prefs.results.job_record import Doings
+from prefs.stages.complete import complete
+from prefs.stages.concept import check_saved
+from prefs.stages.judge import Judged, judge
+from prefs.stages.rate import CapturePlan, rate
+from prefs.stages.records import Completion, Rated
+from prefs.store.table import Store
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The models of a job. There is no judge where none is asked."""
+
+    completer: ModelSpec
+    rater: ModelSpec
+    judge: ModelSpec | None
+
+    @classmethod
+    def of(cls, config: Config) -> Roles:
+        """Those of a config.
+
+        Raises
+        ------
+        UserError
+            If a device is not there, or the key of a server is not.
+        """
+        rater = ModelSpec.from_config(config.model)
+        completer = ModelSpec.from_config(config.completer.model) if config.completer.model else rater
+        return cls(completer, rater, ModelSpec.from_config(config.judge.model) if config.judge.model else None)
+
+    @property
+    def specs(self) -> list[ModelSpec]:
+        """All of them; one model may be in two roles."""
+        return [spec for spec in (self.completer, self.rater, self.judge) if spec is not None]
+
+
+def job_tasks(config: Config) -> list[Task]:
+    """The tasks of a job: those of its data set, or its shard of them.
+
+    Raises
+    ------
+    UserError
+        As `load_tasks` does, or if the shard has none.
+    """
+    tasks = load_tasks(config.dataset)
+    return tasks if config.shard is None else Shard.parse(config.shard).of(tasks)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What is captured, which layers are probed and steered, and the rater's architecture (None: nobody asked)."""
+
+    capture: CapturePlan | None
+    probed: tuple[int, ...]
+    steered: tuple[int, ...]
+    architecture: Architecture | None
+
+
+def sites(config: Config, rater: ModelSpec) -> Sites:
+    """The layers and positions wanted, checked before the model's weights are loaded.
+
+    Raises
+    ------
+    UserError
+        If the model has no such layer, a layer is not captured, or saved vectors do not fit.
+    """
+    capture, steering = config.capture, config.steering
+    if not capture.positions and steering.vector == "none":
+        return Sites(None, (), (), None)
+    of = architecture(model_folder(rater), rater.revision)
+    layers: tuple[int, ...] = ()
+    if capture.positions:
+        layers = _numbered("capture.layers", capture.layers, of.layers, range(of.layers), rater)
+    probed = _numbered("probe.layers", config.probe.layers, of.layers, layers, rater)
+    there = layers if steering.vector == "concept" else range(of.layers)
+    steered = _numbered("steering.layers", steering.layers, of.layers, there, rater)
+    check_saved(config, rater, steered, of)
+    plan = CapturePlan(layers, tuple(capture.positions), capture.dtype.value) if capture.positions else None
+    return Sites(plan, probed if config.probe.kind != "none" else (), steered, of)
+
+
+def _numbered(key: str, wanted: Any, count: int, there: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
+    """Layers by their numbers from 0, of those that are there."""
+    if wanted == "all":
+        return tuple(there)
+    for layer in wanted:
+        if not -count <= layer < count:
+            raise ConfigError(key, layer, f"all, or from {-count} to {count - 1} ({rater.name})")
+        if layer % count not in there:
+            raise ConfigError(key, layer, f"a layer that is captured ({', '.join(map(str, there))})")
+    return tuple(dict.fromkeys(layer % count for layer in wanted))
+
+
+def measure(
+    config: Config,
+    tasks: Sequence[Task],
+    roles: Roles,
+    templates: Mapping[str, Template],
+    capture: CapturePlan | None,
+    store: Store,
+    models: Models,
+    doings: Doings,
+) -> tuple[list[Completion], Rated, Judged]:
+    """Complete, rate and capture, and judge, doing only what the store lacks."""
+    completions, completed = complete(
+        tasks,
+        roles.completer,
+        Sampling.from_config(config.completer),
+        seed=config.completer.seed,
+        system_prompt=config.completer.system_prompt,
+        store=store,
+        models=models,
+    )
+    doings.did([completed])
+    rated = rate(
+        completions,
+        roles.rater,
+        templates,
+        Sampling.from_config(config.rating),
+        seeds=config.rating.seeds,
+        exact=config.rating.exact,
+        thoughts=config.rating.thoughts,
+        capture=capture,
+        system_prompt=config.rating.system_prompt,
+        store=store,
+        models=models,
+    )
+    doings.did(rated.work)
+    judged = judge(config.judge, completions, store=store, models=models)
+    doings.did(judged.work)
+    return completions, rated, judged

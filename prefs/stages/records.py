@@ -1,0 +1,128 @@
+"""What stages hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefs.data.task import Task
+from prefs.data.template import Invalid, Template
+from prefs.models.types import Question, Sampling
+from prefs.results.job_record import Work
+from prefs.statistics.measured import Measured
+from prefs.store.table import Vectors
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The completer's answer to a task. There is no text where the prompt was too long, or for another ``reason``."""
+
+    task: Task
+    text: str | None
+    finished: bool = True
+    reason: Invalid = Invalid.too_long
+
+    @property
+    def invalid(self) -> Invalid | None:
+        """Why there is no text, if there is none."""
+        return self.reason if self.text is None else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer and how it was read: a value, or the reason why there is none.
+
+    ``thought`` is what a thinking rater wrote before it.
+    """
+
+    seed: int
+    text: str | None
+    value: float | None
+    invalid: Invalid | None
+    thought: str | None = None
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """Exact ratings of a thinking rater, one after each of K thoughts.
+
+    ``seeds`` are the thoughts' seeds; ``mass`` is [tasks, K, options], NaN where there is none; ``texts[t]`` are the
+    thoughts, and ``invalid[t]`` the reasons where one gave no rating.
+    """
+
+    seeds: tuple[int, ...]
+    mass: np.ndarray
+    texts: Sequence[Sequence[str | None]]
+    invalid: Sequence[Sequence[Invalid | None]]
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Everything one template brought for a list of completions, in their order.
+
+    ``answers[t]`` runs over the rating seeds; ``mass`` is [tasks, options], the options' probabilities before
+    renormalising, NaN in the rows of tasks that were not asked, or None where exact ratings were not wanted. Of a rater
+    that ``thinks`` it is the mixture over its ``thoughts``.
+    """
+
+    template: Template
+    question: Question
+    sampling: Sampling
+    completions: Sequence[Completion]
+    seeds: tuple[int, ...]
+    answers: Sequence[Sequence[Answer]]
+    mass: np.ndarray | None
+    thinks: bool = False
+    thoughts: Thoughts | None = None
+
+    def measured(self, refused: Sequence[bool | None]) -> Measured:
+        """These ratings and the judge's verdicts as arrays."""
+        rows = [[np.nan if answer.value is None else answer.value for answer in row] for row in self.answers]
+        return Measured(
+            tasks=tuple(each.task.id for each in self.completions),
+            origins=tuple(each.task.origin for each in self.completions),
+            says=self.template.says,
+            values=self.template.values,
+            sampled=np.array(rows, dtype=float).reshape(len(self.completions), len(self.seeds)),
+            mass=self.mass,
+            refused=np.array(refused, dtype=float),
+            thinks=self.thinks,
+            by_thought=None if self.thoughts is None else self.thoughts.mass,
+        )
+
+    def invalid_counts(self) -> dict[str, int]:
+        """Number of sampled answers by reason, for the reasons that occur."""
+        reasons = [answer.invalid.value for row in self.answers for answer in row if answer.invalid is not None]
+        return {reason.value: reasons.count(reason.value) for reason in Invalid if reason.value in reasons}
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Captured vectors of a list of completions at one position.
+
+    ``keys[t]`` is the record of task t, None where it was not captured (too long).
+    """
+
+    position: str
+    layers: tuple[int, ...]
+    keys: Sequence[str | None]
+    vectors: Vectors
+
+    def present(self) -> np.ndarray:
+        """[tasks] bool: which tasks have a vector at this position."""
+        return np.array([key is not None and key not in self.vectors.absent for key in self.keys], dtype=bool)
+
+
+@dataclass(frozen=True)
+class Rated:
+    """What the rating stage brought: ratings by template key, residuals by position, and the work done.
+
+    Residuals at ``rating`` depend on the template, and are found in ``rating_residuals`` by template key.
+    """
+
+    ratings: Mapping[str, Ratings]
+    residuals: Mapping[str, Residuals]
+    rating_residuals: Mapping[str, Residuals]
+    work: Sequence[Work]

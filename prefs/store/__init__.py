@@ -1,0 +1,1 @@
+"""Content-keyed records, and what of them is missing."""
