@@ -18,9 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prefs.config import CONF, Config, register, typed, with_prompts
-from prefs.errors import UserError
+from prefs.errors import UserError, explain
 from prefs.models.loading import ModelSpec
-from prefs.one_line_errors import explain
 from prefs.results.summary import groups_by_origin, stability, stability_table
 from prefs.statistics.measured import Measured
 
@@ -297,7 +296,7 @@ def test_the_reports_concepts_with_its_own_model(name):
         (["dataset=file"], "dataset.path: got None; allowed: the path of a .jsonl or .csv file"),
         (["dataset=file", "dataset.path=/no/file.csv"], "got '/no/file.csv'; allowed: a file that exists"),
         (["dataset.limit=0"], "dataset.limit: got 0; allowed: 1 or more"),
-        (["dataset.seed=-1"], "dataset.seed: got [-1]; allowed: seeds that are 0 or more"),
+        (["dataset.seed=-1"], "dataset.seed: got -1; allowed: seeds that are 0 or more"),
         (["dataset.kind=hub"], "dataset.sources: got {}; allowed: at least one source"),
         (["dataset=wildcat"], "dataset: got 'wildcat'; allowed: one of alpaca, bailbench, file, math, mini, mixed"),
         (["dataset=mixed", f"{WILDCHAT}.path=/no/folder"], f"{WILDCHAT}.path: got '/no/folder'; allowed: a folder or"),

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefs.config import DatasetConfig, RowReader, SourceConfig, typed
-from prefs.data.hub_tasks import Skip, in_turn, task_of
+from prefs.data.hub import Skip, in_turn, task_of
 from prefs.data.task import Task, load_tasks
 from prefs.errors import ConfigError, UserError
 

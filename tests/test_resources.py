@@ -10,7 +10,7 @@ from hydra import compose
 from hydra_app import shipped_configs
 from omegaconf import DictConfig
 
-from prefs.resources import job_gpus, sweep_gpus
+from prefs.sweep import job_gpus, sweep_gpus
 
 
 @pytest.fixture(autouse=True)
