@@ -98,9 +98,9 @@ def _check_dataset(dataset: DatasetConfig) -> None:
 
 
 def _check_kind(key: str, part: ProbeConfig | JudgeConfig) -> None:
-    """A kind's word is that of the class which its file names; records and tables tell kinds apart by the word."""
+    """What a kind's file names holds the kind's word, by which records and tables tell kinds apart."""
     made = part._target_.rpartition(".")[2]
-    if part.kind != "none" and not (made and made.casefold().startswith(part.kind.replace("_", ""))):
+    if part.kind != "none" and part.kind.replace("_", "") not in made.replace("_", "").casefold():
         allowed = f"none, or what {key}._target_ is ({made or 'nothing'}); others by file, as in {key}={part.kind}"
         raise ConfigError(f"{key}.kind", part.kind, allowed)
 

@@ -301,7 +301,7 @@ class JudgeConfig:
     window: int = 0
     """Characters of the completion that count as its opening; 0: all."""
     _target_: str = ""
-    """The class that judges; its name begins with ``kind``."""
+    """The function that judges; its name holds ``kind``."""
 
 
 @dataclass
@@ -366,7 +366,7 @@ class ProbeConfig:
     binary: bool = False
     """This kind predicts a yes and no."""
     _target_: str = ""
-    """The class that is trained; its name begins with ``kind``."""
+    """The class that is trained; its name holds ``kind``."""
 
 
 @dataclass
