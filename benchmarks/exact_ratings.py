@@ -50,13 +50,11 @@ def templates() -> list[Template]:
     from hydra import compose, initialize_config_dir
 
     from prefs.config import typed
-    from prefs.run import register_resolvers
 
     register()
-    register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = typed(compose("config", overrides=[f"template=[{','.join(TEMPLATES)}]"]))
-    return [Template.from_config(each) for each in config.template.values()]
+    return list(config.template.values())
 
 
 def conversations(count: int, tokens: int, backend) -> list[Conversation]:

@@ -176,11 +176,9 @@ def job(folder: Path, *, simulated: bool) -> dict[str, Any]:
     from prefs.config import CONF, register, typed
     from prefs.models.loading import Models, ModelSpec
     from prefs.results.job_record import Doings
-    from prefs.run import register_resolvers
     from prefs.stages import measure as stages
 
     register()
-    register_resolvers()
     overrides = ["model=hf", f"model.path={folder / 'model'}", "model.dtype=float32", "model.device=cpu", "probe=none"]
     overrides += ["dataset=file", f"dataset.path={folder / 'tasks.jsonl'}", "judge=llm", "judge.phrases=[]"]
     overrides += ["model@judge.model=hf", f"judge.model.path={folder / 'model'}", "judge.model.dtype=float32"]

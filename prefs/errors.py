@@ -1,15 +1,25 @@
-"""The one kind of error a user is meant to see: a single line that says what is wrong and what to do."""
+"""What a user can mend: the errors that say it in one line, and how a program ends on them, with exit code 2."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 
 class UserError(Exception):
     """Something the user can mend. Printed as one line, without a traceback; the program exits with code 2."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        return _one_line(super().__str__())
 
 
 class ConfigError(UserError):
@@ -22,6 +32,87 @@ class ConfigError(UserError):
         self.key = key
 
 
+def missing_value(key: str) -> ConfigError:
+    """The error for a key that has no default and was not given."""
+    return ConfigError(key, "???", "a value; this one has no default, so give it on the command line")
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def one_line_errors(*, enabled: bool, interrupted: str) -> Iterator[None]:
+    """Turn what the user can mend into one line and exit code 2; other errors keep their traceback.
+
+    ``interrupted`` is what to say of a run that the user breaks off.
+    """
+    try:
+        yield
+    except Exception as error:
+        line = _mendable(error) if enabled else None
+        if line is None:
+            raise
+        sys.stderr.write(f"prefs: {line}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"prefs: interrupted; {interrupted}\n")
+        sys.exit(130)
+
+
+def _mendable(error: Exception) -> str | None:
+    """One line for what the user can mend."""
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException):
+        return explain(error)
+    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    within_omegaconf = str(innermost.f_globals.get("__name__", "")).startswith("omegaconf")
+    if isinstance(error, AssertionError | AttributeError) and within_omegaconf:  # it has no exception of its own
+        return (
+            "an override goes into a part of the config that is null; choose that part first"
+            " (completer=smollm2 completer.model.name=mine, say)"
+        )
+    # A launcher of Hydra that is not installed, finds no cluster, or has its jobs refused by it.
+    text = str(error)
+    if unknown := re.match(r"Unknown plugin class : 'hydra_plugins\.hydra_(ray|submitit)_launcher\.", text):
+        extra = {"ray": "ray", "submitit": "slurm"}[unknown[1]]
+        return f"hydra/launcher={extra} is not installed: pip install -e '.[{extra}]' in the checkout"
+    if text.startswith('Could not detect "srun"'):
+        return "hydra/launcher=slurm: there are no sbatch and srun here; give the command where Slurm's are"
+    # submitit's, which is not imported for this; of a job that failed it has a message of another kind.
+    if type(error).__name__ == "FailedJobError" and (refused := re.findall(r"^sbatch: \w+: (.*)", text, re.MULTILINE)):
+        return f"hydra/launcher=slurm: sbatch did not take the jobs: {_one_line('; '.join(refused))}"
+    return None
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of ours, of Hydra or of OmegaConf: the key, what it got and what is allowed."""
+    if isinstance(error, MissingConfigException) and "/" in (missing := error.missing_cfg_file or ""):
+        group, _, option = missing.rpartition("/")
+        if error.options:
+            return str(ConfigError(group, option, sorted(error.options)))
+        # Hydra gives no options where several can be chosen at once (template=[a,b]), but says where it looked.
+        folders = [Path(folder) / group for folder in re.findall(r"path=file://(.+)$", str(error), re.MULTILINE)]
+        known = ", ".join(sorted({path.stem for folder in folders for path in folder.glob("*.yaml")}))
+        return str(ConfigError(group, option, f"{known}, or a file of your own (--config-dir)"))
+    if needed := re.search(r"Missing mandatory value: (\S+)", str(error)):
+        return str(missing_value(needed[1]))
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+        return _unknown_key(cause)
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return f"{cause.full_key}: {_one_line(str(cause.msg or cause).splitlines()[0])}"
+    return _one_line(str(error))
+
+
+def _unknown_key(error: OmegaConfBaseException) -> str:
+    beside = error.parent_node  # of a part of the config that has no class, such as Hydra's launchers
+    keys = getattr(error.object_type, "__dataclass_fields__", beside if isinstance(beside, DictConfig) else {})
+    known = sorted(str(key) for key in keys if key != "_target_")
+    close = difflib.get_close_matches(str(error.full_key).rpartition(".")[2], known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "." if known else ""
+    return f"{error.full_key}: there is no such key{hint}" + (f" Known here: {', '.join(known)}" if known else "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

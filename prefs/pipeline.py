@@ -16,7 +16,6 @@ from hydra.utils import instantiate
 from rich.console import Console
 
 from prefs.config import Config
-from prefs.data.template import Template
 from prefs.models.loading import Models, ModelSpec, check_weights, identity
 from prefs.models.types import Usage
 from prefs.probes.outcome import AUC, NoProbe
@@ -79,14 +78,13 @@ def run_job(config: Config, place: Place, models: Models, doings: Doings, *, pla
     store = Store.open(config.store.dir, config.store.lease_s)
     roles = Roles.of(config)
     rater = roles.rater
-    templates = {key: Template.from_config(each) for key, each in config.template.items()}
     of = sites(config, rater)
     config = replace(config, probe=replace(config.probe, layers=list(of.probed)))
     for spec in roles.specs:
         check_weights(spec)
     models.keep_only(roles.specs)
     with _noting_costs(models, roles.specs, doings):
-        completions, rated, judged = measure(config, tasks, roles, templates, of.capture, store, models, doings)
+        completions, rated, judged = measure(config, tasks, roles, config.template, of.capture, store, models, doings)
         concepts = extracted(config, tasks, roles.completer, rater, of.capture, store, models, doings)
     if config.shard is not None:
         show_files(console, [*doings.work, *doings.spent], None, store.root, {})

@@ -25,9 +25,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig
 
-from prefs.config import CONF, DEVICE, filled
-from prefs.errors import ConfigError, UserError
-from prefs.one_line_errors import one_line_errors
+from prefs.config import CONF, filled
+from prefs.config.limits import DEVICE
+from prefs.errors import ConfigError, UserError, one_line_errors
 from prefs.store.files import write_durably
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def typed(cfg: DictConfig) -> ScoreConfig:
         raise ConfigError("top_p", config.top_p, "more than 0, at most 1")
     if config.seed < 0:
         raise ConfigError("seed", config.seed, "0 or more")
-    if config.device is not None and not DEVICE.fullmatch(config.device):
+    if config.device is not None and not DEVICE.holds(config.device):
         raise ConfigError("device", config.device, "auto, cpu, mps, cuda or cuda:N")
     return config
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from prefs.config import CONF, TemplateConfig
+from prefs.config import CONF
 from prefs.data.template import Template
 from prefs.models.embedded import smollm2_folder
 
@@ -43,8 +43,9 @@ def template(name: str) -> Template:
     """A template as the shipped YAML gives it."""
 
     text = (CONF / "template" / f"{name}.yaml").read_text()
-    config = OmegaConf.merge(OmegaConf.structured(TemplateConfig), yaml.safe_load(text)[name])
-    return Template.from_config(OmegaConf.to_object(config))
+    made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Template), yaml.safe_load(text)[name]))
+    assert isinstance(made, Template)
+    return made
 
 
 @pytest.fixture(scope="session")

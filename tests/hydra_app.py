@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from hydra import initialize_config_dir
 
 from prefs.config import CONF, register
-from prefs.run import register_resolvers
 
 
 @contextmanager
 def shipped_configs() -> Iterator[None]:
     """Inside, `hydra.compose` and Hydra's config loader know what ships."""
     register()
-    register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield

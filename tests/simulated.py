@@ -23,7 +23,7 @@ from hydra.types import HydraContext, RunMode
 from hydra_app import shipped_configs
 from omegaconf import OmegaConf, open_dict
 
-from prefs.config import JudgeConfig, ProbeConfig, TemplateConfig, with_prompts
+from prefs.config import JudgeConfig, ProbeConfig, with_prompts
 from prefs.data.task import Task
 from prefs.data.template import Invalid, Template
 from prefs.models.loading import Models
@@ -176,9 +176,8 @@ def _ratings(
     exact: bool,
     random: np.random.Generator,
 ) -> Ratings:
-    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TemplateConfig), config))
-    assert isinstance(settings, TemplateConfig)
-    template = Template.from_config(settings)
+    template = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Template), config))
+    assert isinstance(template, Template)
     thoughts = None
     if mass.ndim == 3:
         k = mass.shape[1]

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefs.config import DatasetConfig, RowReader, SourceConfig, typed
-from prefs.data.hub_tasks import Skip, in_turn, task_of
+from prefs.data.hub import Skip, in_turn, task_of
 from prefs.data.task import Task, load_tasks
 from prefs.errors import ConfigError, UserError
 
@@ -45,7 +45,7 @@ def shipped(name: str, *overrides: str) -> DatasetConfig:
         return typed(compose("config", overrides=[f"dataset={name}", *overrides])).dataset
 
 
-def said(prefs_log: pytest.LogCaptureFixture) -> list[str]:
+def messages(prefs_log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in prefs_log.records]
 
 
@@ -57,29 +57,11 @@ def counted(skipped: str) -> dict[str, int]:
 
 def chat(*turns: tuple[str, str | None]) -> list[dict[str, Any]]:
     """A conversation as WildChat has it."""
-    return [
-        {
-            "content": content,
-            "language": "English",
-            "role": role,
-            "toxic": False,
-            "redacted": False,
-            "turn_identifier": 1,
-        }
-        for role, content in turns
-    ]
+    return [{"content": content, "language": "English", "role": role, "toxic": False} for role, content in turns]
 
 
 def wildchat(conversation: Any, language: str | None = "English", key: str | None = None) -> dict[str, Any]:
-    return {
-        "conversation_hash": key,
-        "model": "gpt-4",
-        "conversation": conversation,
-        "turn": 1,
-        "language": language,
-        "toxic": False,
-        "redacted": False,
-    }
+    return {"conversation_hash": key, "model": "gpt-4", "conversation": conversation, "turn": 1, "language": language}
 
 
 WILDCHAT_ROWS = [
@@ -106,7 +88,7 @@ def test_wildchat_takes_first_english_user_turns(tmp_path, prefs_log, kind):
         Task("wildchat-h2", "Name a river", "WILDCHAT", None),
         Task(f"wildchat-{sha256(b'Name a sea').hexdigest()[:12]}", "Name a sea", "WILDCHAT", None),
     ]
-    (line,) = said(prefs_log)
+    (line,) = messages(prefs_log)
     tasks, _, skipped = line.partition("; skipped ")
     assert tasks == "wildchat: 3 tasks of 12 rows read"
     assert counted(skipped) == {
@@ -132,7 +114,7 @@ def test_alpaca_joins_instruction_and_input(tmp_path, prefs_log, kind):
     tasks = load_tasks(dataset)
     assert [task.prompt for task in tasks] == ["Name a tree", "Add\n\n1 and 2", "Add"]
     assert all(task.id.startswith("alpaca-") and len(task.id) == len("alpaca-") + 12 for task in tasks)
-    assert said(prefs_log) == ["alpaca: 3 tasks of 5 rows read; skipped 2 empty"]
+    assert messages(prefs_log) == ["alpaca: 3 tasks of 5 rows read; skipped 2 empty"]
 
 
 def test_jsonl_with_fields_of_all_kinds(tmp_path, prefs_log):
@@ -140,7 +122,7 @@ def test_jsonl_with_fields_of_all_kinds(tmp_path, prefs_log):
     rows += [{"input": "no instruction"}, {"instruction": "Add", "input": 7, "output": {"x": [1]}}]
     dataset = shipped("alpaca", f"dataset.sources.alpaca.path={written(tmp_path, rows, 'jsonl')}")
     assert [task.prompt for task in load_tasks(dataset)] == ["Name a tree"]
-    assert said(prefs_log) == ["alpaca: 1 tasks of 8 rows read; skipped 5 not text, 2 empty"]
+    assert messages(prefs_log) == ["alpaca: 1 tasks of 8 rows read; skipped 5 not text, 2 empty"]
 
 
 def test_conversations_of_all_kinds(tmp_path, prefs_log):
@@ -148,7 +130,7 @@ def test_conversations_of_all_kinds(tmp_path, prefs_log):
     rows = [wildchat(value, key=str(at)) for at, value in enumerate(turns)]
     dataset = shipped("wildchat", f"dataset.sources.wildchat.path={written(tmp_path, rows, 'jsonl')}")
     assert load_tasks(dataset) == [Task("wildchat-0", "Name a tree", "WILDCHAT", None)]
-    (line,) = said(prefs_log)
+    (line,) = messages(prefs_log)
     assert counted(line.partition("; skipped ")[2]) == {
         "not a conversation": 3,
         "without a user turn": 1,
@@ -165,22 +147,17 @@ def test_bytes_that_are_no_text_spoil_only_their_row(tmp_path, prefs_log):
     pq.write_table(table, tmp_path / "data" / "train.parquet")
     tasks = load_tasks(shipped("alpaca", f"dataset.sources.alpaca.path={tmp_path}"))
     assert [task.prompt for task in tasks] == ["Name a tree", "Add"]
-    assert said(prefs_log) == ["alpaca: 2 tasks of 3 rows read; skipped 1 not UTF-8"]
+    assert messages(prefs_log) == ["alpaca: 2 tasks of 3 rows read; skipped 1 not UTF-8"]
 
 
-def test_math_reads_seven_subjects(tmp_path):
+def test_math_has_seven_subjects_and_bailbench_categories(tmp_path):
     dataset = shipped("math", f"dataset.sources.math.path={tmp_path}")
     subjects = dataset.sources["math"].configs
     assert len(subjects) == 7
     for subject in subjects:
-        row = {"problem": f"Solve {subject}", "level": "Level 5", "type": subject.title(), "solution": "$1$"}
-        written(tmp_path, [row], name=f"{subject}/train")
-    assert [(task.prompt, task.topic) for task in load_tasks(dataset)] == [
-        (f"Solve {subject}", subject.title()) for subject in subjects
-    ]
-
-
-def test_bailbench_is_a_csv_with_categories(tmp_path):
+        written(tmp_path, [{"problem": f"Solve {subject}", "type": subject.title()}], name=f"{subject}/train")
+    tasks = [(task.prompt, task.topic) for task in load_tasks(dataset)]
+    assert tasks == [(f"Solve {subject}", subject.title()) for subject in subjects]
     file = tmp_path / "bailBench.csv"
     file.write_text('content,subcategory,category\n"Shout, please",Yelling,Loud\nBe quiet,,\n')
     tasks = load_tasks(shipped("bailbench", f"dataset.sources.bailbench.path={file}"))
@@ -197,10 +174,10 @@ SIZES = {"bailbench": 30, "wildchat": 400, "alpaca": 300, "math": 200}
 def four(tmp_path_factory) -> list[str]:
     """Overrides that put the four sources of `mixed` into folders."""
     folder = tmp_path_factory.mktemp("four")
-    bail = [{"content": f"Bail {n}", "subcategory": "s", "category": "c"} for n in range(SIZES["bailbench"])]
+    bail = [{"content": f"Bail {n}", "category": "c"} for n in range(SIZES["bailbench"])]
     wild = [wildchat(chat(("user", f"Wild {n}")), ("English", "French")[n % 2]) for n in range(SIZES["wildchat"])]
-    alpaca = [{"instruction": f"Alpaca {n}", "input": "", "output": "", "text": ""} for n in range(SIZES["alpaca"])]
-    math = [{"problem": f"Math {n}", "level": "1", "type": "t", "solution": ""} for n in range(SIZES["math"])]
+    alpaca = [{"instruction": f"Alpaca {n}", "input": ""} for n in range(SIZES["alpaca"])]
+    math = [{"problem": f"Math {n}", "type": "t"} for n in range(SIZES["math"])]
     for name, rows in (("bailbench", bail), ("wildchat", wild), ("alpaca", alpaca)):
         written(folder / name, rows)
     subjects = shipped("math").sources["math"].configs
@@ -219,7 +196,7 @@ def test_mixed_is_drawn_evenly_over_origins(four, prefs_log):
     assert len(set(origins)) == sum(a != b for a, b in pairwise(origins)) + 1  # source by source
     assert len({task.id for task in tasks}) == 200
     assert all(task.id.startswith(f"{task.origin.lower()}-") for task in tasks)
-    assert [line.split(":")[0] for line in said(prefs_log)] == list(SIZES)
+    assert [line.split(":")[0] for line in messages(prefs_log)] == list(SIZES)
     few = load_tasks(shipped("mixed", *four, "dataset.limit=10"))
     assert sorted(Counter(task.origin for task in few).values()) == [2, 2, 3, 3]
 
@@ -247,6 +224,8 @@ def test_origins_are_chosen_before_anything_is_opened(four):
     assert {task.origin for task in load_tasks(math)} == {"MATH"}
     with pytest.raises(ConfigError, match=r"dataset.origins: got 'MATHS'; allowed: one of ALPACA, BAILBENCH, MATH, W"):
         load_tasks(shipped("mixed", *four, "dataset.origins=[MATHS]"))
+    with pytest.raises(ConfigError, match=r"dataset.sources.math.origin: got 'ALL'; allowed: another name"):
+        load_tasks(shipped("mixed", *four, "dataset.sources.math.origin=ALL"))
 
 
 def test_a_small_limit_reads_few_rows_of_many(tmp_path, prefs_log):
@@ -255,7 +234,7 @@ def test_a_small_limit_reads_few_rows_of_many(tmp_path, prefs_log):
         shipped("wildchat", f"dataset.sources.wildchat.path={written(tmp_path, rows)}", "dataset.limit=300")
     )
     assert len(tasks) == 300
-    (line,) = said(prefs_log)
+    (line,) = messages(prefs_log)
     read, skipped = (int(part.split()[at]) for part, at in ((line.split(" of ")[1], 0), (line.split("skipped ")[1], 0)))
     assert read - skipped == 300
     assert read < 800
@@ -274,8 +253,8 @@ def test_a_prompt_is_one_task_whatever_its_source_case_and_blanks(tmp_path, pref
     tasks = load_tasks(DatasetConfig(name="both", kind="hub", sources=sources))
     normal = sorted(" ".join(task.prompt.split()).casefold().replace("ａ", "a") for task in tasks)
     assert normal == ["add", "name a tree", "run", "sing"]
-    skipped = [counted(line.partition("; skipped ")[2]) for line in said(prefs_log) if "skipped" in line]
-    assert sum((Counter(each) for each in skipped), Counter()) == {"with a prompt seen before": 2}
+    skipped = [counted(line.partition("; skipped ")[2]) for line in messages(prefs_log) if "skipped" in line]
+    assert sum((Counter(counts) for counts in skipped), Counter()) == {"with a prompt seen before": 2}
 
 
 def test_ids_are_unique(tmp_path, prefs_log):
@@ -283,7 +262,7 @@ def test_ids_are_unique(tmp_path, prefs_log):
     sources = {"a": SourceConfig(path=str(written(tmp_path, rows)), origin="One", id="id")}
     tasks = load_tasks(DatasetConfig(name="a", kind="hub", sources=sources))
     assert [task.id for task in tasks] == ["one-7", "one-8"]
-    assert said(prefs_log) == ["a: 2 tasks of 3 rows read; skipped 1 with an id seen before"]
+    assert messages(prefs_log) == ["a: 2 tasks of 3 rows read; skipped 1 with an id seen before"]
 
 
 def test_a_data_set_of_ones_own_needs_no_code(tmp_path):
@@ -320,12 +299,6 @@ def test_no_row_left_says_why(tmp_path):
         load_tasks(shipped("wildchat", f"dataset.sources.wildchat.path={written(tmp_path, rows)}"))
 
 
-def test_the_name_of_the_totals_is_no_origin(tmp_path):
-    sources = {"a": SourceConfig(path=str(written(tmp_path, [{"prompt": "Add"}])), origin="ALL")}
-    with pytest.raises(ConfigError, match=r"dataset.sources.a.origin: got 'ALL'; allowed: another name"):
-        load_tasks(DatasetConfig(name="a", kind="hub", sources=sources))
-
-
 VALUES = st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text(), max_size=2) | st.just("\ud800")
 
 
@@ -333,7 +306,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.tex
 def test_any_row_is_a_task_or_skipped(row):
     source = SourceConfig(path="x", origin="ONE", prompt=["a", "b"], id="id", topic="topic", max_chars=10)
     first, second = row["a"], row["b"]
-    texts = all(each is None or (isinstance(each, str) and each != "\ud800") for each in (first, second))
+    texts = all(text is None or (isinstance(text, str) and text != "\ud800") for text in (first, second))
     if not texts or not (first or "").strip():
         expected = None
     else:

@@ -55,8 +55,8 @@ def run(folder: Path, store: Path, *arguments: str) -> str:
 
 
 def run_folder(folder: Path) -> Path:
-    (found,) = folder.glob("outputs/*/*")
-    return found
+    (only,) = folder.glob("outputs/*/*")
+    return only
 
 
 def tables(folder: Path, template: str = "anchored_precise") -> dict[str, bytes]:
@@ -119,6 +119,11 @@ def test_figures_and_probe_are_there(uninterrupted):
     }
     assert saved.card["model"]["id"] == "embedded:smollm2"
     assert saved.probe.d_model == 576
+    card = json.loads((folder / "anchored_precise" / "probe" / "sampled" / "probe.json").read_text())
+    assert (card["target"], card["metric"], card["dataset"]) == ("mean of 3 seeds", "R²", "mini")
+    chosen = pd.read_csv(folder / "anchored_precise" / "probe_chosen.csv").set_index("target").loc["mean of 3 seeds"]
+    assert card["metrics"]["score"] == pytest.approx(chosen["score"])
+    assert (card["layer"], card["position"]) == (chosen["layer"], chosen["position"])
 
 
 def test_wandb_has_it_all_offline(uninterrupted):
@@ -139,14 +144,6 @@ def test_wandb_has_it_all_offline(uninterrupted):
     assert ("probe", "probe-smollm2-anchored_precise-exact") in logs.artifacts
 
 
-def test_a_second_run_computes_nothing_and_finds_the_same(uninterrupted, tmp_path):
-    folder, store, _ = uninterrupted
-    printed = run(tmp_path, store, *SMALL)
-    assert "Loading" not in printed
-    assert re.findall(r"(\d+) computed", printed.partition("smollm2 ·")[0]) == ["0"] * 5
-    assert tables(run_folder(tmp_path)) == tables(folder)
-
-
 # The program, where no engine can be loaded and no tokenizer, and nothing can be trained.
 MODEL_FREE = """
 import sys
@@ -163,20 +160,21 @@ main()
 def test_a_job_that_finds_everything_needs_no_model(uninterrupted, tmp_path):
     folder, store, _ = uninterrupted
 
-    def found(place: str, *changed: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", MODEL_FREE, *SMALL, "wandb.mode=disabled", f"hydra.run.dir={place}", *changed]
+    def run_again(name: str, *changed: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", MODEL_FREE, *SMALL, "wandb.mode=disabled", f"hydra.run.dir={name}", *changed]
         return subprocess.run(
             command, cwd=tmp_path, env=environment(store), capture_output=True, text=True, check=False, timeout=120
         )
 
-    whole = found("whole")
+    whole = run_again("whole")
     assert whole.returncode == 0, whole.stderr
+    assert re.findall(r"(\d+) computed", whole.stdout.partition("smollm2 ·")[0]) == ["0"] * 5
     assert tables(tmp_path / "whole") == tables(folder)
     written = {str(path.relative_to(folder)) for path in (folder / "anchored_precise").rglob("*")}
     assert {str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*")} >= written
     # The same program does have to train where something else is wanted, and to load where something is missing.
     for change, lacks in {"probe.layers=[14]": "lightning", "rating.seeds=[0,1,2,3]": "transformer"}.items():
-        other = found("other", change)
+        other = run_again("other", change)
         assert other.returncode == 1
         assert re.search(rf"(ModuleNotFoundError|ImportError).*{lacks}", other.stderr), other.stderr
 
@@ -213,8 +211,8 @@ def test_a_sweep_runs_on_one_loaded_model_and_the_same_completions(uninterrupted
     assert len(jobs) == 3
     assert len({(job / "completions.csv").read_bytes() for job in jobs}) == 1
     runs = [offline_wandb.read(next(job.glob("wandb/offline-run-*"))) for job in jobs]
-    assert sorted(each.name for each in runs) == ["smollm2-anchored", "smollm2-likert", "smollm2-stated"]
-    assert {each.group for each in runs} == {"/".join(jobs[0].parts[-3:-1])}
+    assert sorted(run.name for run in runs) == ["smollm2-anchored", "smollm2-likert", "smollm2-stated"]
+    assert {run.group for run in runs} == {"/".join(jobs[0].parts[-3:-1])}
     compared = jobs[0].parent / "comparison"
     assert "Comparison · 3 cells of 3 jobs" in printed
     cells = pd.read_csv(compared / "cells.csv").query("origin == 'ALL'").set_index("template")
@@ -245,8 +243,8 @@ def test_an_experiment_is_a_multirun_and_templates_share_a_job(uninterrupted, tm
     (job,) = tmp_path.glob("multirun/*/*/0")
     assert "Comparison · 6 cells of 1 job" in printed
     logs = [offline_wandb.read(folder) for folder in sorted(job.glob("wandb/offline-run-*"))]
-    assert {each.group for each in logs} == {f"template_comparison {'/'.join(job.parts[-3:-1])}"}
-    assert len({each.name for each in logs}) == 6
+    assert {log.group for log in logs} == {f"template_comparison {'/'.join(job.parts[-3:-1])}"}
+    assert len({log.name for log in logs}) == 6
     agreement = pd.read_csv(job.parent / "comparison" / "agreement.csv")
     assert len(agreement) == 15
     assert agreement["n"].eq(12).all()
@@ -319,38 +317,6 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, arguments,
 
 
 @pytest.mark.slow
-def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    process = start(tmp_path, tmp_path / "store", "dataset=mixed", "dataset.origins=[ALPACA]")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert err.startswith("prefs: alpaca: tatsu-lab/alpaca cannot be reached, and the cache of `datasets` does not")
-    assert err.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_data_sets_of_the_hub_from_folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    turns = [{"role": "user", "content": "Name a tree"}]
-    english, other = ({"conversation": turns, "language": name, "conversation_hash": "h"} for name in ("English", "?"))
-    rows = {
-        "alpaca": [{"instruction": "Add", "input": "1 and 2"}, {"instruction": "Sing", "input": ""}],
-        "wildchat": [english, other],
-    }
-    for name, lines in rows.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    paths = [f"dataset.sources.{name}.path={tmp_path / name}" for name in rows]
-    small = ["probe=none", "capture=none", "rating.seeds=[]", "completer.max_new_tokens=2", "wandb.mode=disabled"]
-    printed = run(tmp_path, tmp_path / "store", "dataset=mixed", "dataset.origins=[ALPACA,WILDCHAT]", *paths, *small)
-    assert "wildchat: 1 tasks of 2 rows read; skipped 1 with another language than English" in printed
-    completions = pd.read_csv(run_folder(tmp_path) / "completions.csv")
-    assert completions["prompt"].tolist() == ["Name a tree", "Add\n\n1 and 2", "Sing"]
-    assert completions["task"].str.fullmatch(r"wildchat-h|alpaca-\w{12}").all()
-
-
-@pytest.mark.slow
 def test_no_secret_is_written_anywhere(uninterrupted, tmp_path):
     _, store, _ = uninterrupted
     secret = "0123456789abcdef" * 2 + "deadbeef"
@@ -379,30 +345,20 @@ def test_a_users_own_data_and_template(uninterrupted, tmp_path):
     assert exact["valid_mass"].between(0, 1).all()
 
 
-def test_help_config_and_completion(tmp_path):
-    def output(*command: str, **env: str) -> str:
+def test_help_config_completion_and_a_users_own_main_config(tmp_path):
+    def output(*command: str, module: str = "prefs.run", **env: str) -> str:
         return subprocess.run(
-            [sys.executable, "-m", "prefs.run", *command],
-            cwd=tmp_path,
-            env=environment(tmp_path) | env,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        ).stdout
+            [sys.executable, "-m", module, *command],
+            cwd=tmp_path, env=environment(tmp_path) | env, capture_output=True, text=True, check=True, timeout=60,
+        ).stdout  # fmt: skip
 
     printed = output("--help")
     assert "what do language models say they like" in printed
     assert "template: agreement, anchored, anchored_precise, binary, likert, stated" in printed
-    assert "name: smollm2" in output("--cfg", "job")
+    assert "score" not in printed
+    assert "text_file=PATH" in output("--help", module="prefs.score")
     assert "reader: conversation" in output("--cfg", "job", "dataset=wildchat")
     assert "template=likert" in output("-sc", "query=bash", COMP_LINE="prefs-run template=li")
-
-
-def test_the_probe_card_is_json_a_stranger_can_read(uninterrupted):
-    folder, _, _ = uninterrupted
-    card = json.loads((folder / "anchored_precise" / "probe" / "sampled" / "probe.json").read_text())
-    assert (card["target"], card["metric"], card["dataset"]) == ("mean of 3 seeds", "R²", "mini")
-    chosen = pd.read_csv(folder / "anchored_precise" / "probe_chosen.csv").set_index("target").loc["mean of 3 seeds"]
-    assert card["metrics"]["score"] == pytest.approx(chosen["score"])
-    assert (card["layer"], card["position"]) == (chosen["layer"], chosen["position"])
+    own = "defaults:\n  - config\n  - _self_\nrating:\n  seeds: [7]\n"
+    (tmp_path / "main.yaml").write_text(own)
+    assert "- 7\n" in output("--config-dir", ".", "--config-name", "main", "--cfg", "job", "--package", "rating")

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sweeps import environment, jobs
 
-from prefs.data.shard import Shard
 from prefs.errors import ConfigError, UserError
+from prefs.sweep import Shard
 
 SMALL = [
     "dataset.limit=7",
@@ -30,7 +30,7 @@ SMALL = [
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_every_task_is_in_one_shard(tasks, count):
     shards = [Shard.parse(f"{number}/{count}") for number in range(1, min(count, tasks) + 1)]
-    shares = [shard.of(range(tasks)) for shard in shards]
+    shares = [shard.share(range(tasks)) for shard in shards]
     assert sorted(task for share in shares for task in share) == list(range(tasks))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert [str(shard) for shard in shards] == [f"{number}/{count}" for number in range(1, len(shards) + 1)]
@@ -44,7 +44,7 @@ def test_what_is_no_shard_is_refused(text):
 
 def test_more_shards_than_tasks():
     with pytest.raises(UserError, match="shard: 4/4 has no task; there are only 3"):
-        Shard(4, 4).of("abc")
+        Shard(4, 4).share("abc")
 
 
 def test_shards_are_merged_by_reading_the_store(tmp_path):

@@ -1,14 +1,32 @@
-"""What a multirun's folder says of it, held against what Hydra's own sweeper makes of the same command line."""
+"""What a multirun's folder says of it, held against what Hydra's own sweeper makes of the same command line; and what
+its jobs ask a cluster for."""
 
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from hydra_app import shipped_configs
+from omegaconf import OmegaConf
 from simulated import hydra_sweep
 
-from prefs.sweep import command, job_count, name_suffix, noting_sweeps, sweep_name, swept
+from prefs.sweep import (
+    NoteSweep,
+    command,
+    job_count,
+    job_gpus,
+    name_suffix,
+    noting_sweeps,
+    sweep_gpus,
+    sweep_name,
+    swept,
+)
 
 # Overrides, what is swept over, and the suffix of the last job's name.
 SWEEPS = {
@@ -100,14 +118,13 @@ SWEEPS = {
 def test_a_sweep_is_read_back_as_hydra_splits_it(case, tmp_path):
     overrides, values, suffix = SWEEPS[case]
     jobs = hydra_sweep(tmp_path, *overrides)
-    found = swept(tmp_path)
-    assert found == values
+    assert swept(tmp_path) == values
     assert job_count(tmp_path) == len(jobs)
-    assert name_suffix(jobs[-1], found) == suffix
+    assert name_suffix(jobs[-1], values) == suffix
     # What the name leaves out is in the rater's and template's names, or is the experiment.
     named = ("model", "template", "+experiment")
-    told = [(name_suffix(job, found), [each for each in job if each.partition("=")[0] in named]) for job in jobs]
-    assert len({str(each) for each in told}) == len(jobs)
+    names = {str((name_suffix(job, values), [word for word in job if word.partition("=")[0] in named])) for job in jobs}
+    assert len(names) == len(jobs)
 
 
 def test_a_job_is_found_by_its_overrides_whatever_their_order():
@@ -116,35 +133,30 @@ def test_a_job_is_found_by_its_overrides_whatever_their_order():
     assert name_suffix(["completer.seed=1"], {}) == ""
 
 
-def test_the_command_line_can_be_pasted(tmp_path):
-    overrides = ["model=smollm2,smollm2_plain", "completer.system_prompt='Be kind, please.'", "rating.seeds=[0,1]"]
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=smollm2,smollm2_plain", "completer.system_prompt='Be kind, please.'", "rating.seeds=[0,1]"],
+        ["+experiment=model_comparison", "hydra.sweeper.params.model='smollm2_plain,smollm2'"],
+    ],
+)
+def test_the_command_line_can_be_pasted(tmp_path, overrides):
     hydra_sweep(tmp_path, *overrides)
-    line = command(tmp_path)
-    assert line is not None
-    assert shlex.split(line) == ["python", "-m", "prefs.run", "-m", *overrides]
-    assert line.startswith("python -m prefs.run -m model=smollm2,smollm2_plain ")
-
-
-def test_the_command_line_has_what_was_given_to_hydra(tmp_path):
-    overrides = ["+experiment=model_comparison", "hydra.sweeper.params.model='smollm2_plain,smollm2'"]
-    hydra_sweep(tmp_path, *overrides)
-    assert set(shlex.split(command(tmp_path) or "")[4:]) == set(overrides)
-
-
-def test_no_folder_of_a_multirun(tmp_path):
-    assert swept(tmp_path) == {}
-    assert job_count(tmp_path) is None
-    assert command(tmp_path) is None
-    assert job_count(tmp_path / "none") is None
+    words = shlex.split(command(tmp_path) or "")
+    assert words[:4] == ["python", "-m", "prefs.run", "-m"]
+    assert set(words[4:]) == set(overrides)
 
 
 @pytest.mark.parametrize(
-    "content", ["", "hydra: [", "- 1\n", "hydra: 3\n", "\x00", "hydra:\n  overrides:\n    task: ["]
+    "content", [None, "", "hydra: [", "- 1\n", "hydra: 3\n", "\x00", "hydra:\n  overrides:\n    task: ["]
 )
-def test_a_damaged_file_tells_nothing_and_stops_nothing(content, tmp_path):
-    (tmp_path / "multirun.yaml").write_text(content)
+def test_a_file_that_is_damaged_or_not_there_tells_nothing_and_stops_nothing(content, tmp_path):
+    if content is not None:
+        (tmp_path / "multirun.yaml").write_text(content)
     assert swept(tmp_path) == {}
     assert job_count(tmp_path) in (None, 1)
+    if content is None:
+        assert command(tmp_path) is None
 
 
 def test_another_sweepers_parameters_tell_nothing(tmp_path):
@@ -165,13 +177,54 @@ def test_names_of_sweeps():
 
 
 def test_sweeps_are_noted_only_inside():
-    from omegaconf import OmegaConf
-
-    from prefs.sweep import NoteSweep
-
     begun = OmegaConf.create({"hydra": {"sweep": {"dir": "multirun/a"}}})
     NoteSweep().on_multirun_start(begun)
     with noting_sweeps() as folders:
         NoteSweep().on_multirun_start(begun)
     NoteSweep().on_multirun_start(begun)
     assert folders == [Path("multirun/a").absolute()]
+
+
+UNKNOWN = ["model=hf", "model.path=x"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [
+        ([], 0),
+        (UNKNOWN, 1),
+        ([*UNKNOWN, "model.device=cpu"], 0),
+        ([*UNKNOWN, "model.device=cuda:1"], 1),
+        (["model=gpt5nano", "model.gpus=2"], 0),
+        (["model=llama70b"], 4),
+        (["model=llama8b", "model.backend=vllm", "model.vllm.data_parallel_size=3"], 3),
+        ([*UNKNOWN, "model.backend=vllm", "model.vllm.tensor_parallel_size=2"], 2),
+        (["completer=hf", "completer.model.path=x"], 1),
+        (["judge=llm", "model@judge.model=llama70b"], 4),
+        ([*UNKNOWN, "model.gpus=8"], 8),
+        # A sweep asks for what its largest job needs.
+        (["template=anchored,likert"], 0),
+        (["model=smollm2,llama8b"], 1),
+        (["model=llama8b,llama70b,smollm2", "template=anchored,likert"], 4),
+        (["model=llama8b", "model.gpus=choice(1,3)"], 3),
+    ],
+)
+def test_a_job_asks_for_what_its_largest_model_needs(overrides, gpus):
+    with shipped_configs():
+        # A sweep's own config, as Hydra composes it: with what is swept over, and not yet any job.
+        loader = GlobalHydra.instance().config_loader()
+        assert sweep_gpus(loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)) == gpus
+        if not any("," in override for override in overrides):
+            assert job_gpus(compose("config", overrides)) == gpus
+
+
+@pytest.mark.parametrize(("launcher", "plugin"), [("ray", "ray"), ("slurm", "submitit")])
+def test_a_launcher_that_is_not_installed_is_one_line(launcher, plugin, tmp_path):
+    module = f"hydra_plugins.hydra_{plugin}_launcher.{plugin}_launcher"
+    without = f"import sys; sys.modules[{module!r}] = None; from prefs.run import main; main()"
+    command = [sys.executable, "-c", without, "-m", f"hydra/launcher={launcher}", "template=likert"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"prefs: hydra/launcher={launcher} is not installed: pip install -e '.[{launcher}]' in the checkout"
+    )

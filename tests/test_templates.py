@@ -7,17 +7,16 @@ from conftest import TEMPLATES, template
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefs.config import OptionConfig, Reading, TemplateConfig
-from prefs.data.template import Invalid, Option, Template
+from prefs.data.template import Invalid, Option, Reading, Template
 from prefs.errors import ConfigError
 
 ANCHORED = template("anchored")
 LIKERT = template("likert")
 AGREEMENT = template("agreement")
 BINARY = template("binary")
-TO_TEN = Template("t", "?", tuple(Option(str(n), float(n)) for n in range(11)), Reading.number)
-HALVES = Template("t", "?", tuple(Option(f"{n / 2:g}", n / 2) for n in range(2, 11)), Reading.number)
-SIGNED = Template("t", "?", tuple(Option(str(n), float(n)) for n in range(-2, 3)), Reading.number)
+TO_TEN = Template("t", "?", [Option(str(n), float(n)) for n in range(11)], Reading.number)
+HALVES = Template("t", "?", [Option(f"{n / 2:g}", n / 2) for n in range(2, 11)], Reading.number)
+SIGNED = Template("t", "?", [Option(str(n), float(n)) for n in range(-2, 3)], Reading.number)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +149,9 @@ def test_a_cut_off_answer_may_have_gone_on():
 
 @pytest.mark.parametrize("words", [("C#", "C"), ("*", "**"), ("fair", "Fair")])
 def test_words_that_read_the_same_are_refused(words):
-    options = [OptionConfig(say=word, value=at) for at, word in enumerate(words)]
+    options = [Option(say=word, value=at) for at, word in enumerate(words)]
     with pytest.raises(ConfigError, match="told apart when read"):
-        Template.from_config(TemplateConfig(name="t", question="?", options=options, reading=Reading.option))
+        Template("t", "?", options, Reading.option).check("t")
 
 
 def test_huge_answers_are_read_in_reasonable_time():

@@ -1,7 +1,8 @@
-"""Data sets that the library `datasets` reads, opened memory-mapped: from the hub, its cache, a folder or a file.
+"""Tasks of data sets that the library `datasets` reads, memory-mapped: from the hub, its cache, a folder or a file.
 
-What cannot be opened is one line that says what to do. A data set pinned to a commit is taken from the cache without
-asking the hub, so a second run works anywhere; the library's own offline mode would take the latest commit it has.
+They are drawn by seed from rows that stay on disk, until there are enough. What cannot be opened is one line that says
+what to do. A data set pinned to a commit is taken from the cache without asking the hub, so a second run works
+anywhere; the library's own offline mode would take the latest commit it has.
 """
 
 from __future__ import annotations
@@ -9,25 +10,206 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlparse
 
-from prefs.config import RowReader, SourceConfig
-from prefs.errors import UserError
+import numpy as np
+import xxhash
+
+from prefs.config import DatasetConfig, RowReader, SourceConfig
+from prefs.data.task import ALL, Task, id_of_prompt, is_unicode
+from prefs.errors import ConfigError, UserError
+from prefs.progress import progress
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
 
 log = logging.getLogger("prefs")
+Item = TypeVar("Item")
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-URL = re.compile(r"https?://")
 FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 SECONDS = 5.0  # to find out that there is no network
 TURN = ("role", "content")
+ROWS_AT_ONCE = 64  # few enough that a batch of huge rows fits in memory
+
+
+class Skip(Exception):
+    """A row that cannot be a task, and the reason under which it is counted."""
+
+
+def hub_tasks(dataset: DatasetConfig) -> list[Task]:
+    """Tasks drawn evenly over origins by ``seed``, in the order of the sources and of their rows.
+
+    A larger ``limit`` adds tasks to those of a smaller one. Rows are read in the order of the draw, and only as many as
+    it takes. Of rows with the same prompt, but for case, blanks and Unicode forms, the one drawn first is kept.
+
+    Raises
+    ------
+    UserError
+        If a source cannot be opened or none of its rows can be a task.
+    ConfigError
+        If an origin is not in the data set.
+    """
+    known = sorted({source.origin for source in dataset.sources.values()})
+    for key, source in dataset.sources.items():
+        if source.origin == ALL:
+            raise ConfigError(f"dataset.sources.{key}.origin", ALL, "another name; this one is kept for the totals")
+    for origin in dataset.origins or []:
+        if origin not in known:
+            raise ConfigError("dataset.origins", origin, known)
+    seen: set[bytes | str] = set()
+    draws = [
+        Draw(number, name, source, open_source(name, source, columns_of(source)), dataset.seed, seen)
+        for number, (name, source) in enumerate(dataset.sources.items())
+        if dataset.origins is None or source.origin in dataset.origins
+    ]
+    origins = sorted({draw.source.origin for draw in draws})
+    order = np.random.default_rng(dataset.seed).permutation(len(origins))
+    streams = [in_turn(draw for draw in draws if draw.source.origin == origins[index]) for index in order]
+    rows = sum(len(draw.rows) for draw in draws)
+    drawn = []
+    with progress("Reading tasks", min(rows, dataset.limit or rows)) as advance:
+        for task in islice(in_turn(streams), dataset.limit):
+            drawn.append(task)
+            advance(1)
+    for draw in draws:
+        log.info("%s", draw)
+    return [task for _, task in sorted(drawn, key=lambda placed: placed[0])]
+
+
+def columns_of(source: SourceConfig) -> list[str]:
+    """The columns that a source's tasks are made of, each once."""
+    named = [*source.prompt, source.id, source.topic, *source.only]
+    return list(dict.fromkeys(name for name in named if name is not None))
+
+
+@dataclass
+class Draw:
+    """One source's rows in the order of its draw. Iterating gives ((source, row), task), and counts what it skips.
+
+    ``seen`` holds ids and prompts (as 16-byte digests) that a task of any source already has.
+    """
+
+    number: int
+    name: str
+    source: SourceConfig
+    rows: Dataset
+    seed: int
+    seen: set[bytes | str]
+    read: int = 0
+    tasks: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], Task]]:
+        order = np.random.default_rng(self.seed).permutation(len(self.rows))
+        for start in range(0, len(order), ROWS_AT_ONCE):
+            batch = order[start : start + ROWS_AT_ONCE].tolist()
+            for index, row in zip(batch, rows_at(self.rows, batch), strict=True):
+                self.read += 1
+                try:
+                    task = self._new(task_of(row, self.source))
+                except Skip as reason:
+                    self.skipped[str(reason)] += 1
+                    continue
+                self.tasks += 1
+                yield (self.number, index), task
+        if not self.tasks:
+            raise UserError(f"no row of {self.source.path} can be a task; {self}")
+
+    def _new(self, task: Task) -> Task:
+        plain = " ".join(unicodedata.normalize("NFKC", task.prompt).casefold().split())
+        digest = xxhash.xxh3_128_digest(plain.encode())
+        if digest in self.seen:
+            raise Skip("with a prompt seen before")
+        if task.id in self.seen:
+            raise Skip("with an id seen before")
+        self.seen |= {digest, task.id}
+        return task
+
+    def __str__(self) -> str:
+        line = f"{self.name}: {self.tasks:,} tasks of {self.read:,} rows read"
+        if self.skipped:
+            line += "; skipped " + ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common())
+        return line
+
+
+def in_turn(streams: Iterable[Iterable[Item]]) -> Iterator[Item]:
+    """One from each stream, again and again, leaving out those that have ended (`itertools`' recipe ``roundrobin``)."""
+    going = [iter(stream) for stream in streams]
+    turns: Iterator[Iterator[Item]] = iter(going)
+    for count in range(len(going), 0, -1):
+        turns = cycle(islice(turns, count))
+        yield from map(next, turns)
+
+
+def rows_at(rows: Dataset, indices: list[int]) -> list[Mapping[str, Any] | None]:
+    """Rows by index; None for one whose bytes are no text."""
+    try:
+        table = rows[indices]
+    except UnicodeDecodeError:
+        return [None] if len(indices) == 1 else [row for index in indices for row in rows_at(rows, [index])]
+    return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+
+
+def task_of(row: Mapping[str, Any] | None, source: SourceConfig) -> Task:
+    """The task of a row.
+
+    Raises
+    ------
+    Skip
+        If the row cannot be one.
+    """
+    if row is None:
+        raise Skip("not UTF-8")
+    for column, wanted in source.only.items():
+        if row[column] != wanted:
+            raise Skip(f"with another {column} than {wanted}")
+    columns = [row[column] for column in source.prompt]
+    prompt = _joined(columns if source.reader is RowReader.columns else [_first_user_turn(columns[0])])
+    if source.max_chars is not None and len(prompt) > source.max_chars:
+        raise Skip(f"longer than {source.max_chars:,} characters")
+    task_id = (_label(row[source.id]) if source.id else None) or id_of_prompt(prompt)
+    topic = _label(row[source.topic]) if source.topic else None
+    return Task(f"{source.origin.lower()}-{task_id}", prompt, source.origin, topic)
+
+
+def _first_user_turn(conversation: Any) -> Any:
+    if conversation is None:
+        return None
+    if not isinstance(conversation, list):
+        raise Skip("not a conversation")
+    for turn in conversation:
+        if isinstance(turn, dict) and turn.get("role") == "user":
+            return turn.get("content")
+    raise Skip("without a user turn")
+
+
+def _joined(values: list[Any]) -> str:
+    """The first text, which must be there, and those of the others that are."""
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            raise Skip("not text")
+        if value is not None and not is_unicode(value):
+            raise Skip("with half a surrogate pair")
+    first, *others = [value or "" for value in values]
+    if not first.strip():
+        raise Skip("empty")
+    return "\n\n".join([first, *(other for other in others if other.strip())])
+
+
+def _label(value: Any) -> str | None:
+    """An id or topic; None where there is none that could be one."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) and value.strip() and is_unicode(value) else None
 
 
 def open_source(name: str, source: SourceConfig, columns: Sequence[str]) -> Dataset:
@@ -48,16 +230,14 @@ def open_source(name: str, source: SourceConfig, columns: Sequence[str]) -> Data
 
 
 def _open(name: str, source: SourceConfig, config: str | None) -> Dataset:
-    if URL.match(source.path):
+    if re.match(r"https?://", source.path):
         return _open_file(urlparse(source.path).path, _downloaded(name, source.path))
-    place = Path(source.path).expanduser()
-    if place.exists() and set("*?[]") & set(str(place.resolve())):
-        raise UserError(f"{name}: `datasets` takes * ? [ ] in {place.resolve()} for a pattern; give it another name")
-    if place.is_dir():
-        return _open_folder(place.resolve(), config, source.split)
-    if place.is_file():
-        return _open_file(place.name, str(place.resolve()))
-    return _open_hub(name, source, config)
+    path = Path(source.path).expanduser().resolve()
+    if not path.exists():
+        return _open_hub(name, source, config)
+    if set("*?[]") & set(str(path)):
+        raise UserError(f"{name}: `datasets` takes * ? [ ] in {path} for a pattern; give it another name")
+    return _open_folder(path, config, source.split) if path.is_dir() else _open_file(path.name, str(path))
 
 
 def _open_folder(folder: Path, config: str | None, split: str) -> Dataset:
@@ -75,21 +255,17 @@ def _open_folder(folder: Path, config: str | None, split: str) -> Dataset:
             raise ValueError(f'Unknown split "{missing[0]}". Should be one of {list(saved)}.')
         return concatenate_datasets([saved[part] for part in split.split("+")])
     # A folder may hold a part of what its card counts.
-    rows = load_dataset(str(folder), config, split=split, verification_mode="no_checks")
-    assert isinstance(rows, Dataset)
-    return rows
+    return load_dataset(str(folder), config, split=split, verification_mode="no_checks")
 
 
-def _open_file(called: str, file: str) -> Dataset:
-    """One file, which is one split whatever it is called."""
-    from datasets import Dataset, load_dataset
+def _open_file(name: str, path: str) -> Dataset:
+    """One file, which is one split whatever its name is."""
+    from datasets import load_dataset
 
-    kind = FILES.get(Path(called).suffix.lower())
-    if kind is None:
-        raise UserError(f"{called}: not a kind of file that can be read; use {', '.join(FILES)}")
-    rows = load_dataset(kind, data_files=file, split="train")
-    assert isinstance(rows, Dataset)
-    return rows
+    reader = FILES.get(Path(name).suffix.lower())
+    if reader is None:
+        raise UserError(f"{name}: not a kind of file that can be read; use {', '.join(FILES)}")
+    return load_dataset(reader, data_files=path, split="train")
 
 
 def _downloaded(name: str, url: str) -> str:
@@ -105,13 +281,13 @@ def _downloaded(name: str, url: str) -> str:
     except (OSError, aiohttp.ClientError) as error:
         cause = error.__cause__ or error  # fsspec says "not found" whatever it was
         if isinstance(cause, aiohttp.ClientResponseError):
-            said = f"{cause.status} {cause.message}"
-            raise UserError(f"{name}: {url} cannot be fetched ({said}); check dataset.sources.{name}.path") from error
+            answer = f"{cause.status} {cause.message}"
+            raise UserError(f"{name}: {url} cannot be fetched ({answer}); check dataset.sources.{name}.path") from error
         raise _out_of_reach(name, url) from error
 
 
 def _open_hub(name: str, source: SourceConfig, config: str | None) -> Dataset:
-    from datasets import Dataset, load_dataset_builder
+    from datasets import load_dataset_builder
 
     pinned = source.revision is not None and COMMIT.fullmatch(source.revision) is not None
     builder = _cached(source.path, config, source.revision) if pinned else None
@@ -126,9 +302,7 @@ def _open_hub(name: str, source: SourceConfig, config: str | None) -> Dataset:
     if not pinned and config in (None, *source.configs[:1]):  # said once a source
         line = "%s: %s, at revision %s; to keep to it, give dataset.sources.%s.revision=%s"
         log.info(line, name, source.path, builder.hash, name, builder.hash)
-    rows = builder.as_dataset(split=source.split)
-    assert isinstance(rows, Dataset)
-    return rows
+    return builder.as_dataset(split=source.split)  # type: ignore[return-value]
 
 
 def _cached(path: str, config: str | None, revision: str | None) -> DatasetBuilder | None:
@@ -139,12 +313,12 @@ def _cached(path: str, config: str | None, revision: str | None) -> DatasetBuild
 
     *owner, repository = path.split("/")
     root = Path(settings.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(repository)])
-    found = [folder for folder in root.glob(f"{config or '*'}/*/{revision or '*'}") if COMMIT.fullmatch(folder.name)]
-    if config is None and len({folder.parts[-3] for folder in found}) > 1:
-        found = [folder for folder in found if folder.parts[-3] == "default"]
-    if not found:
+    folders = [folder for folder in root.glob(f"{config or '*'}/*/{revision or '*'}") if COMMIT.fullmatch(folder.name)]
+    if config is None and len({folder.parts[-3] for folder in folders}) > 1:
+        folders = [folder for folder in folders if folder.parts[-3] == "default"]
+    if not folders:
         return None
-    *_, kept_config, version, commit = max(found, key=lambda folder: folder.stat().st_mtime).parts
+    *_, kept_config, version, commit = max(folders, key=lambda folder: folder.stat().st_mtime).parts
     builder = Cache(repo_id=path, dataset_name=repository, config_name=kept_config, version=version, hash=commit)
     builder.download_and_prepare()
     return builder
@@ -174,12 +348,12 @@ def _out_of_reach(name: str, path: str, revision: str | None = None, latest: Dat
 def _check_columns(name: str, source: SourceConfig, columns: Sequence[str], rows: Dataset) -> None:
     from datasets import Json, List, Value
 
-    found = rows.column_names
-    missing = [column for column in columns if column not in found]
+    missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise UserError(
             f"{name}: the columns of {source.path} are not as expected: there is no {', '.join(missing)}; "
-            f"expected {', '.join(columns)}; found {', '.join(found)}; dataset.sources.{name} names the columns to use"
+            f"expected {', '.join(columns)}; found {', '.join(rows.column_names)}; "
+            f"dataset.sources.{name} names the columns to use"
         )
     if source.reader is RowReader.conversation:
         column = rows.features[source.prompt[0]]
@@ -226,10 +400,9 @@ def _explained(name: str, source: SourceConfig) -> Iterator[None]:
     except UserError:
         raise
     except DatasetNotFoundError as error:
-        said = str(error)
-        if "gated" in said:
+        if "gated" in str(error):
             line = "is gated: accept its terms on its page on the hub, and give your token as HF_TOKEN"
-        elif said.startswith("Revision"):
+        elif str(error).startswith("Revision"):
             line = f"has no revision {source.revision}; {key}.revision=null takes the latest"
         else:
             line = f"is not on the hub, or not for you to read; check {key}.path, and give HF_TOKEN if it is private"
@@ -242,7 +415,6 @@ def _explained(name: str, source: SourceConfig) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, DatasetGenerationError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        said = str(cause)[:500] or type(cause).__name__
-        raise UserError(
-            f"{name}: {source.path} cannot be read ({said}); check {key}.path, .configs and .split"
-        ) from error
+        reason = str(cause)[:500] or type(cause).__name__
+        line = f"{name}: {source.path} cannot be read ({reason}); check {key}.path, .configs and .split"
+        raise UserError(line) from error

@@ -1,4 +1,4 @@
-"""Tasks: the embedded data set, the user's own JSONL or CSV, and (in `hub_tasks`) data sets of the hub."""
+"""Tasks: the embedded data set, the user's own JSONL or CSV, and (in `hub`) data sets of the hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_tasks(dataset: DatasetConfig) -> list[Task]:
         If an origin is not in the data set.
     """
     if dataset.kind == "hub":
-        from prefs.data.hub_tasks import hub_tasks
+        from prefs.data.hub import hub_tasks
 
         return hub_tasks(dataset)
     if dataset.kind == "mini":
@@ -96,10 +96,8 @@ def _task(path: Path, line: int, row: Mapping[str, object]) -> Task:
             return str(value)
         if not isinstance(value, str):
             raise UserError(f"{path}:{line}: `{name}` is {type(value).__name__}, not text")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{path}:{line}: `{name}` holds half a surrogate pair, which is no text") from None
+        if not is_unicode(value):
+            raise UserError(f"{path}:{line}: `{name}` holds half a surrogate pair, which is no text")
         return value
 
     unknown = sorted(set(row) - {"id", "prompt", "origin", "topic"})
@@ -110,61 +108,69 @@ def _task(path: Path, line: int, row: Mapping[str, object]) -> Task:
         raise UserError(f"{path}:{line}: the `prompt` is empty")
     if text("origin") == ALL:
         raise UserError(f"{path}:{line}: the origin {ALL} is kept for the totals; give it another name")
-    # Without an id, the prompt names the task: stable under reordering the file.
-    task_id = text("id") or hashlib.sha256(prompt.encode()).hexdigest()[:12]
-    return Task(id=task_id, prompt=prompt, origin=text("origin") or NO_ORIGIN, topic=text("topic"))
+    return Task(text("id") or id_of_prompt(prompt), prompt, text("origin") or NO_ORIGIN, text("topic"))
+
+
+def id_of_prompt(prompt: str) -> str:
+    """What names a task that has no id: stable when rows are put in another order."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    with _open(path) as file:
-        for line, raw in enumerate(_decoded(path, file), start=1):
-            if not raw.strip():
-                raise UserError(f"{path}:{line}: an empty line")
-            try:
-                row = json.loads(raw)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{path}:{line}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{line}: a JSON {type(row).__name__}, not an object with a `prompt`")
-            yield line, row
+    for line, text in enumerate(_lines(path), start=1):
+        if not text.strip():
+            raise UserError(f"{path}:{line}: an empty line")
+        try:
+            row = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path}:{line}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{line}: a JSON {type(row).__name__}, not an object with a `prompt`")
+        yield line, row
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     csv.field_size_limit(2**31 - 1)
-    with _open(path) as file:
-        reader = csv.reader(_decoded(path, file), strict=True)
-        header: list[str] | None = None
-        line = 1
-        try:
-            for values in reader:
-                if header is None:
-                    header = [name.strip() for name in values]
-                    if "prompt" not in header:
-                        raise UserError(f"{path}:{line}: no column `prompt`; the header has {', '.join(header)}")
-                elif not any(value.strip() for value in values):
-                    raise UserError(f"{path}:{line}: an empty row")
-                elif len(values) != len(header):
-                    raise UserError(f"{path}:{line}: {len(values)} values under {len(header)} columns")
-                else:
-                    yield line, dict(zip(header, values, strict=True))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{path}:{line}: not CSV ({error})") from None
-
-
-def _open(path: Path):
+    reader = csv.reader(_lines(path), strict=True)
+    header: list[str] | None = None
+    line = 1
     try:
-        return path.open("rb")
+        for values in reader:
+            if header is None:
+                header = [name.strip() for name in values]
+                if "prompt" not in header:
+                    raise UserError(f"{path}:{line}: no column `prompt`; the header has {', '.join(header)}")
+            elif not any(value.strip() for value in values):
+                raise UserError(f"{path}:{line}: an empty row")
+            elif len(values) != len(header):
+                raise UserError(f"{path}:{line}: {len(values)} values under {len(header)} columns")
+            else:
+                yield line, dict(zip(header, values, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: not CSV ({error})") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open("rb") as file:
+            for line, raw in enumerate(file, start=1):
+                try:
+                    yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    reason = f"{error.reason} at byte {error.start}"
+                    raise UserError(f"{path}:{line}: not UTF-8 ({reason})") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-
-
-def _decoded(path: Path, file) -> Iterator[str]:
-    for line, raw in enumerate(file, start=1):
-        try:
-            yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{line}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _draw(tasks: list[Task], limit: int, seed: int) -> list[Task]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
-from prefs.config import Reading, TemplateConfig
+from omegaconf import MISSING
+
 from prefs.errors import ConfigError
 
 
@@ -26,44 +28,78 @@ class Invalid(Enum):
     not_finite = "not_finite"
 
 
-@dataclass(frozen=True)
+class Reading(Enum):
+    """How an answer is read: as a number on the scale, or as one of the options' words."""
+
+    number = "number"
+    option = "option"
+
+
+@dataclass
 class Option:
     """One point of a scale: what is said for it, its value, and other words that are read the same."""
 
-    say: str
-    value: float
-    also: tuple[str, ...] = ()
+    say: str = MISSING
+    value: float = MISSING
+    also: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Template:
-    """A question about the task just done, its options, and how an answer is read."""
+    """A question about the task just done, its options, and how an answer is read: the schema of a config `template`.
 
-    name: str
-    question: str
-    options: tuple[Option, ...]
-    reading: Reading
+    Attributes
+    ----------
+    question
+        Without blanks around it.
+    prefill
+        Opens the assistant's answer (None: the model's own).
+    """
+
+    name: str = MISSING
+    question: str = MISSING
+    options: list[Option] = field(default_factory=list)
+    reading: Reading = Reading.number
     prefill: str | None = None
 
-    @classmethod
-    def from_config(cls, config: TemplateConfig) -> Template:
-        """A template of the config, its question without blanks around it.
+    def __post_init__(self) -> None:
+        self.question = self.question.strip() or self.question  # what is blank is told as it was given
+
+    def check(self, key: str) -> None:
+        """Refuse a scale on which an answer could not be read.
 
         Raises
         ------
         ConfigError
-            If two options share a word, or a word has nothing to read it by (a template's words are compared without
-            case and emphasis marks).
+            If there is no question, an option has no value or the same as another, or two options share a word (words
+            are compared without case and emphasis marks).
         """
-        options = tuple(Option(option.say, float(option.value), tuple(option.also)) for option in config.options)
-        seen: dict[str, str] = {}
-        for option in options:
+        says = list(self.says)
+        if not self.question.strip():
+            raise ConfigError(f"{key}.question", self.question, "some text")
+        if len(says) < 2:
+            raise ConfigError(f"{key}.options", says, "two options or more")
+        if not all(say.strip() for say in says):
+            raise ConfigError(f"{key}.options", says, "options that say something")
+        if len({say.casefold().strip() for say in says}) < len(says):
+            raise ConfigError(f"{key}.options", says, "options that differ in more than case and blanks")
+        for option in self.options:
+            if not math.isfinite(option.value):
+                raise ConfigError(f"{key}.options", option.value, "finite values")
+            if self.reading is Reading.number and _number(option.say) != option.value:
+                allowed = "numbers worth themselves, or reading: option"
+                raise ConfigError(f"{key}.options", f"{option.say}: {option.value}", allowed)
+        if len(set(self.values)) < len(says):
+            raise ConfigError(
+                f"{key}.options", list(self.values), "one value an option; more words for it go to `also`"
+            )
+        option_of_word: dict[str, str] = {}
+        for option in self.options:
             for word in {_normalised(word) for word in (option.say, *option.also)}:
-                if not word or word in seen:
-                    what = f"{option.say!r} like {seen[word]!r}" if word else f"{option.say!r}"
-                    raise ConfigError(f"template {config.name}", what, "words that can be told apart when read")
-                seen[word] = option.say
-        return cls(config.name, config.question.strip(), options, config.reading, config.prefill)
+                if not word or word in option_of_word:
+                    got = f"{option.say!r} like {option_of_word[word]!r}" if word else f"{option.say!r}"
+                    raise ConfigError(f"template {self.name}", got, "words that can be told apart when read")
+                option_of_word[word] = option.say
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -156,6 +192,13 @@ _REFUSES_TO_RATE = re.compile(
     r"(?:\s+\w+){0,3}?\s+(?:feelings?|emotions?|experiences?|preferences?|opinions?|enjoyment)"
     r"|\bas an? (?:ai|language model)\b|\bi(?:'m| am) (?:just |only )?an? (?:ai|language model|machine)\b"
 )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _negated(text: str, match: re.Match[str]) -> bool:

@@ -16,7 +16,6 @@ from prefs.concepts.extract import NoConcept, extract, read_all
 from prefs.concepts.reading import Reader
 from prefs.config import Config, ModelConfig, SteeringControlsConfig
 from prefs.data.task import Task
-from prefs.data.template import Template
 from prefs.models.architecture import active_parameters
 from prefs.models.loading import ModelSpec, has_weights, model_folder
 from prefs.plan.book import COMPLETER, JUDGE, RATER, ROLES, Book, Tally
@@ -161,8 +160,7 @@ def _counted(config: Config, tasks: Sequence[Task], roles: Roles, of: Sites, *, 
     store = PlannedStore.at(config.store.dir)
     models = PlannedModels(lengths=Lengths(store.planned, bound))
     doings, remarks = Doings(told=False), []
-    templates = {key: Template.from_config(each) for key, each in config.template.items()}
-    _, rated, _ = measure(config, tasks, roles, templates, of.capture, store, models, doings)
+    _, rated, _ = measure(config, tasks, roles, config.template, of.capture, store, models, doings)
     reader = reader_of(config, roles.completer, roles.rater, of.capture, store, models)
     if reader is not None:
         read_all(config.concept, tasks, reader)

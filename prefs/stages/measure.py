@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefs.config import Config
-from prefs.data.shard import Shard
 from prefs.data.task import Task, load_tasks
 from prefs.data.template import Template
 from prefs.errors import ConfigError
@@ -21,6 +20,7 @@ from prefs.stages.judge import Judged, judge
 from prefs.stages.rate import CapturePlan, rate
 from prefs.stages.records import Completion, Rated
 from prefs.store.table import Store
+from prefs.sweep import Shard
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def job_tasks(config: Config) -> list[Task]:
         As `load_tasks` does, or if the shard has none.
     """
     tasks = load_tasks(config.dataset)
-    return tasks if config.shard is None else Shard.parse(config.shard).of(tasks)
+    return tasks if config.shard is None else Shard.parse(config.shard).share(tasks)
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def _read(kept: Result) -> Outcome | None:
 def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int) -> str:
     """SHA-256 of all that determines an outcome: vectors, ratings, texts, and how probes are trained and tested."""
     settings = asdict(config)
-    for name in ("name", "layers", "positions"):  # the last two are the residuals'
+    for name in ("name", "_target_", "binary", "layers", "positions"):  # the last two are the residuals'
         del settings[name]
     embeddings = config.controls.texts and bool(config.controls.embedding_model)
     measured = subject.measured
