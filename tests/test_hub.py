@@ -268,7 +268,7 @@ def test_a_pin_holds_whatever_else_is_in_the_cache(hub, tmp_path):
     assert newer[0] == ["Newer"]
     assert latest[0] == PROMPTS  # what came last into the cache
     assert f"at revision {FIRST}" in latest[1][0]
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20
 
 
 def test_configurations_of_the_hub_and_of_its_cache(hub, tmp_path):

@@ -147,7 +147,7 @@ def test_a_cut_off_answer_may_have_gone_on():
     assert ANCHORED.read("1", finished=False) == 1
 
 
-@pytest.mark.parametrize("words", [("C#", "C"), ("*", "**"), ("fair", "Fair")])
+@pytest.mark.parametrize("words", [("C#", "C"), ("*", "**"), ("fair", "_Fair_")])
 def test_words_that_read_the_same_are_refused(words):
     options = [Option(say=word, value=at) for at, word in enumerate(words)]
     with pytest.raises(ConfigError, match="told apart when read"):
