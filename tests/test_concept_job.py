@@ -13,7 +13,7 @@ import torch
 from gguf import GGUFReader
 from test_run import run, start
 
-from prefs.concepts.card import load_vectors
+from prefs.concepts.export import load_vectors
 from prefs.probes.probe import Site
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def test_vectors_tables_and_figures(extracted):
     assert saved.vectors.shape == (9, 576)
     reader = GGUFReader(folder / "concept" / "liking_math" / "last_prompt.gguf")
     (tensor,) = [each for each in reader.tensors if each.name == "direction.15"]
-    torch.testing.assert_close(torch.tensor(tensor.data), saved.at(Site(15, "last_prompt"))[0])
+    torch.testing.assert_close(torch.tensor(tensor.data), saved.vector(Site(15, "last_prompt"))[0])
     tests = pd.read_parquet(folder / "concept_tests.parquet")
     assert {"held-out tasks", "origin ALPACA", "concept liking_poetry"} <= set(tests["test"])
     cosines = pd.read_parquet(folder / "anchored_precise" / "concept_probe_cosines.parquet")
