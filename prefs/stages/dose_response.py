@@ -98,13 +98,11 @@ def check_saved(config: Config, rater: ModelSpec, layers: Sequence[int], archite
 
 
 def steer_cell(cell: CellContext) -> Result:
-    """Rate a cell under steering, where that is wanted."""
-    steering = cell.config.steering
-    if steering.vector == "none":
-        return Result()
-    return dose_result(
-        steered(cell), cell.title, f"multiples of the {'vector' if steering.unit == 'vector' else 'activation norm'}"
-    )
+    """The cell's ratings under steering, which the config wants."""
+    unit = "vector" if cell.config.steering.unit == "vector" else "activation norm"
+    with cell.job.noting_usage():
+        doses = steered(cell)
+    return dose_result(doses, cell.title, f"multiples of the {unit}")
 
 
 def steered(cell: CellContext) -> DoseResponse | str:
