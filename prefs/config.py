@@ -370,6 +370,7 @@ class ProbeConfig:
     hidden: int = 32
     controls: ProbeControlsConfig = field(default_factory=ProbeControlsConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
+    _target_: str = ""
 
 
 @dataclass
