@@ -60,6 +60,15 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
+class Excerpt:
+    """Some rows or columns of a table, as HTML shows them."""
+
+    title: str
+    frame: pd.DataFrame
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Table:
     """A table, whole in files, W&B and HTML; what the terminal shows of it is a `View`.
 
@@ -73,6 +82,8 @@ class Table:
         Its heading in HTML, and what there is to know about its columns.
     large
         Whether it is left out of W&B and HTML (one row a task and more): it is in the run's folder.
+    excerpts
+        What HTML shows in place of the whole; empty: the whole.
     """
 
     name: str
@@ -80,6 +91,7 @@ class Table:
     title: str = ""
     note: str = ""
     large: bool = False
+    excerpts: tuple[Excerpt, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +128,7 @@ class Result:
     Attributes
     ----------
     title, note
-        Of its section in HTML.
+        Of its section in HTML; without a title there is none.
     views
         What the terminal prints of the tables, in this order.
     remarks
