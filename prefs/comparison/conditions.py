@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from prefs.comparison.cells import FIRST, Cell, Sweep, flat, telling
-from prefs.comparison.show import MOST_CELLS, names_column, numbered, telling_columns, whole
+from prefs.comparison.show import MOST_CELLS, names_column, numbered, numbers, telling_columns, whole
 from prefs.results import figures
 from prefs.results.result import Excerpt, Figure, Result, Table, View
 from prefs.results.summary import by_origin, columns, numeric
@@ -296,7 +296,7 @@ def _means_view(grid: Grid, means: pd.DataFrame) -> View:
     cells = {(row["completing"], row["rating"]): with_interval(row, "mean") for row in means.to_dict("records")}
     return View(
         f"{grid.name}: {ratings} by condition, mean [95 % over tasks]",
-        ["completed under", *(f"rated: {rating}" for rating in grid.rating)],
+        ["completed under", *numbers(*(f"rated: {rating}" for rating in grid.rating))],
         [
             [completing, *(cells.get((completing, rating), MISSING) for rating in grid.rating)]
             for completing in grid.completing
@@ -317,7 +317,10 @@ def _effects_view(effects: pd.DataFrame, shares: pd.DataFrame) -> View:
             rows.append((f"  {row['contrast']}", with_interval(row, "points"), number(row["standardised"])))
     title = f"What conditions do to the same {effects['n'].iloc[0]} tasks"
     return View(
-        title, (names_column("effect", 0), "points [95 %]", "in SDs", "share of variation"), rows, frozenset(headings)
+        title,
+        (names_column("effect", 0), *numbers("points [95 %]", "in SDs", "share of variation")),
+        rows,
+        frozenset(headings),
     )
 
 

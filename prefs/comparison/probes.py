@@ -16,7 +16,7 @@ import pandas as pd
 from rich.table import Column
 
 from prefs.comparison.cells import Cell, Sweep, flat, read_table, telling
-from prefs.comparison.show import MOST_CELLS, counted, names_column, numbered
+from prefs.comparison.show import MOST_CELLS, counted, names_column, numbered, numbers
 from prefs.errors import UserError
 from prefs.probes.controls import BLIND
 from prefs.results import figures
@@ -225,12 +225,12 @@ def _view(scores: pd.DataFrame) -> View:
         headings.add(len(rows))
         rows.append((str(cell).removeprefix(f"{targets['rater'].iloc[0]}-" if one_rater else ""),))
         for row in targets.to_dict("records"):
-            numbers = (number(row[name]) for name in ("p", "ceiling", "best_control_score"))
+            others = (number(row[name]) for name in ("p", "ceiling", "best_control_score"))
             site = f"{row['layer']}, {row['position']}"
-            rows.append((f"  {row['target']}", with_interval(row, "score"), *numbers, site))
+            rows.append((f"  {row['target']}", with_interval(row, "score"), *others, site))
     title = f"Probes: {metrics} on {counted(scores['n'])} held-out tasks; control: the best without the model"
     site = Column("layer, position", no_wrap=True)
-    heads = (names_column("target"), f"{metrics} [95 %]", "p", "ceiling", "control", site)
+    heads = (names_column("target"), *numbers(f"{metrics} [95 %]", "p", "ceiling", "control"), site)
     return View(title, heads, rows, frozenset(headings))
 
 

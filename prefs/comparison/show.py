@@ -36,6 +36,11 @@ def names_column(heading: str, width: int = 18) -> Column:
     return Column(heading, overflow="fold", min_width=width)
 
 
+def numbers(*headings: str) -> tuple[Column, ...]:
+    """Columns of a view that are never broken."""
+    return tuple(Column(heading, justify="right", no_wrap=True) for heading in headings)
+
+
 def short_names(frame: pd.DataFrame) -> list[str]:
     """Cells' names as views have them: conditions in a word, and no rater where there is one only."""
     one_rater = frame["rater"].nunique() == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from prefs.comparison.cells import Sweep
-from prefs.comparison.show import MOST_CELLS, counted, names_column, short_names, telling_columns, whole
+from prefs.comparison.show import MOST_CELLS, counted, names_column, numbers, short_names, telling_columns, whole
 from prefs.results import figures
 from prefs.results.result import Excerpt, Figure, Result, Table, View
 from prefs.results.summary import Stability, by_origin, numeric, stability_table
@@ -72,10 +72,10 @@ def stability_by(sweep: Sweep) -> pd.DataFrame:
 def _pooled(rows: Sequence[Stability]) -> dict[str, object]:
     pooled: dict[str, object] = {"cells": len(rows)}
     for name, pairs in (
-        ("cross_seed_r", [pair for row in rows for pair in row.cross_seed.pearson.pairs]),
-        ("informative_r", [pair for row in rows for pair in row.cross_seed.informative.r.pairs]),
+        ("cross_seed_r", [r for row in rows for r in row.cross_seed.pearson.pairs.values()]),
+        ("informative_r", [r for row in rows for r in row.cross_seed.informative.r.pairs.values()]),
     ):
-        r = [pair.r.value for pair in pairs if pair.r.value is not None]
+        r = [pair.value for pair in pairs if pair.value is not None]
         pooled |= {name: np.mean(r) if r else None, f"{name}_sd": np.std(r, ddof=1) if len(r) > 1 else None}
         pooled[f"{name}_pairs"] = len(r)
     pooled["d"] = _mean(row.cross_seed.informative.d.value for row in rows)
@@ -106,7 +106,7 @@ def _view(cells: pd.DataFrame) -> View:
                 number(row["valid_mass"]),
             )
         )
-    return View(title, (names_column("cell", 24), "r ± SD", "inf. r", "d", "mode", "pred. r", "mass"), rows)
+    return View(title, (names_column("cell", 24), *numbers("r ± SD", "inf. r", "d", "mode", "pred. r", "mass")), rows)
 
 
 def _figures(pooled: pd.DataFrame) -> tuple[Figure, ...]:

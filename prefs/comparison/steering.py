@@ -9,7 +9,7 @@ import pandas as pd
 
 from prefs.comparison.cells import Cell, Sweep, read_table
 from prefs.comparison.conditions import grids, level
-from prefs.comparison.show import MOST_CELLS, names_column, numbered, short_names, table
+from prefs.comparison.show import MOST_CELLS, names_column, numbered, numbers, short_names, table
 from prefs.errors import UserError
 from prefs.results import figures
 from prefs.results.result import Figure, Result, View
@@ -33,8 +33,9 @@ NOTE = (
 )
 TABLE_NOTE = (
     "slope is in rating points a unit of the coefficient; delta_minus and delta_plus are the changes at the"
-    " coefficients -1 and 1, where these were given. null_slope is the largest slope, without its sign, of the vectors of"
-    " the layer that mean nothing (random directions, shuffled labels): a vector that does no more does nothing of its own."
+    " coefficients -1 and 1, where these were given. null_slope is the largest slope, without its sign, of the"
+    " vectors of the layer that mean nothing (random directions, shuffled labels): a vector that does no more does"
+    " nothing of its own."
 )
 
 
@@ -131,7 +132,7 @@ def _view(slopes: pd.DataFrame) -> View:
         for name, row in zip(short_names(slopes), slopes.to_dict("records"), strict=True)
     ]
     title = "Steering: rating points a unit of the coefficient; Δ at coefficients −1 and 1"
-    return View(title, (names_column("cell"), "layer", "slope [95 %]", "null", "Δ at −1", "Δ at 1"), rows)
+    return View(title, (names_column("cell"), *numbers("layer", "slope [95 %]", "null", "Δ at −1", "Δ at 1")), rows)
 
 
 def dose_tables(sweep: Sweep, steered: list[Steered]) -> dict[str, pd.DataFrame]:

@@ -11,7 +11,7 @@ import pandas as pd
 from rich.table import Column
 
 from prefs.comparison.cells import SEED, Cell, Sweep
-from prefs.comparison.show import numbered, table
+from prefs.comparison.show import numbered, numbers, table
 from prefs.results import figures
 from prefs.results.result import Figure, Result, View
 from prefs.results.summary import columns, numeric
@@ -87,7 +87,7 @@ def _view(frame: pd.DataFrame) -> View:
         for row in parts.loc[parts["share"].notna(), :].to_dict("records"):
             rows.append((row["source"], with_interval(row, "share"), row["holds"]))
     title = "Where the noise comes from: share of the variance of one sampled rating"
-    heads = ("source", "share [95 % over tasks]", Column("not told apart from it", style="dim"))
+    heads = ("source", *numbers("share [95 % over tasks]"), Column("not told apart from it", style="dim"))
     return View(title, heads, rows, frozenset(headings))
 
 
