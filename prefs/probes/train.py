@@ -165,7 +165,8 @@ def group_width(features: Features, targets: torch.Tensor, splits: Splits, confi
 def fit(bank: ProbeBank) -> list[tuple[np.ndarray, np.ndarray]]:
     """Train a bank; returns its held-out predictions, rows [b] and [b, S, T] a batch."""
     steps = bank.epochs is None
-    with _quiet(), torch.random.fork_rng(devices=[]), _threads(bank.data.d_model):
+    threads = threadpool_limits(1 if bank.data.d_model <= ONE_THREAD_WIDTH else None)
+    with _quiet(), torch.random.fork_rng(devices=[]), threads:
         trainer = _trainer(
             bank,
             max_epochs=bank.epochs or bank.settings.max_epochs,
@@ -218,21 +219,6 @@ def _trainer(bank: ProbeBank, **arguments: Any) -> lightning.Trainer:
 
 def _ignore(count: int) -> None:
     """Advance no bar."""
-
-
-@contextmanager
-def _threads(width: int) -> Iterator[None]:
-    """One CPU thread for narrow problems, around one call only."""
-    if width > ONE_THREAD_WIDTH:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1, user_api="blas"):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
