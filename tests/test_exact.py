@@ -45,7 +45,7 @@ def test_moments_by_hand():
     one = exact_moments(exact_summary([[0.5, 0.5]], [1, 2]))
     assert (one.mean.value, one.sd.reason) == (1.5, "one task with an exact rating")
     nothing = exact_moments(exact_summary(np.empty((0, 2)), [1, 2]), Resamples.draw(0, 10))
-    assert {each.reason for each in (nothing.mean, nothing.sd, nothing.noise, nothing.valid_mass)} == {
+    assert {moment.reason for moment in (nothing.mean, nothing.sd, nothing.noise, nothing.valid_mass)} == {
         "no task with an exact rating"
     }
 
@@ -84,18 +84,18 @@ def test_predicted_r_by_hand():
         predicted_r([1, 2, 3], [1, 2, 3], k=0)
 
 
-def test_equal_means_up_to_rounding_have_no_variance():
-    m = [0.3, 0.1 + 0.2, 0.3]
-    assert predicted_r(m, [0, 0, 0]).reason == "no variance in ratings"
-    assert seeds_needed(m, [1, 1, 1], 0.9).reason == "no variance between tasks"
-
-
 def test_seeds_needed_by_hand():
     # Var(m) = mean(w) = 1: r of k-seed means is k/(k + 1), so .9 takes exactly 9.
     assert seeds_needed([1, 2, 3], [1, 1, 1], 0.9).value == 9
     assert seeds_needed([1, 2, 3], [1, 1, 1], 0.91).value == 11
     assert seeds_needed([1, 2, 3], [0, 0, 0], 0.99).value == 1
     assert seeds_needed([2, 2, 2], [0, 0, 0], 0.9).reason == "no variance in ratings"
+    rounded = [0.3, 0.1 + 0.2, 0.3]
+    assert predicted_r(rounded, [0, 0, 0]).reason == "no variance in ratings"
+    assert seeds_needed(rounded, [1, 1, 1], 0.9).reason == "no variance between tasks"
+    assert predicted_r([], [], draws=Resamples.draw(0, 20)) == Estimate.missing(
+        "fewer than 3 tasks with an exact rating", 0
+    )
     assert seeds_needed([1, 2], [1, 1], 0.9).reason == "fewer than 3 tasks with an exact rating"
     for wrong in (0.0, 1.0):
         with pytest.raises(ValueError, match="between 0 and 1"):
@@ -158,16 +158,6 @@ def test_no_predictor_beats_the_ceiling():
     best = ceiling(cross_seed(noisy.T).pearson.mean)
     assert stats.pearsonr(true, noisy[0]).statistic == pytest.approx(best.r.value, abs=0.005)
     assert 1 - np.var(noisy[0] - true) / np.var(noisy[0]) == pytest.approx(best.r2.value, abs=0.005)
-
-
-@pytest.mark.parametrize("tasks", [0, 1, 2])
-def test_undefined_exact_ratings_have_a_reason(tasks):
-    exact = exact_summary(np.full((tasks, 3), 0.3), [1, 2, 3])
-    got = predicted_r(exact.mean, exact.variance, draws=Resamples.draw(tasks, 20))
-    assert got == Estimate.missing("fewer than 3 tasks with an exact rating", tasks)
-    assert seeds_needed(exact.mean, exact.variance, 0.9).reason == got.reason
-    nothing = exact_summary(np.zeros((5, 3)), [1, 2, 3])
-    assert predicted_r(nothing.mean, nothing.variance).n == 0
 
 
 # --- simulations

@@ -67,7 +67,7 @@ def test_vectors_and_tests_of_two_concepts(reader, tmp_path):
     assert isinstance(liking, Concept)
     assert isinstance(other, Concept)
     assert (liking.n, other.n) == (8, 24)
-    assert liking.difference.sites == tuple(Site(at, name) for name in PLAN.positions for at in PLAN.layers)
+    assert liking.difference.sites == tuple(Site(layer, name) for name in PLAN.positions for layer in PLAN.layers)
     tests = liking.tests.groupby("test", sort=False)["n"].first().to_dict()
     assert tests == {
         HELD_OUT: 8,
@@ -110,14 +110,14 @@ def test_tasks_without_a_completion_under_one_condition_are_left_out_of_both_and
     room = dataclasses.replace(spec, max_context=330)
     config = dataclasses.replace(LIKING, conditions={**LIKING.conditions, "positive": "You love sums. " * 20})
     short = dataclasses.replace(reader, subject=room, completer=room, work=[])
-    found = only({"liking": config}, tasks, short, bootstrap=5)
-    assert isinstance(found, Concept)
-    assert found.n == 8
-    assert found.remarks == [
+    concept = only({"liking": config}, tasks, short, bootstrap=5)
+    assert isinstance(concept, Concept)
+    assert concept.n == 8
+    assert concept.remarks == [
         "Concept liking: paired on the 8 of 10 tasks that have a completion and a vector under both conditions"
         " (2 lack positive, 0 lack negative)."
     ]
-    assert set(found.tests.loc[found.tests["test"] == HELD_OUT, "left_out"]) == {2}
+    assert set(concept.tests.loc[concept.tests["test"] == HELD_OUT, "left_out"]) == {2}
     # And a condition in which nothing fits has no vector at all.
     nothing = dataclasses.replace(config, conditions={**config.conditions, "positive": "You love sums. " * 80})
     reason = only({"liking": nothing}, tasks, dataclasses.replace(short, work=[]), bootstrap=5)
@@ -133,16 +133,18 @@ def test_too_few_tasks_or_none_of_the_origin_say_so(reader):
 
 
 def test_projections_are_correlated_with_ratings_without_the_task_s_own_fold(reader):
-    found = only({"liking": LIKING}, TASKS, reader, bootstrap=20)
-    assert isinstance(found, Concept)
+    concept = only({"liking": LIKING}, TASKS, reader, bootstrap=20)
+    assert isinstance(concept, Concept)
     read = reader.read(TASKS, written_under=None, read_under=None)
-    site = found.difference.sites[1]
+    site = concept.difference.sites[1]
     vectors = read.features([task.id for task in TASKS]).read(range(24), slice(1, 2))[:, 0].double()
-    fits = found.fits([task.id for task in TASKS])
+    fits = concept.fits([task.id for task in TASKS])
     assert sorted(set(fits[:8])) == [0, 1, 2]
     assert set(fits[8:]) == {3}
-    along = np.array([float(vectors[at] @ found.difference.direction[fit, 1].double()) for at, fit in enumerate(fits)])
-    along -= found.difference.threshold[fits, 1].numpy()
+    along = np.array(
+        [float(vectors[row] @ concept.difference.direction[fit, 1].double()) for row, fit in enumerate(fits)]
+    )
+    along -= concept.difference.threshold[fits, 1].numpy()
     # Options worth 1 and 2, so that the mean rating is the projection, on some scale.
     p = 0.5 + 0.4 * along / np.abs(along).max()
     measured = Measured(
@@ -154,6 +156,6 @@ def test_projections_are_correlated_with_ratings_without_the_task_s_own_fold(rea
         mass=np.stack([1 - p, p], axis=1),
         refused=np.full(24, np.nan),
     )
-    table = rating_correlations([found], measured, read.residuals, 20, 0).set_index(["position", "layer"])
+    table = rating_correlations([concept], measured, read.residuals, 20, 0).set_index(["position", "layer"])
     assert table.loc[(site.position, site.layer), "r"] == pytest.approx(1, abs=1e-4)
     assert (table["n"] == 24).all()

@@ -71,12 +71,12 @@ class DoseResponse:
         through the unsteered model. An ablation is no curve."""
         before = self.doses.loc[self.doses["control"] == UNSTEERED, :]
         steered = self.doses.loc[~self.doses["control"].isin([UNSTEERED, "ablation"]), :]
-        lines = [
+        curves = [
             pd.concat([before, rows], ignore_index=True).assign(panel=f"layer {int(layer)}", line=vector)
             for layer, of_layer in steered.groupby("layer", sort=False)
             for vector, rows in of_layer.groupby("vector", sort=False)
         ]
-        return pd.concat(lines, ignore_index=True)
+        return pd.concat(curves, ignore_index=True)
 
 
 def check_saved(config: Config, rater: ModelSpec, layers: Sequence[int], architecture: Architecture) -> None:
@@ -314,27 +314,27 @@ def _slope(
     states: Sequence[Mapping[str, object]],
     draws: Resamples,
 ) -> dict[str, object]:
-    given = {dose.coefficient: number for number, dose in enumerate(responses.doses) if dose.arrow is arrow}
-    row: dict[str, object] = {"vector": arrow.name, "control": arrow.control, "layer": arrow.layer}
-    if arrow.control == "ablation":
-        # No curve: the direction is there or not.
-        delta, state = mean_of(ratings[given[1.0]] - ratings[0], draws), states[given[1.0]]
-        none = Estimate.missing("an ablation has no coefficient", delta.n)
-        plus = delta if state["coherent"] else Estimate.missing(str(state["reason"]), delta.n)
-        row |= {"relative": None, "n": delta.n, "doses": 1}
-        return row | columns("slope", none) | columns("delta_minus", none) | columns("delta_plus", plus)
-    given[0.0] = 0
-    kept = {coefficient: number for coefficient, number in sorted(given.items()) if states[number]["coherent"]}
-    estimate = slope(ratings[list(kept.values())].T, np.array(list(kept)), draws)
-    row |= {"relative": arrow.relative, "n": estimate.n, "doses": len(kept)} | columns("slope", estimate)
+    """How far a vector moves the rating a unit of its coefficient, over the doses that leave a coherent model."""
+    given = {0.0: 0} | {dose.coefficient: row for row, dose in enumerate(responses.doses) if dose.arrow is arrow}
+    kept = {coefficient: row for coefficient, row in sorted(given.items()) if states[row]["coherent"]}
+    n = ratings.shape[1]
+    deltas = {}
     for name, coefficient in (("delta_minus", -1.0), ("delta_plus", 1.0)):
         if coefficient in kept:
-            delta = mean_of(ratings[kept[coefficient]] - ratings[0], draws)
+            deltas[name] = mean_of(ratings[kept[coefficient]] - ratings[0], draws)
         else:
             why = "not coherent" if coefficient in given else "was not given (steering.coefficients)"
-            delta = Estimate.missing(f"coefficient {coefficient:g} {why}", len(ratings[0]))
-        row |= columns(name, delta)
-    return row
+            deltas[name] = Estimate.missing(f"coefficient {coefficient:g} {why}", n)
+    relative, doses, estimate = arrow.relative, len(kept), slope(ratings[list(kept.values())].T, list(kept), draws)
+    if arrow.control == "ablation":  # no curve: the direction is there or not
+        n = int(np.isfinite(ratings[given[1.0]] - ratings[0]).sum())
+        relative, doses, estimate = None, 1, Estimate.missing("an ablation has no coefficient", n)
+        deltas["delta_minus"] = estimate
+        if 1.0 not in kept:
+            deltas["delta_plus"] = Estimate.missing(str(states[given[1.0]]["reason"]), n)
+    row = {"vector": arrow.name, "control": arrow.control, "layer": arrow.layer, "relative": relative}
+    row |= {"n": estimate.n, "doses": doses} | columns("slope", estimate)
+    return row | columns("delta_minus", deltas["delta_minus"]) | columns("delta_plus", deltas["delta_plus"])
 
 
 def _remarks(doses: pd.DataFrame, slopes: pd.DataFrame, left_out: int, at: str) -> list[str]:

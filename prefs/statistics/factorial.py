@@ -204,8 +204,8 @@ class _Design:
         effects[1:] = np.maximum(effects[1:] - by_task[1:] / (self.n - 1), 0.0)
         several = [count > 1 for count in self.present.shape]
         first, second, interaction = (
-            Estimate.of(ratio(part, whole), self.n, NO_VARIATION) if there else Estimate.missing(ONE_LEVEL, self.n)
-            for part, there in zip(effects.T, (*several, all(several)), strict=True)
+            Estimate.of(ratio(part, whole), self.n, NO_VARIATION) if varies else Estimate.missing(ONE_LEVEL, self.n)
+            for part, varies in zip(effects.T, (*several, all(several)), strict=True)
         )
         residual = Estimate.of(ratio(excess(whole, effects.sum(axis=1)), whole), self.n, NO_VARIATION)
         return Shares(first, second, interaction, residual)

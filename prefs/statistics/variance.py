@@ -245,8 +245,8 @@ def _mean_squares(y: Floats, draws: Resamples, levels: Mapping[str, Floats]) -> 
         within = [other for other in own if other < effect]
         own[effect] = squares[effect] - sum(own[other] for other in within)
         df[effect] = _count(effect, levels) - sum(df[other] for other in within)
-        there = own[effect] > ROUNDING * squares[effects[-1]]
-        mean_squares[effect] = ratio(np.where(there, own[effect], 0.0) * _count(FACETS, levels), df[effect])
+        beyond_rounding = own[effect] > ROUNDING * squares[effects[-1]]
+        mean_squares[effect] = ratio(np.where(beyond_rounding, own[effect], 0.0) * _count(FACETS, levels), df[effect])
 
     resampled = slice(1, None)
     for effect in effects:
