@@ -68,12 +68,16 @@ def cell_stability(cell: CellContext) -> Result:
     views = [_sampled_view(table, len(rows[0].cross_seed.pearson.pairs))] if cell.ratings.seeds else []
     if measured.exact is not None:
         views.append(_exact_view(table, measured.kind, target_r))
+    bars = by_origin(table)
+    bars = bars.assign(group=[f"{origin}\nn = {n}" for origin, n in zip(bars["origin"], bars["n"], strict=True)])
     title = f"Stability over {len(cell.ratings.seeds)} rating seeds: {cell.title}"
     return Result(
         title="Stability",
         tables=(Table("stability", table),),
         views=tuple(views),
-        figures=(Figure("cross_seed_r", partial(figures.cross_seed_by_origin, title=title, table=by_origin(table))),),
+        figures=(
+            Figure("cross_seed_r", partial(figures.stability_bars, title=title, table=bars), "Stability by origin"),
+        ),
         remarks=tuple(_remarks(cell.ratings, rows[0], target_r)),
         metrics=metrics_by_origin("stability", table),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -87,7 +88,7 @@ def show_files(
     *,
     folder: Path | None = None,
     store: Path | None = None,
-    wandb: Mapping[str, Path],
+    wandb: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """Print what was reused, computed and spent, and where everything is."""
     console.print()

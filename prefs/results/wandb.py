@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import secrets
@@ -66,7 +67,8 @@ class Tracker:
     def metrics(self, values: Mapping[str, float | None]) -> None:
         """Set summary metrics; a missing statistic is left out, never written as 0."""
         if self.run is not None:
-            self.run.summary.update({name: value for name, value in values.items() if not pd.isna(value)})
+            known = {name: value for name, value in values.items() if value is not None and not math.isnan(value)}
+            self.run.summary.update(known)
 
     def page(self, name: str, path: Path) -> None:
         """Log an HTML page."""
