@@ -126,12 +126,7 @@ def thought_summary(p: ArrayLike, values: ArrayLike) -> ExactSummary:
         [T, K, V] probability of each option after each thought, NaN where there was none. `valid_mass` is over the
         thoughts that ended.
     values
-        [V] the options' numbers.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit, or a probability is negative.
+        [V], and errors, as for `exact_summary`.
     """
     m, w, mass = _moments(p, values, "tasks, thoughts")
     ended = np.isfinite(mass)
@@ -267,14 +262,10 @@ def seeds_needed(
 
     Parameters
     ----------
-    m, w
-        [T] exact means and variances; tasks where either is NaN are left out.
+    m, w, draws, uncertainty
+        As for `predicted_r`.
     target_r
         The wanted correlation, between 0 and 1, both excluded.
-    draws
-        Of the T tasks, for the interval.
-    uncertainty
-        As for `predicted_r`.
 
     Raises
     ------

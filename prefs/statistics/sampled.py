@@ -1,8 +1,9 @@
 """Sampled ratings: how stable they are over rating seeds, and how much they tell tasks apart.
 
-A cell's sampled ratings are x[t, s] over tasks t and rating seeds s, NaN where a rating is not valid. Each function
-reports a statistic that is not defined as missing, with its reason. Intervals resample tasks, never seeds: they say how
-the number would move with other tasks of the same kind.
+A cell's sampled ratings are x[t, s] over tasks t and rating seeds s, NaN where a rating is not valid: [T, S], or a
+ValueError. Each function reports a statistic that is not defined as missing, with its reason. Intervals are by
+resampling tasks (`draws` of the T tasks; None: no intervals), never seeds: they say how the number would move with
+other tasks of the same kind.
 """
 
 from __future__ import annotations
@@ -138,23 +139,9 @@ def cross_seed(x: ArrayLike, draws: Resamples | None = None) -> CrossSeed:
     informative tasks, where at least one of the two ratings is not the cell's modal rating. A model that nearly always
     says 4 agrees with itself nearly always; informative r asks how well it does when it says otherwise.
 
-    Parameters
-    ----------
-    x
-        [T, S] ratings, NaN where not valid.
-    draws
-        Of the T tasks, for the intervals of the means over pairs and of d. A pair without variance in a resample is
-        left out of that resample's mean, as it is from the cell's. The mode stays the cell's.
-
-    Raises
-    ------
-    ValueError
-        If `x` is not [tasks, seeds].
-
-    Notes
-    -----
-    The mode is over all valid ratings of the cell, the smallest of several that are equally frequent. d of a pair is
-    of the tasks where both its ratings are valid.
+    The mode is over all valid ratings of the cell, the smallest of several that are equally frequent, and stays the
+    cell's in resamples. d of a pair is of the tasks where both its ratings are valid. Intervals are of the means over
+    pairs and of d; a pair without variance in a resample is left out of that resample's mean, as it is from the cell's.
     """
     x, valid = _ratings(x)
     pairs = _pairs(x, resampling(draws, len(x)))
@@ -186,18 +173,6 @@ def intraclass(x: ArrayLike, draws: Resamples | None = None) -> Intraclass:
     (Shrout & Fleiss 1979; n0 from Donner 1986, "A review of inference procedures for the intraclass correlation
     coefficient in the one-way random effects model"). Without NaN, n0 = S and these are the textbook's. A task with a
     single valid rating still counts towards MSB. Both are reported as they come, negative ones too.
-
-    Parameters
-    ----------
-    x
-        [T, S] ratings, NaN where not valid.
-    draws
-        Of the T tasks, for intervals.
-
-    Raises
-    ------
-    ValueError
-        If `x` is not [tasks, seeds].
     """
     x, valid = _ratings(x)
     k = valid.sum(axis=1).astype(np.float64)
@@ -228,17 +203,7 @@ def intraclass(x: ArrayLike, draws: Resamples | None = None) -> Intraclass:
 def modal(x: ArrayLike, draws: Resamples | None = None) -> Modal:
     """The modal rating over all valid ratings of the cell (the smallest on ties), and its share of them.
 
-    Parameters
-    ----------
-    x
-        [T, S] ratings, NaN where not valid.
-    draws
-        Of the T tasks, for the interval of the share. The mode stays the cell's.
-
-    Raises
-    ------
-    ValueError
-        If `x` is not [tasks, seeds].
+    In resamples the mode stays the cell's.
     """
     x, valid = _ratings(x)
     mode = _mode(x[valid])
@@ -250,27 +215,7 @@ def modal(x: ArrayLike, draws: Resamples | None = None) -> Modal:
 
 
 def distribution(x: ArrayLike, values: ArrayLike, draws: Resamples | None = None) -> tuple[Estimate, ...]:
-    """Share of each rating among the valid ones.
-
-    Parameters
-    ----------
-    x
-        [T, S] ratings, NaN where not valid.
-    values
-        [V] the ratings to count.
-    draws
-        Of the T tasks, for intervals.
-
-    Returns
-    -------
-    tuple
-        One share for each of `values`.
-
-    Raises
-    ------
-    ValueError
-        If `x` is not [tasks, seeds].
-    """
+    """The share of each of these values [V] among the valid ratings."""
     x, valid = _ratings(x)
     shares = _shares(x, valid, np.asarray(values, dtype=np.float64), draws)
     rated = int(valid.any(axis=1).sum())
