@@ -25,29 +25,25 @@ from prefs.statistics.sampled import cross_seed, intraclass
 nan = np.nan
 
 
-def test_exact_summary_by_hand():
-    got = exact_summary([[0.1, 0.1, 0.2], [0, 0, 0.5], [0, 0, 0], [nan, nan, nan]], [1, 2, 3])
-    np.testing.assert_allclose(got.valid_mass, [0.4, 0.5, 0, nan])
-    np.testing.assert_allclose(got.mean, [2.25, 3, nan, nan])
-    np.testing.assert_allclose(got.variance, [0.6875, 0, nan, nan])
-    with pytest.raises(ValueError, match="options"):
-        exact_summary([[0.5, 0.5]], [1, 2, 3])
-    with pytest.raises(ValueError, match="negative"):
-        exact_summary([[0.5, -0.5]], [1, 2])
-
-
-def test_moments_by_hand():
-    got = exact_moments(exact_summary([[0.1, 0.1, 0.2], [0, 0, 0.5], [0, 0, 0], [nan, nan, nan]], [1, 2, 3]))
+def test_summary_and_moments_by_hand():
+    exact = exact_summary([[0.1, 0.1, 0.2], [0, 0, 0.5], [0, 0, 0], [nan, nan, nan]], [1, 2, 3])
+    np.testing.assert_allclose(exact.valid_mass, [0.4, 0.5, 0, nan])
+    np.testing.assert_allclose(exact.mean, [2.25, 3, nan, nan])
+    np.testing.assert_allclose(exact.variance, [0.6875, 0, nan, nan])
+    got = exact_moments(exact)
     assert (got.mean.value, got.mean.n) == (pytest.approx(2.625), 2)
     assert got.sd.value == pytest.approx(np.std([2.25, 3], ddof=1))
     assert got.noise.value == pytest.approx(0.6875 / 2)
     assert (got.valid_mass.value, got.valid_mass.n) == (pytest.approx(0.3), 3)
-    one = exact_moments(exact_summary([[0.5, 0.5]], [1, 2]))
-    assert (one.mean.value, one.sd.reason) == (1.5, "one task with an exact rating")
+    assert exact_moments(exact_summary([[0.5, 0.5]], [1, 2])).sd.reason == "one task with an exact rating"
     nothing = exact_moments(exact_summary(np.empty((0, 2)), [1, 2]), Resamples.draw(0, 10))
     assert {moment.reason for moment in (nothing.mean, nothing.sd, nothing.noise, nothing.valid_mass)} == {
         "no task with an exact rating"
     }
+    with pytest.raises(ValueError, match="options"):
+        exact_summary([[0.5, 0.5]], [1, 2, 3])
+    with pytest.raises(ValueError, match="negative"):
+        exact_summary([[0.5, -0.5]], [1, 2])
 
 
 def test_intervals_agree_with_scipy():
@@ -138,9 +134,6 @@ def test_predicted_r_properties(p, scale, shift, k, random):
         assert again.value == pytest.approx(got.value, abs=1e-6)
 
 
-# --- noise ceiling
-
-
 def test_ceiling():
     got = ceiling(Estimate(0.64, 0.25, 0.81, 100))
     assert got.r == Estimate(pytest.approx(0.8), 0.5, pytest.approx(0.9), 100)
@@ -149,18 +142,6 @@ def test_ceiling():
     assert clipped.r == clipped.r2 == Estimate(0.0, 0.0, 1.0, 10)
     missing = ceiling(Estimate.missing("one rating seed", 5))
     assert missing.r == missing.r2 == Estimate.missing("one rating seed", 5)
-
-
-def test_no_predictor_beats_the_ceiling():
-    rng = np.random.default_rng(0)
-    true = rng.normal(size=100_000)
-    noisy = true + 0.75 * rng.normal(size=(100_000, 2)).T
-    best = ceiling(cross_seed(noisy.T).pearson.mean)
-    assert stats.pearsonr(true, noisy[0]).statistic == pytest.approx(best.r.value, abs=0.005)
-    assert 1 - np.var(noisy[0] - true) / np.var(noisy[0]) == pytest.approx(best.r2.value, abs=0.005)
-
-
-# --- simulations
 
 
 def draw(p: np.ndarray, values: np.ndarray, seeds: int, rng: np.random.Generator) -> np.ndarray:

@@ -46,26 +46,6 @@ def test_missing_with_a_reason(refused, rating, reason, means):
     assert (got.mean_refused.value, got.mean_not_refused.value) == pytest.approx(means)
 
 
-def test_interval_agrees_with_scipy():
-    rng = np.random.default_rng(0)
-    refused = rng.random(150) < 0.3
-    rating = np.clip(np.round(4 - 1.5 * refused + rng.normal(size=150)), 1, 5)
-    draws = Resamples.draw(150, 3000, seed=1)
-    got = refusal_rating(refused, rating, draws).r
-    peer = stats.bootstrap(
-        (refused, rating),
-        lambda y, x: stats.pearsonr(y, x).statistic,
-        paired=True,
-        n_resamples=1000,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(2),
-    ).confidence_interval
-    assert got.low < got.value < got.high
-    assert (got.low, got.high) == pytest.approx((peer.low, peer.high), abs=0.02)
-    assert refusal_rating(refused, rating, Resamples.draw(150, 3000, seed=1)).r == got
-
-
 @settings(max_examples=50)
 @given(
     st.integers(0, 12).flatmap(

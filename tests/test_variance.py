@@ -171,17 +171,11 @@ def test_one_completion_seed_is_part_of_the_task():
 
 
 def test_one_template_and_one_rater():
-    got = exact(simulate(np.random.default_rng(3), (50, 2, 1, 1), TRUE))
-    by_name = named(got)
-    assert {name for name, component in by_name.items() if component.variance.defined} == {
-        "task",
-        "completion",
-        "rating seed",
-    }
-    assert by_name["task"].holds == ("task × template", "task × rater", "task × template × rater")
-    assert by_name["template"].variance.reason == "one template"
-    assert by_name["completion × rater"].share.reason == "one rater"
-    assert by_name["template × rater"].variance.reason == "one template and one rater"
+    got = named(exact(simulate(np.random.default_rng(3), (50, 2, 1, 1), TRUE)))
+    assert [name for name in NAMES if got[name].variance.defined] == ["task", "completion", "rating seed"]
+    assert got["task"].holds == ("task × template", "task × rater", "task × template × rater")
+    assert got["completion × rater"].share.reason == "one rater"
+    assert got["template × rater"].variance.reason == "one template and one rater"
 
 
 def test_sampling_that_is_not_known_is_part_of_the_highest_order():
@@ -222,17 +216,6 @@ def test_each_template_and_rater_counts_alike_however_much_is_known_of_it():
     got = named(variance_decomposition(y, sampling, sampling / 2))
     assert got["rating seed"].variance.value == pytest.approx(2)
     assert got["task × template"].variance.value == pytest.approx(variances(exact(whole))["task × template"] - 1)
-
-
-def test_tasks_with_a_rating_missing_are_left_out():
-    y = simulate(np.random.default_rng(7), (30, 2, 2, 3), TRUE)
-    holey = y.copy()
-    holey[[3, 8], [0, 1], [1, 0], [2, 1]] = nan
-    holey[20] = np.inf
-    kept = np.delete(np.arange(30), [3, 8, 20])
-    got = exact(holey)
-    assert (got.n, got.left_out, got.levels["task"]) == (27, 3, 27)
-    assert variances(got) == pytest.approx(variances(exact(y[kept])))
 
 
 @pytest.mark.parametrize(
@@ -386,10 +369,12 @@ def test_the_mean_of_all_resamples_is_the_estimate(shape):
         assert values[1:].mean() == pytest.approx(values[0]), EFFECTS[effect]
 
 
-def test_the_interval_does_not_depend_on_other_tasks_being_there():
+def test_tasks_with_a_rating_missing_are_left_out_of_the_estimate_and_its_interval():
     # The same three quarters of the resampled tasks, with the rest incomplete: as the resamples of those alone.
     y = simulate(np.random.default_rng(11), (40, 1, 2, 2), TRUE)
     draws = Resamples.draw(40, 100)
     holey = y.copy()
-    holey[30:, 0, 1, 1] = nan
-    assert exact(holey, draws).components == exact(y[:30], Resamples(draws.times[:, :30])).components
+    holey[30:35, 0, 1, 1], holey[35:] = nan, np.inf
+    got = exact(holey, draws)
+    assert (got.n, got.left_out, got.levels["task"]) == (30, 10, 30)
+    assert got.components == exact(y[:30], Resamples(draws.times[:, :30])).components
