@@ -33,7 +33,7 @@ WRITTEN_UNDER = "texts differ, no prompt"
 WORDS = ("concept", "test", "with", "position")
 
 
-class Comparison(NamedTuple):
+class ReadPair(NamedTuple):
     """Two readings of some tasks, that a concept's vectors are from or are to tell apart."""
 
     name: str
@@ -127,7 +127,7 @@ def extract(
     extracted: dict[str, Concept | str] = {}
     for key, config in concepts.items():
         if contrasts[key].tasks:
-            extracted[key] = _extract(key, config, _comparisons(key, concepts, tasks, contrasts, reader), bootstrap)
+            extracted[key] = _extract(key, config, _read_pairs(key, concepts, tasks, contrasts, reader), bootstrap)
         else:
             origins = ", ".join(dict.fromkeys(task.origin for task in tasks))
             wanted = ", ".join(config.origins or [])
@@ -140,26 +140,26 @@ def read_all(concepts: Mapping[str, ConceptConfig], tasks: Sequence[Task], reade
     contrasts = _contrasts(concepts, tasks, reader)
     for key in concepts:
         if contrasts[key].tasks:
-            list(_comparisons(key, concepts, tasks, contrasts, reader))
+            list(_read_pairs(key, concepts, tasks, contrasts, reader))
 
 
-def _contrasts(concepts: Mapping[str, ConceptConfig], tasks: Sequence[Task], reader: Reader) -> dict[str, Comparison]:
+def _contrasts(concepts: Mapping[str, ConceptConfig], tasks: Sequence[Task], reader: Reader) -> dict[str, ReadPair]:
     """Of each concept, all tasks read under the two conditions of its contrast; its own tasks are those compared."""
     contrasts = {}
     for key, config in concepts.items():
         prompts = [config.conditions[name] for name in config.contrast]
         first, second = (reader.read(tasks, written_under=prompt, read_under=prompt) for prompt in prompts)
-        contrasts[key] = Comparison(HELD_OUT, first, second, _of_origins(tasks, config.origins))
+        contrasts[key] = ReadPair(HELD_OUT, first, second, _of_origins(tasks, config.origins))
     return contrasts
 
 
-def _comparisons(
+def _read_pairs(
     key: str,
     concepts: Mapping[str, ConceptConfig],
     tasks: Sequence[Task],
-    contrasts: Mapping[str, Comparison],
+    contrasts: Mapping[str, ReadPair],
     reader: Reader,
-) -> Iterator[Comparison]:
+) -> Iterator[ReadPair]:
     """The tests of a concept, the first of which is its own contrast; each is read as it is asked for."""
     config, contrast = concepts[key], contrasts[key]
     (_, first, second, own), names = contrast, config.contrast
@@ -168,31 +168,31 @@ def _comparisons(
     others = [task for task in tasks if task.id not in ids]
     origins = list(dict.fromkeys(task.origin for task in others))
     if len(origins) > 1:
-        yield Comparison(OTHER_ORIGINS, first, second, others)
+        yield ReadPair(OTHER_ORIGINS, first, second, others)
     for origin in origins:
-        yield Comparison(f"origin {origin}", first, second, _of_origins(others, [origin]))
+        yield ReadPair(f"origin {origin}", first, second, _of_origins(others, [origin]))
 
-    def compare(name: str, conditions: Sequence[tuple[str | None, str | None]]) -> Comparison:
+    def read_pair(name: str, conditions: Sequence[tuple[str | None, str | None]]) -> ReadPair:
         one, other = (reader.read(own, written_under=written, read_under=read) for written, read in conditions)
-        return Comparison(name, one, other, own)
+        return ReadPair(name, one, other, own)
 
     for wording, texts in config.wordings.items():
-        yield compare(f"wording {wording}", [(texts[name], texts[name]) for name in names])
+        yield read_pair(f"wording {wording}", [(texts[name], texts[name]) for name in names])
     prompts = [config.conditions[name] for name in names]
-    yield compare(READ_UNDER, [(None, prompt) for prompt in prompts])
-    yield compare(WRITTEN_UNDER, [(prompt, None) for prompt in prompts])
+    yield read_pair(READ_UNDER, [(None, prompt) for prompt in prompts])
+    yield read_pair(WRITTEN_UNDER, [(prompt, None) for prompt in prompts])
     for name, prompt in config.conditions.items():
         if name not in names:
             between = reader.read(own, written_under=prompt, read_under=prompt)
-            yield Comparison(f"{names[0]} against {name}", first, between, own)
-            yield Comparison(f"{name} against {names[1]}", between, second, own)
+            yield ReadPair(f"{names[0]} against {name}", first, between, own)
+            yield ReadPair(f"{name} against {names[1]}", between, second, own)
     for other, another in contrasts.items():
         if other != key:
             yield another._replace(name=f"concept {concepts[other].name}")
 
 
-def _extract(key: str, config: ConceptConfig, comparisons: Iterator[Comparison], bootstrap: int) -> Concept | str:
-    contrast = next(comparisons)
+def _extract(key: str, config: ConceptConfig, pairs: Iterator[ReadPair], bootstrap: int) -> Concept | str:
+    contrast = next(pairs)
     _, first, second, own = contrast
     ids = [task.id for task in contrast.paired]
     needed = max(config.folds, 3)
@@ -220,24 +220,25 @@ def _extract(key: str, config: ConceptConfig, comparisons: Iterator[Comparison],
         fold_of = dict(zip(ids, folds.tolist(), strict=True))
         vectors = _vectors_table(config.name, difference)
         concept = Concept(key, config, difference, a, b, fold_of, vectors, pd.DataFrame(), remarks)
-        rows = [row for comparison in (contrast, *comparisons) for row in _test(concept, comparison, draws)]
+        rows = [row for pair in (contrast, *pairs) for row in _test(concept, pair, draws)]
     except NotFinite as error:
         return f"the vector of a task at {error.site} holds a NaN or an infinity: capture it again"
     return replace(concept, tests=numeric(pd.DataFrame(rows), words=WORDS))
 
 
-def _test(concept: Concept, comparison: Comparison, draws: Callable[[int], Resamples]) -> list[dict[str, object]]:
+def _test(concept: Concept, pair: ReadPair, draws: Callable[[int], Resamples]) -> list[dict[str, object]]:
     """One test: a row a site."""
-    ids = [task.id for task in comparison.paired]
+    ids = [task.id for task in pair.paired]
     difference = concept.difference
     first = second = np.empty((0, len(difference.sites)))
     if ids:
         fits = concept.fits(ids)
-        first, second = (project(r.features(ids), difference, fits) for r in (comparison.first, comparison.second))
+        first = project(pair.first.features(ids), difference, fits)
+        second = project(pair.second.features(ids), difference, fits)
     rows = []
     for site, estimates in zip(difference.sites, separation(first, second, draws(len(ids))), strict=True):
-        row: dict[str, object] = {"concept": concept.config.name, "test": comparison.name, **site._asdict()}
-        row |= {"n": len(ids), "left_out": len(comparison.tasks) - len(ids)}
+        row: dict[str, object] = {"concept": concept.config.name, "test": pair.name, **site._asdict()}
+        row |= {"n": len(ids), "left_out": len(pair.tasks) - len(ids)}
         for name, estimate in estimates.items():
             row |= columns(name, estimate)
         rows.append(row)

@@ -143,7 +143,7 @@ def compare_concepts(cell: CellContext) -> Result:
         draw = partial(figures.concept_by_layer, title=title, tests=concept.tests, lines=curves)
         by_layer.append(Figure(f"concept_{concept.key}", draw, f"Concept {concept.config.name} by layer"))
     return Result(
-        "Concept vectors",
+        "Concept vectors beside ratings and probes",
         tables=tuple(table for table in tables if len(table.frame)),
         views=tuple(concept_view(concept, cosines, ratings, with_rating) for concept in concepts),
         figures=tuple(by_layer),
