@@ -175,7 +175,7 @@ def job(folder: Path, *, simulated: bool) -> dict[str, Any]:
     from prefs import pipeline as job
     from prefs.config import CONF, register, typed
     from prefs.models.loading import Models, ModelSpec
-    from prefs.results.job_record import Doings
+    from prefs.job import JobCounts
     from prefs.stages import measure as stages
 
     register()
@@ -196,7 +196,7 @@ def job(folder: Path, *, simulated: bool) -> dict[str, Any]:
     begun, ran = time.perf_counter(), time.process_time()
     with timed(seconds, stages, *asking), timed(seconds, job, *after), contextlib.redirect_stdout(sys.stderr):
         loaded = Models({engine: Simulated()} if simulated else {})
-        job.run_job(config, job.Place(folder / "run"), loaded, Doings(), plain_config=plain)
+        job.run_job(config, job.RunFolder(folder / "run"), loaded, JobCounts(), plain_config=plain)
     took = {"seconds": time.perf_counter() - begun, "processor": time.process_time() - ran}
     return {**took, "peak": resident("VmHWM") - before, "stages": seconds}
 

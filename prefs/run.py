@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prefs.config import CONF, register, typed, with_prompts
 from prefs.errors import UserError, explain, one_line_errors
-from prefs.results.job_record import Doings, recorded
+from prefs.job import JobCounts, recorded
 from prefs.sweep import comparing_sweeps, name_suffix, sweep_name, swept
 
 if TYPE_CHECKING:
@@ -66,16 +66,16 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 group = sweep_name(sweep_folder, hydra_config.runtime.choices.get("experiment"))
                 suffix = name_suffix(overrides, swept(sweep_folder))
             planning = plain.get("plan") is True  # of which nothing stays
-            with nullcontext(Doings()) if planning else recorded(folder, plain, overrides, group) as doings:
+            with nullcontext(JobCounts()) if planning else recorded(folder, plain, overrides, group) as counts:
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.
                 with _uncollected():
                     from prefs.models.loading import Models
-                    from prefs.pipeline import Place, run_job
+                    from prefs.pipeline import RunFolder, run_job
 
                 if not loaded:
                     loaded.append(Models())
-                run_job(config, Place(folder, group, suffix), loaded[0], doings, plain_config=plain)
+                run_job(config, RunFolder(folder, group, suffix), loaded[0], counts, plain_config=plain)
 
     return job
 

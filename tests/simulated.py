@@ -6,14 +6,19 @@ and ``multirun.yaml`` are written by the functions that write them in a run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from hydra import compose
 from hydra._internal.callbacks import Callbacks
@@ -22,17 +27,20 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 from hydra_app import shipped_configs
 from omegaconf import OmegaConf, open_dict
+from PIL import Image
 
+from prefs.compare import compare
 from prefs.config import JudgeConfig, ProbeConfig, with_prompts
 from prefs.data.task import Task
 from prefs.data.template import Invalid, Template
+from prefs.job import StageCounts, recorded
 from prefs.models.loading import Models
 from prefs.models.types import Question, Sampling
-from prefs.pipeline import answers_table, completions_table, exact_table, thoughts_table
 from prefs.probes.outcome import NoProbe
-from prefs.results.job_record import Work, recorded
+from prefs.results import figures, files
+from prefs.results.answers import answers_table, completions_table, exact_table, thoughts_table
 from prefs.stages.judge import judge
-from prefs.stages.probe import Subject, probe
+from prefs.stages.probe import Subject, probe, probe_result
 from prefs.stages.records import Answer, Completion, Ratings, Residuals, Thoughts
 from prefs.statistics.measured import Measured
 from prefs.store.files import write_table
@@ -61,8 +69,8 @@ class Simulated:
 def config(*overrides: str) -> Mapping[str, Any]:
     """The shipped config with overrides, as a job records it."""
     with shipped_configs():
-        given = {each.partition("=")[0] for each in overrides}
-        always = [each for each in ALWAYS if each.partition("=")[0] not in given]
+        given = {override.partition("=")[0] for override in overrides}
+        always = [override for override in ALWAYS if override.partition("=")[0] not in given]
         composed = compose("config", overrides=[*always, *overrides])
     plain = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
@@ -104,34 +112,37 @@ def simulate(
     of writing anything. ``vectors`` [T, L, d] are what was captured at position ``rating`` of each template, of which
     probes are trained where the config wants them.
     """
-    keys = f"template=[{','.join(mass)}]"
-    plain = config(keys, *config_only, *overrides)
-    exact, seeds = plain["rating"]["exact"], tuple(plain["rating"]["seeds"])
+    plain = config(f"template=[{','.join(mass)}]", *config_only, *overrides)
     random = np.random.default_rng(draw)
     sampled = {}
-    with recorded(folder, plain, overrides, group) as doings:
+    with recorded(folder, plain, overrides, group) as counts:
         if error is not None:
             raise error
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JudgeConfig), plain["judge"]))
-        assert isinstance(settings, JudgeConfig)
-        refused = judge(settings, completions, store=Store.open(str(folder)), models=Models()).refused
-        write_table(completions_table(list(completions), refused), folder / "completions")
-        doings.work.append(Work("completions", 0, len(completions)))
+        store = Store.open(str(folder / "store"))
+        refused = judge(_section(JudgeConfig, plain["judge"]), completions, store=store, models=Models()).refused
+        write_table(completions_table(completions, refused), folder / "completions")
+        counts.add([StageCounts("completions", 0, len(completions))])
         for key, probabilities in mass.items():
-            ratings = _ratings(plain["template"][key], completions, probabilities, seeds, exact, random)
+            ratings = _ratings(plain, key, completions, probabilities, random)
             measured = ratings.measured(refused)
-            write_table(answers_table(ratings), folder / key / "ratings")
+            tables = {"ratings": answers_table(ratings)}
             if measured.exact is not None:
-                write_table(exact_table(measured), folder / key / "exact")
+                tables["exact"] = exact_table(measured)
             if ratings.thoughts is not None:
-                write_table(thoughts_table(ratings), folder / key / "exact_by_thought")
+                tables["exact_by_thought"] = thoughts_table(ratings)
+            for name, table in tables.items():
+                write_table(table, folder / key / name)
             if vectors is not None:
                 _probe(folder, plain, key, completions, ratings.sampling, measured, vectors[key])
             sampled[key] = measured.sampled
-            doings.work.append(
-                Work(f"sampled ratings, {ratings.template.name}", 1, len(completions) * (len(seeds) + exact) - 1)
-            )
+            answers = len(completions) * (len(ratings.seeds) + plain["rating"]["exact"])
+            counts.add([StageCounts(f"sampled ratings, {ratings.template.name}", 1, answers - 1)])
     return Simulated(folder, sampled, mass)
+
+
+def _section(kind: type, plain: Any) -> Any:
+    """A part of a job's config as the code has it."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
 
 
 def _probe(
@@ -144,55 +155,51 @@ def _probe(
     vectors: np.ndarray,
 ) -> None:
     """Probes of one template, trained and written as a job does it."""
-    layers = vectors.shape[1]
-    captured = Store.open(str(folder / "store")).vectors("residuals", {"template": key})
+    store, layers = Store.open(str(folder / "store")), range(vectors.shape[1])
+    captured = store.vectors("residuals", {"template": key})
     keys = [captured.key(task=task) for task in measured.tasks]
-    captured.append(keys, range(layers), torch.tensor(vectors, dtype=torch.float32), ())
+    captured.append(keys, layers, torch.tensor(vectors, dtype=torch.float32), ())
     captured.refresh()
-    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ProbeConfig), plain["probe"]))
-    assert isinstance(settings, ProbeConfig)
-    subject = Subject(
-        name=key,
-        measured=measured,
-        sampling=sampling,
-        prompts=[each.task.prompt for each in completions],
-        completions=[each.text or "" for each in completions],
-        residuals=[Residuals("rating", tuple(range(layers)), keys, captured)],
-    )
-    found = probe(subject, settings, plain["stats"]["bootstrap"], [], Store.open(str(folder / "store")))
-    if isinstance(found, NoProbe):
-        return
-    for name, table in found.tables.items():
-        write_table(table, folder / key / name)
-    identity = {"id": plain["model"]["path"], "revision": plain["model"]["revision"], "dtype": plain["model"]["dtype"]}
-    found.save(folder / key / "probe", {"model": identity, "config": plain["probe"]})
+    prompts, texts = [made.task.prompt for made in completions], [made.text or "" for made in completions]
+    residuals = [Residuals("rating", tuple(layers), keys, captured)]
+    subject = Subject(key, measured, sampling, prompts, texts, residuals)
+    report = probe(subject, _section(ProbeConfig, plain["probe"]), plain["stats"]["bootstrap"], [], store)
+    if not isinstance(report, NoProbe):
+        files.write(replace(probe_result(report, key), figures=()), folder / key)
+        model = {"id": plain["model"]["path"], "revision": plain["model"]["revision"], "dtype": plain["model"]["dtype"]}
+        report.save(folder / key / "probe", {"model": model, "config": plain["probe"]})
 
 
 def _ratings(
-    config: Mapping[str, Any],
+    plain: Mapping[str, Any],
+    key: str,
     completions: Sequence[Completion],
     mass: np.ndarray,
-    seeds: tuple[int, ...],
-    exact: bool,
     random: np.random.Generator,
 ) -> Ratings:
-    template = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Template), config))
-    assert isinstance(template, Template)
+    template = _section(Template, plain["template"][key])
+    exact, seeds = plain["rating"]["exact"], tuple(plain["rating"]["seeds"])
     thoughts = None
     if mass.ndim == 3:
         k = mass.shape[1]
-        none = [(None,) * k] * len(completions)
-        thoughts = Thoughts(tuple(range(k)), mass, [tuple(f"thought {n}" for n in range(k))] * len(completions), none)
+        texts = [tuple(f"thought {n}" for n in range(k))] * len(completions)
+        thoughts = Thoughts(tuple(range(k)), mass, texts, [(None,) * k] * len(completions))
         mass = mass.mean(axis=1)
-    texts = (*template.says, NO_ANSWER)
+    options = (*template.says, NO_ANSWER)
     answers = []
     for completion, row in zip(completions, mass, strict=True):
         if completion.text is None:
             answers.append([Answer(seed, None, None, Invalid.too_long) for seed in seeds])
             continue
         p = np.append(row, max(0.0, 1 - row.sum()))
-        said = [texts[at] for at in random.choice(len(texts), len(seeds), p=p / p.sum())]
-        answers.append([_answer(template, seed, text) for seed, text in zip(seeds, said, strict=True)])
+        texts = [options[option] for option in random.choice(len(options), len(seeds), p=p / p.sum())]
+        values = [template.read(text) for text in texts]
+        answers.append(
+            [
+                Answer(seed, text, *((None, value) if isinstance(value, Invalid) else (value, None)))
+                for seed, text, value in zip(seeds, texts, values, strict=True)
+            ]
+        )
     asked = np.array([[completion.text is not None] for completion in completions])
     return Ratings(
         template=template,
@@ -205,11 +212,6 @@ def _ratings(
         thinks=thoughts is not None,
         thoughts=thoughts if exact else None,
     )
-
-
-def _answer(template: Template, seed: int, text: str) -> Answer:
-    read = template.read(text)
-    return Answer(seed, text, None, read) if isinstance(read, Invalid) else Answer(seed, text, read, None)
 
 
 def steer(folder: Path, doses: Sequence[Mapping[str, Any]]) -> None:
@@ -239,17 +241,6 @@ def steer(folder: Path, doses: Sequence[Mapping[str, Any]]) -> None:
     write_table(pd.DataFrame(slopes), folder / "steering_slopes")
 
 
-class _Launcher:
-    """Keeps what it is to launch."""
-
-    def __init__(self) -> None:
-        self.jobs: list[list[str]] = []
-
-    def launch(self, job_overrides, initial_job_idx):
-        self.jobs += [list(job) for job in job_overrides]
-        return []
-
-
 def hydra_sweep(folder: Path, *overrides: str) -> list[list[str]]:
     """What ``python -m prefs.run -m ...`` does before its first job: the file in its folder, and each job's overrides.
 
@@ -265,8 +256,69 @@ def hydra_sweep(folder: Path, *overrides: str) -> list[list[str]]:
         # Hydra loads its plugins' modules anew, so the class is looked up only here.
         sweeper = basic_sweeper.BasicSweeper(settings.max_batch_size, settings.params)
         sweeper.validate_batch_is_legal = lambda batch: None  # composes every job's config, which takes long
-        launcher = _Launcher()
+        jobs: list[list[str]] = []
+        launcher = SimpleNamespace(launch=lambda job_overrides, initial_job_idx: jobs.extend(job_overrides) or [])
         sweeper.config, sweeper.launcher = composed, launcher  # type: ignore[assignment]
         sweeper.hydra_context = HydraContext(loader, Callbacks())
         sweeper.sweep(list(composed.hydra.overrides.task))
-    return launcher.jobs
+    return [list(job) for job in jobs]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison wrote and printed."""
+
+    out: Path
+    printed: str
+
+    def table(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.out / f"{name}.csv", keep_default_na=False, na_values=[""])
+
+    @property
+    def page(self) -> str:
+        return (self.out / "report.html").read_text()
+
+    @property
+    def remarks(self) -> list[str]:
+        return [line.removeprefix("• ") for line in self.printed.splitlines() if line.startswith("• ")]
+
+    def cells(self) -> list[str]:
+        return list(self.table("cells")["cell"].unique())
+
+    def cell(self, name: str, origin: str = "ALL") -> pd.Series:
+        return row_of(self.table("cells"), cell=name, origin=origin)
+
+
+def compared(
+    *folders: Path, out: Path | None = None, wandb_mode: str | None = None, drawn: bool = False, width: int = 1000
+) -> Compared:
+    """Compare folders. Figures take most of the time, and are single points where they are not what is tested."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("COLUMNS", str(width))  # each remark on one line
+        patch.setattr(figures, "DPI", 40)  # drawn in less time
+        for name, draw in inspect.getmembers(figures, inspect.isfunction) if not drawn else ():
+            if "path" in inspect.signature(draw).parameters:
+                patch.setattr(figures, name, _point)
+        for name in ("WANDB_MODE", "WANDB_API_KEY"):
+            patch.delenv(name, raising=False)
+        written = compare(list(folders), out, wandb_mode)
+    return Compared(written, printed.getvalue())
+
+
+def _point(path: Path, **_: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (1, 1)).save(path)
+
+
+def row_of(table: pd.DataFrame, **wanted: object) -> pd.Series:
+    """The one row that has these values."""
+    for name, value in wanted.items():
+        table = table.loc[table[name] == value, :]
+    (row,) = [row for _, row in table.iterrows()]
+    return row
+
+
+def signal(count: int, seed: int = 0) -> np.ndarray:
+    """Means of ratings that tell tasks apart."""
+    return np.random.default_rng(seed).permutation(np.linspace(1.1, 4.9, count))

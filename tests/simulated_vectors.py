@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
+from prefs.config import CONF, ProbeConfig
 from prefs.probes.features import Tensors
 from prefs.probes.probe import Site
 from prefs.stages.records import Residuals
 from prefs.store.table import Store
+
+
+def probe_config(kind: str = "ridge", **changes: object) -> ProbeConfig:
+    """A kind of probe as it is shipped, on the CPU."""
+    shipped = OmegaConf.merge(OmegaConf.structured(ProbeConfig), OmegaConf.load(CONF / "probe" / f"{kind}.yaml"))
+    config = OmegaConf.to_object(shipped)
+    assert isinstance(config, ProbeConfig)
+    return replace(config, **{"trainer": {"accelerator": "cpu"}, **changes})
 
 
 def residuals(n: int, layers: int, d: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
 
-from prefs.concepts.card import CARD, TENSORS, SavedVectors, check_model, export_gguf, load_vectors, save_vectors
+from prefs.concepts.export import CARD, TENSORS, SavedVectors, check_model, export_gguf, load_vectors, save_vectors
 from prefs.errors import UserError
 from prefs.probes.probe import Site
 
@@ -31,7 +31,7 @@ def test_a_round_trip(tmp_path, saved):
     again = load_vectors(tmp_path / "liking")
     assert (again.concept, again.sites, again.card["n"]) == ("liking", SITES, 5)
     torch.testing.assert_close(again.vectors, saved.vectors)
-    vector, norm = again.at(Site(4, "mean_completion"))
+    vector, norm = again.vector(Site(4, "mean_completion"))
     torch.testing.assert_close(vector, saved.vectors[5])
     assert norm == 6
     unit = load_file(tmp_path / "liking" / TENSORS)["unit"]
@@ -40,7 +40,7 @@ def test_a_round_trip(tmp_path, saved):
 
 def test_a_site_that_is_not_there_is_named_with_those_that_are(saved):
     with pytest.raises(UserError, match="no vector at last_prompt, layer 9; it has last_prompt, mean_completion at"):
-        saved.at(Site(9, "last_prompt"))
+        saved.vector(Site(9, "last_prompt"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from gguf import GGUFReader
 from test_run import run, start
 
-from prefs.concepts.card import load_vectors
+from prefs.concepts.export import load_vectors
 from prefs.probes.probe import Site
 
 pytestmark = pytest.mark.slow
@@ -50,8 +50,8 @@ def test_vectors_tables_and_figures(extracted):
     assert saved.card["n"] == 4
     assert saved.vectors.shape == (9, 576)
     reader = GGUFReader(folder / "concept" / "liking_math" / "last_prompt.gguf")
-    (tensor,) = [each for each in reader.tensors if each.name == "direction.15"]
-    torch.testing.assert_close(torch.tensor(tensor.data), saved.at(Site(15, "last_prompt"))[0])
+    (tensor,) = [tensor for tensor in reader.tensors if tensor.name == "direction.15"]
+    torch.testing.assert_close(torch.tensor(tensor.data), saved.vector(Site(15, "last_prompt"))[0])
     tests = pd.read_parquet(folder / "concept_tests.parquet")
     assert {"held-out tasks", "origin ALPACA", "concept liking_poetry"} <= set(tests["test"])
     cosines = pd.read_parquet(folder / "anchored_precise" / "concept_probe_cosines.parquet")
@@ -107,7 +107,7 @@ def test_vectors_of_another_model_are_refused_before_anything_is_loaded(extracte
 
 def refused(folder: Path, store: Path, *arguments: str) -> str:
     process = start(folder, store, *arguments)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 2, said
-    (line,) = [each for each in said.splitlines() if each.startswith("prefs: ")]
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 2, printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("prefs: ")]
     return line

@@ -6,62 +6,58 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
-from simulated_vectors import residuals, signal_and_noise, tensors
+from simulated_vectors import probe_config, residuals, signal_and_noise, tensors
 
-from prefs.probes.crossval import CrossValidated, Nothing, cross_validate, held_out_origins, less_origin_means
-from prefs.probes.descent import Descent
+from prefs.config import ProbeConfig, ProbeControlsConfig
+from prefs.probes.crossval import cross_validate, held_out_origins, less_origin_means
+from prefs.probes.outcome import CrossValidated, Nothing
 from prefs.probes.targets import Target
-from prefs.probes.train import Training
 from prefs.statistics.estimates import Estimate
 
-TRAINING = Training(penalties=(1e-2, 1.0, 100.0))
 ORIGINS = ["A", "B", "C"] * 100
+
+
+def config(kind: str = "ridge", permutations: int = 0, **changes: object) -> ProbeConfig:
+    controls = ProbeControlsConfig(permutations=permutations)
+    return probe_config(kind, **{"penalties": [1e-2, 1.0, 100.0], "controls": controls, **changes})
 
 
 def target(values: np.ndarray, key: str = "exact", binary: bool = False) -> Target:
     return Target(key, key, values, Estimate(1.0, None, None, len(values)), binary)
 
 
-def validated(x: torch.Tensor, values: np.ndarray, *, permutations: int = 0, bootstrap: int = 0, folds: int = 4):
-    (found,) = cross_validate(
-        tensors(x),
-        [target(values)],
-        np.arange(len(x)) % folds,
-        ORIGINS[: len(x)],
-        TRAINING,
-        permutations=permutations,
-        bootstrap=bootstrap,
-    )
-    return found
+def validated(
+    x: torch.Tensor, *targets: Target, folds: int = 4, bootstrap: int = 0, settings: ProbeConfig | None = None
+):
+    numbers = np.arange(len(x)) % folds
+    return cross_validate(tensors(x), targets, numbers, ORIGINS[: len(x)], settings or config(), bootstrap=bootstrap)
 
 
 def test_a_signal_is_found_where_it_is_and_beats_every_shuffle():
     x = residuals(120, 4, 10, dtype=torch.float32)
     y = signal_and_noise(x, 2, 0.5)
-    found = validated(x, y, permutations=19, bootstrap=50)
-    assert found.chosen_sites.tolist() == [2] * 4
-    assert found.final.site.layer == 2
-    assert found.chosen.r2.value == pytest.approx(0.75, abs=0.1)
-    assert found.chosen.r2.low < found.chosen.r2.value < found.chosen.r2.high
-    assert found.p == found.site_p(2) == 1 / 20
-    assert found.site_p(0) > 1 / 20
-    low, high = found.null_band()
+    (result,) = validated(x, target(y), bootstrap=50, settings=config(permutations=19))
+    assert result.chosen_sites.tolist() == [2] * 4
+    assert result.final.site.layer == 2
+    assert result.chosen.r2.value == pytest.approx(0.75, abs=0.1)
+    assert result.chosen.r2.low < result.chosen.r2.value < result.chosen.r2.high
+    assert result.p == result.site_p(2) == 1 / 20
+    assert result.site_p(0) > 1 / 20
+    low, high = result.null_band()
     assert (low < high).all()
-    assert found.by_site[2].r2.value > high[2]
-    assert found.final_directions.shape == (4, 10)
-    for fold, probe in enumerate(found.by_fold):
-        rows = found.folds == fold
-        np.testing.assert_allclose(probe.predict(x[rows, 2]), found.predictions[rows], atol=1e-3)
+    assert result.by_site[2].r2.value > high[2]
+    assert result.final_directions.shape == (4, 10)
+    for fold, probe in enumerate(result.by_fold):
+        rows = result.folds == fold
+        np.testing.assert_allclose(probe.predict(x[rows, 2]), result.predictions[rows], atol=1e-3)
 
 
 def test_a_fold_has_no_say_in_its_own_predictions():
     x = residuals(80, 3, 6, dtype=torch.float32)
     y = signal_and_noise(x, 1, 1.0)
-    before = validated(x, y)
-    others = y.copy()
     mine = np.arange(80) % 4 == 2
-    others[mine] = 50 * signal_and_noise(x, 0, 0.0)[mine]  # would choose another site
-    after = validated(x, others)
+    others = np.where(mine, 50 * signal_and_noise(x, 0, 0.0), y)  # would choose another site
+    (before,), (after,) = validated(x, target(y)), validated(x, target(others))
     np.testing.assert_allclose(after.predictions[mine], before.predictions[mine], atol=1e-5)
     assert after.chosen_sites[2] == before.chosen_sites[2]
 
@@ -71,7 +67,8 @@ def test_p_values_of_noise_are_uniform():
     values = []
     for seed in range(40):
         x = residuals(40, 3, 12, seed, dtype=torch.float32)
-        values.append(validated(x, rng.normal(size=40), permutations=19).p)
+        (result,) = validated(x, target(rng.normal(size=40)), settings=config(permutations=19))
+        values.append(result.p)
     assert kstest(values, "uniform").pvalue > 0.01
 
 
@@ -80,12 +77,11 @@ def test_what_is_between_origins_only_is_gone_within_them():
     origin = np.arange(150) % 3
     x[:, 0, 3] = torch.tensor(origin).float() + 0.1 * torch.randn(150, generator=torch.Generator().manual_seed(0))
     y = origin + 0.2 * np.random.default_rng(0).normal(size=150)
-    found = validated(x, y, folds=5)
-    assert found.chosen.r2.value > 0.8
-    assert found.within.r2.value < 0.1
-    np.testing.assert_allclose(
-        less_origin_means(np.array([1.0, 3.0, 10.0]), np.array(["A", "A", "B"])), [-1.0, 1.0, 0.0]
-    )
+    (result,) = validated(x, target(y), folds=5)
+    assert result.chosen.r2.value > 0.8
+    assert result.within.r2.value < 0.1
+    left = less_origin_means(np.array([1.0, 3.0, 10.0]), np.array(["A", "A", "B"]))
+    np.testing.assert_allclose(left, [-1.0, 1.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -99,68 +95,51 @@ def test_what_is_between_origins_only_is_gone_within_them():
     ],
 )
 def test_a_target_that_cannot_be_probed_says_why(values, reason):
-    found = validated(residuals(20, 1, 4, dtype=torch.float32), values)
-    assert isinstance(found, Nothing)
-    assert found.reason.startswith(reason)
+    (result,) = validated(residuals(20, 1, 4, dtype=torch.float32), target(values))
+    assert isinstance(result, Nothing)
+    assert result.reason.startswith(reason)
 
 
 def test_targets_of_different_tasks_are_each_cross_validated_on_their_own():
     x = residuals(80, 2, 5, dtype=torch.float32)
     y = signal_and_noise(x, 1, 0.3)
     holes = np.where(np.arange(80) % 7 == 3, np.nan, y)
-    found = cross_validate(
-        tensors(x),
-        [target(y), target(holes, "sampled"), target(np.zeros(80), "single")],
-        np.arange(80) % 4,
-        ORIGINS[:80],
-        TRAINING,
-        permutations=0,
-        bootstrap=0,
-    )
-    assert [type(each) for each in found] == [CrossValidated, CrossValidated, Nothing]
-    assert (len(found[0].rows), len(found[1].rows)) == (80, 69)
-    alone = validated(x[np.isfinite(holes)], holes[np.isfinite(holes)])
-    assert found[1].chosen.r2.value == pytest.approx(0.9, abs=0.1)
-    assert alone.chosen.r2.value == pytest.approx(found[1].chosen.r2.value, abs=0.1)
-    assert found[0].p is None
+    whole, some, none = validated(x, target(y), target(holes, "sampled"), target(np.zeros(80), "single"))
+    assert isinstance(whole, CrossValidated)
+    assert isinstance(none, Nothing)
+    assert (len(whole.rows), len(some.rows)) == (80, 69)
+    (alone,) = validated(x, target(holes))
+    assert alone.chosen.r2.value == pytest.approx(some.chosen.r2.value)
+    assert some.chosen.r2.value == pytest.approx(0.9, abs=0.1)
+    assert whole.p is None
 
 
 def test_a_yes_and_no_is_scored_by_auc():
     x = residuals(90, 2, 5, dtype=torch.float32)
     y = (signal_and_noise(x, 0, 0.3) > 0).astype(float)
-    training = Training(kind="logistic", penalties=(0.1,), max_epochs=60, descent=Descent(learning_rate=3e-2))
-    (found,) = cross_validate(
-        tensors(x),
-        [target(y, "good", binary=True)],
-        np.arange(90) % 3,
-        ORIGINS[:90],
-        training,
-        permutations=5,
-        bootstrap=20,
-    )
-    assert found.main(found.chosen) is found.chosen.auc
-    assert found.chosen.auc.value > 0.85
-    assert found.p == 1 / 6
-    assert found.within is None
+    settings = config("logistic", 5, penalties=[0.1], max_epochs=60, learning_rate=3e-2)
+    (result,) = validated(x, target(y, "good", binary=True), folds=3, bootstrap=20, settings=settings)
+    assert result.chosen.auc.value > 0.85
+    assert result.p == 1 / 6
+    assert result.within is None
 
 
 def test_held_out_origins_are_predicted_by_the_others():
     x = residuals(90, 2, 5, dtype=torch.float32)
     y = signal_and_noise(x, 1, 0.3)
-    predictions = held_out_origins(tensors(x), target(y), ORIGINS[:90], TRAINING)
+    predictions = held_out_origins(tensors(x), target(y), ORIGINS[:90], config())
     assert np.corrcoef(predictions, y)[0, 1] > 0.85
-    changed = y.copy()
     mine = np.arange(90) % 3 == 1
-    changed[mine] = -10 * changed[mine]
-    again = held_out_origins(tensors(x), target(changed), ORIGINS[:90], TRAINING)
+    again = held_out_origins(tensors(x), target(np.where(mine, -10 * y, y)), ORIGINS[:90], config())
     np.testing.assert_allclose(again[mine], predictions[mine], atol=1e-4)
 
 
-def test_an_origin_of_one_task_and_one_origin_alone():
+@pytest.mark.parametrize(
+    ("origins", "predicted"),
+    [(["A"] * 15 + ["C"] * 14 + ["B"], True), (["A"] * 29 + ["B"], False), (["A"] * 30, False)],
+    ids=["three", "nothing to train on when A is held out", "one"],
+)
+def test_an_origin_of_one_task_and_one_origin_alone(origins, predicted):
     x = residuals(30, 1, 4, dtype=torch.float32)
-    y = signal_and_noise(x, 0, 0.3)
-    predictions = held_out_origins(tensors(x), target(y), ["A"] * 29 + ["B"], TRAINING)
-    assert predictions is None  # nothing to train on when A is held out
-    predictions = held_out_origins(tensors(x), target(y), ["A"] * 15 + ["C"] * 14 + ["B"], TRAINING)
-    assert np.isfinite(predictions).all()
-    assert held_out_origins(tensors(x), target(y), ["A"] * 30, TRAINING) is None
+    predictions = held_out_origins(tensors(x), target(signal_and_noise(x, 0, 0.3)), origins, config())
+    assert np.isfinite(predictions).all() if predicted else predictions is None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,17 +10,6 @@ from scipy import stats
 
 from prefs.statistics import estimates
 from prefs.statistics.estimates import Estimate, Resamples, excess, pearson_of_sums, ratio, resampling
-
-
-def test_an_estimate_has_a_value_or_a_reason():
-    missing = Estimate.missing("no refusals", 12)
-    assert missing == Estimate(value=None, low=None, high=None, n=12, reason="no refusals")
-    assert not missing.defined
-    zero = Estimate(0.0, None, None, 12)
-    assert zero.defined
-    assert zero.reason is None
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        zero.value = 1.0  # type: ignore[misc]
 
 
 def test_interval_of_a_mean_agrees_with_scipy():
@@ -59,11 +46,8 @@ def test_undefined_resamples_are_left_out_up_to_half():
     assert defined_in(0.5) == (7.0, 7.0)
     assert defined_in(0.49) == (None, None)
     assert defined_in(0) == (None, None)
-    assert Estimate.of(np.array([np.nan, 1.0, 1.0]), 10, "why") == Estimate.missing("why", 10)
-
-
-def test_no_interval_without_resamples():
     assert Estimate.of(np.array([2.0]), 10, "never") == Estimate(2.0, None, None, 10)
+    assert Estimate.of(np.array([np.nan, 1.0, 1.0]), 10, "why") == Estimate.missing("why", 10)
 
 
 def test_a_decreasing_function_turns_the_interval_round():

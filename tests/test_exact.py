@@ -25,29 +25,25 @@ from prefs.statistics.sampled import cross_seed, intraclass
 nan = np.nan
 
 
-def test_exact_summary_by_hand():
-    got = exact_summary([[0.1, 0.1, 0.2], [0, 0, 0.5], [0, 0, 0], [nan, nan, nan]], [1, 2, 3])
-    np.testing.assert_allclose(got.valid_mass, [0.4, 0.5, 0, nan])
-    np.testing.assert_allclose(got.mean, [2.25, 3, nan, nan])
-    np.testing.assert_allclose(got.variance, [0.6875, 0, nan, nan])
-    with pytest.raises(ValueError, match="options"):
-        exact_summary([[0.5, 0.5]], [1, 2, 3])
-    with pytest.raises(ValueError, match="negative"):
-        exact_summary([[0.5, -0.5]], [1, 2])
-
-
-def test_moments_by_hand():
-    got = exact_moments(exact_summary([[0.1, 0.1, 0.2], [0, 0, 0.5], [0, 0, 0], [nan, nan, nan]], [1, 2, 3]))
+def test_summary_and_moments_by_hand():
+    exact = exact_summary([[0.1, 0.1, 0.2], [0, 0, 0.5], [0, 0, 0], [nan, nan, nan]], [1, 2, 3])
+    np.testing.assert_allclose(exact.valid_mass, [0.4, 0.5, 0, nan])
+    np.testing.assert_allclose(exact.mean, [2.25, 3, nan, nan])
+    np.testing.assert_allclose(exact.variance, [0.6875, 0, nan, nan])
+    got = exact_moments(exact)
     assert (got.mean.value, got.mean.n) == (pytest.approx(2.625), 2)
     assert got.sd.value == pytest.approx(np.std([2.25, 3], ddof=1))
     assert got.noise.value == pytest.approx(0.6875 / 2)
     assert (got.valid_mass.value, got.valid_mass.n) == (pytest.approx(0.3), 3)
-    one = exact_moments(exact_summary([[0.5, 0.5]], [1, 2]))
-    assert (one.mean.value, one.sd.reason) == (1.5, "one task with an exact rating")
+    assert exact_moments(exact_summary([[0.5, 0.5]], [1, 2])).sd.reason == "one task with an exact rating"
     nothing = exact_moments(exact_summary(np.empty((0, 2)), [1, 2]), Resamples.draw(0, 10))
-    assert {each.reason for each in (nothing.mean, nothing.sd, nothing.noise, nothing.valid_mass)} == {
+    assert {moment.reason for moment in (nothing.mean, nothing.sd, nothing.noise, nothing.valid_mass)} == {
         "no task with an exact rating"
     }
+    with pytest.raises(ValueError, match="options"):
+        exact_summary([[0.5, 0.5]], [1, 2, 3])
+    with pytest.raises(ValueError, match="negative"):
+        exact_summary([[0.5, -0.5]], [1, 2])
 
 
 def test_intervals_agree_with_scipy():
@@ -84,18 +80,18 @@ def test_predicted_r_by_hand():
         predicted_r([1, 2, 3], [1, 2, 3], k=0)
 
 
-def test_equal_means_up_to_rounding_have_no_variance():
-    m = [0.3, 0.1 + 0.2, 0.3]
-    assert predicted_r(m, [0, 0, 0]).reason == "no variance in ratings"
-    assert seeds_needed(m, [1, 1, 1], 0.9).reason == "no variance between tasks"
-
-
 def test_seeds_needed_by_hand():
     # Var(m) = mean(w) = 1: r of k-seed means is k/(k + 1), so .9 takes exactly 9.
     assert seeds_needed([1, 2, 3], [1, 1, 1], 0.9).value == 9
     assert seeds_needed([1, 2, 3], [1, 1, 1], 0.91).value == 11
     assert seeds_needed([1, 2, 3], [0, 0, 0], 0.99).value == 1
     assert seeds_needed([2, 2, 2], [0, 0, 0], 0.9).reason == "no variance in ratings"
+    rounded = [0.3, 0.1 + 0.2, 0.3]
+    assert predicted_r(rounded, [0, 0, 0]).reason == "no variance in ratings"
+    assert seeds_needed(rounded, [1, 1, 1], 0.9).reason == "no variance between tasks"
+    assert predicted_r([], [], draws=Resamples.draw(0, 20)) == Estimate.missing(
+        "fewer than 3 tasks with an exact rating", 0
+    )
     assert seeds_needed([1, 2], [1, 1], 0.9).reason == "fewer than 3 tasks with an exact rating"
     for wrong in (0.0, 1.0):
         with pytest.raises(ValueError, match="between 0 and 1"):
@@ -138,9 +134,6 @@ def test_predicted_r_properties(p, scale, shift, k, random):
         assert again.value == pytest.approx(got.value, abs=1e-6)
 
 
-# --- noise ceiling
-
-
 def test_ceiling():
     got = ceiling(Estimate(0.64, 0.25, 0.81, 100))
     assert got.r == Estimate(pytest.approx(0.8), 0.5, pytest.approx(0.9), 100)
@@ -149,28 +142,6 @@ def test_ceiling():
     assert clipped.r == clipped.r2 == Estimate(0.0, 0.0, 1.0, 10)
     missing = ceiling(Estimate.missing("one rating seed", 5))
     assert missing.r == missing.r2 == Estimate.missing("one rating seed", 5)
-
-
-def test_no_predictor_beats_the_ceiling():
-    rng = np.random.default_rng(0)
-    true = rng.normal(size=100_000)
-    noisy = true + 0.75 * rng.normal(size=(100_000, 2)).T
-    best = ceiling(cross_seed(noisy.T).pearson.mean)
-    assert stats.pearsonr(true, noisy[0]).statistic == pytest.approx(best.r.value, abs=0.005)
-    assert 1 - np.var(noisy[0] - true) / np.var(noisy[0]) == pytest.approx(best.r2.value, abs=0.005)
-
-
-@pytest.mark.parametrize("tasks", [0, 1, 2])
-def test_undefined_exact_ratings_have_a_reason(tasks):
-    exact = exact_summary(np.full((tasks, 3), 0.3), [1, 2, 3])
-    got = predicted_r(exact.mean, exact.variance, draws=Resamples.draw(tasks, 20))
-    assert got == Estimate.missing("fewer than 3 tasks with an exact rating", tasks)
-    assert seeds_needed(exact.mean, exact.variance, 0.9).reason == got.reason
-    nothing = exact_summary(np.zeros((5, 3)), [1, 2, 3])
-    assert predicted_r(nothing.mean, nothing.variance).n == 0
-
-
-# --- simulations
 
 
 def draw(p: np.ndarray, values: np.ndarray, seeds: int, rng: np.random.Generator) -> np.ndarray:

@@ -9,15 +9,14 @@ import pandas as pd
 import pytest
 from tiny_models import llama, tiny_model
 
-from prefs.concepts.cell import rating_correlations
-from prefs.concepts.extract import HELD_OUT, OTHER_ORIGINS, READ_UNDER, WRITTEN_UNDER, Concept, NoConcept, extract
+from prefs.concepts.extract import HELD_OUT, OTHER_ORIGINS, READ_UNDER, WRITTEN_UNDER, Concept, extract
 from prefs.concepts.reading import Reader
 from prefs.config import ConceptConfig
 from prefs.data.task import Task
 from prefs.models.loading import Models
 from prefs.models.types import Sampling
 from prefs.probes.probe import Site
-from prefs.results.closing_concepts import concept_lines, concept_remarks, steadiest
+from prefs.stages.concept import concept_remarks, concept_view, rating_correlations, split_halves
 from prefs.stages.rate import CapturePlan
 from prefs.statistics.measured import Measured
 from prefs.store.table import Store
@@ -57,12 +56,18 @@ def reader(spec, models, store) -> Reader:
     return Reader(spec, spec, Sampling(1.0, 1.0, 4), 0, PLAN, store, models)
 
 
+def only(concepts, tasks, reader, **settings) -> Concept | str:
+    """The one concept that there is, or the reason why not."""
+    (extracted,) = extract(concepts, tasks, reader, **settings).values()
+    return extracted
+
+
 def test_vectors_and_tests_of_two_concepts(reader, tmp_path):
-    liking, other = extract({"liking": LIKING, "other": OTHER}, TASKS, reader, bootstrap=20)
+    liking, other = extract({"liking": LIKING, "other": OTHER}, TASKS, reader, bootstrap=20).values()
     assert isinstance(liking, Concept)
     assert isinstance(other, Concept)
     assert (liking.n, other.n) == (8, 24)
-    assert liking.difference.sites == tuple(Site(at, name) for name in PLAN.positions for at in PLAN.layers)
+    assert liking.difference.sites == tuple(Site(layer, name) for name in PLAN.positions for layer in PLAN.layers)
     tests = liking.tests.groupby("test", sort=False)["n"].first().to_dict()
     assert tests == {
         HELD_OUT: 8,
@@ -86,7 +91,7 @@ def test_vectors_and_tests_of_two_concepts(reader, tmp_path):
     vectors = liking.vectors.set_index(["position", "layer"])
     assert (vectors.loc["last_prompt", "split_half"] > 0.9).all()
     assert (vectors.loc["last_prompt", "p"] < 0.02).all()
-    assert steadiest(liking) == "last_prompt"
+    assert next(iter(split_halves(liking))) == "last_prompt"
     # A second time everything is in the store.
     again = dataclasses.replace(reader, work=[])
     extract({"liking": LIKING, "other": OTHER}, TASKS, again, bootstrap=20)
@@ -95,8 +100,8 @@ def test_vectors_and_tests_of_two_concepts(reader, tmp_path):
     assert [path.name for path in paths] == [
         "vectors.safetensors", "vectors.json", "last_prompt.gguf", "mean_completion.gguf",
     ]  # fmt: skip
-    table = concept_lines(liking, pd.DataFrame(columns=["with"]), pd.DataFrame(), "exact rating")
-    assert table.row_count == len(tests) + 3
+    view = concept_view(liking, pd.DataFrame(), pd.DataFrame(), "r with the exact rating")
+    assert len(view.rows) == len(tests) + 3
 
 
 def test_tasks_without_a_completion_under_one_condition_are_left_out_of_both_and_counted(reader, spec):
@@ -105,42 +110,41 @@ def test_tasks_without_a_completion_under_one_condition_are_left_out_of_both_and
     room = dataclasses.replace(spec, max_context=330)
     config = dataclasses.replace(LIKING, conditions={**LIKING.conditions, "positive": "You love sums. " * 20})
     short = dataclasses.replace(reader, subject=room, completer=room, work=[])
-    (found,) = extract({"liking": config}, tasks, short, bootstrap=5)
-    assert isinstance(found, Concept)
-    assert found.n == 8
-    assert found.remarks == [
+    concept = only({"liking": config}, tasks, short, bootstrap=5)
+    assert isinstance(concept, Concept)
+    assert concept.n == 8
+    assert concept.remarks == [
         "Concept liking: paired on the 8 of 10 tasks that have a completion and a vector under both conditions"
         " (2 lack positive, 0 lack negative)."
     ]
-    assert set(found.tests.loc[found.tests["test"] == HELD_OUT, "left_out"]) == {2}
+    assert set(concept.tests.loc[concept.tests["test"] == HELD_OUT, "left_out"]) == {2}
     # And a condition in which nothing fits has no vector at all.
     nothing = dataclasses.replace(config, conditions={**config.conditions, "positive": "You love sums. " * 80})
-    (gone,) = extract({"liking": nothing}, tasks, dataclasses.replace(short, work=[]), bootstrap=5)
-    assert isinstance(gone, NoConcept)
-    assert "0 tasks have a vector at every position under both conditions (positive has 0 of 10" in gone.reason
-    assert concept_remarks([gone]) == [f"No vectors of concept liking: {gone.reason}."]
+    reason = only({"liking": nothing}, tasks, dataclasses.replace(short, work=[]), bootstrap=5)
+    assert "0 tasks have a vector at every position under both conditions (positive has 0 of 10" in reason
+    assert concept_remarks("liking", reason) == [f"No vectors of concept liking: {reason}."]
 
 
 def test_too_few_tasks_or_none_of_the_origin_say_so(reader):
-    (gone,) = extract({"liking": LIKING}, TASKS[8:], reader, bootstrap=5)
-    assert isinstance(gone, NoConcept)
-    assert gone.reason == "no task is of MATH (concept.liking.origins); there are POEMS, NEWS"
-    (few,) = extract({"liking": LIKING}, TASKS[:1], reader, bootstrap=5)
-    assert isinstance(few, NoConcept)
-    assert "1 tasks have a vector" in few.reason
+    reason = only({"liking": LIKING}, TASKS[8:], reader, bootstrap=5)
+    assert reason == "no task is of MATH (concept.liking.origins); there are POEMS, NEWS"
+    few = only({"liking": LIKING}, TASKS[:1], reader, bootstrap=5)
+    assert "1 tasks have a vector" in few
 
 
 def test_projections_are_correlated_with_ratings_without_the_task_s_own_fold(reader):
-    (found,) = extract({"liking": LIKING}, TASKS, reader, bootstrap=20)
-    assert isinstance(found, Concept)
+    concept = only({"liking": LIKING}, TASKS, reader, bootstrap=20)
+    assert isinstance(concept, Concept)
     read = reader.read(TASKS, written_under=None, read_under=None)
-    site = found.difference.sites[1]
+    site = concept.difference.sites[1]
     vectors = read.features([task.id for task in TASKS]).read(range(24), slice(1, 2))[:, 0].double()
-    fits = found.fits([task.id for task in TASKS])
+    fits = concept.fits([task.id for task in TASKS])
     assert sorted(set(fits[:8])) == [0, 1, 2]
     assert set(fits[8:]) == {3}
-    along = np.array([float(vectors[at] @ found.difference.direction[fit, 1].double()) for at, fit in enumerate(fits)])
-    along -= found.difference.threshold[fits, 1].numpy()
+    along = np.array(
+        [float(vectors[row] @ concept.difference.direction[fit, 1].double()) for row, fit in enumerate(fits)]
+    )
+    along -= concept.difference.threshold[fits, 1].numpy()
     # Options worth 1 and 2, so that the mean rating is the projection, on some scale.
     p = 0.5 + 0.4 * along / np.abs(along).max()
     measured = Measured(
@@ -152,6 +156,6 @@ def test_projections_are_correlated_with_ratings_without_the_task_s_own_fold(rea
         mass=np.stack([1 - p, p], axis=1),
         refused=np.full(24, np.nan),
     )
-    table = rating_correlations([found], measured, read.residuals, 20, 0).set_index(["position", "layer"])
+    table = rating_correlations([concept], measured, read.residuals, 20, 0).set_index(["position", "layer"])
     assert table.loc[(site.position, site.layer), "r"] == pytest.approx(1, abs=1e-4)
     assert (table["n"] == 24).all()

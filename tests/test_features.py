@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from simulated_vectors import captured, residuals, tensors
@@ -19,8 +20,8 @@ def test_vectors_from_a_store_are_those_written(tmp_path, dtype):
         captured(tmp_path, "rating", rating, layers=(2, 5, 9)),
         captured(tmp_path, "mean_completion", before, layers=(5, 7), parts=4),
     ]
-    rows = [at for at in range(17) if at != 4][::-1]
-    assert [at for at in range(17) if all(each.present()[at] for each in both)] == rows[::-1]
+    rows = [row for row in range(17) if row != 4][::-1]
+    assert np.flatnonzero(both[0].present() & both[1].present()).tolist() == rows[::-1]
     features = Captured(both, rows)
     assert features.sites == (
         Site(2, "rating"),
@@ -38,13 +39,21 @@ def test_vectors_from_a_store_are_those_written(tmp_path, dtype):
 
 
 def test_order_is_that_of_the_parts(tmp_path):
-    each = captured(tmp_path, "rating", residuals(20, 1, 4), parts=3)
-    features = Captured([each], list(range(20)))
-    assert sorted(features.order) == list(range(20))
-    place = {key: (part.path.name, row) for key, found in each.vectors._where.items() for part, row in found}
-    there = [place[each.keys[row]] for row in features.order]
-    assert there == sorted(there)
-    assert there != [place[key] for key in each.keys]
+    stored = captured(tmp_path, "rating", residuals(20, 1, 4), parts=3)
+    order = Captured([stored], list(range(20))).order
+    assert order.tolist() == stored.vectors.in_order(stored.keys)
+    assert sorted(order) == list(range(20)) != order.tolist()
+
+
+def test_some_tasks_are_read_as_of_the_whole(tmp_path):
+    vectors = residuals(20, 2, 4)
+    whole = Captured([captured(tmp_path, "rating", vectors)], list(range(20)))
+    rows = np.array([17, 3, 9, 4])
+    some = whole.only(rows)
+    assert (some.n, some.sites) == (4, whole.sites)
+    assert torch.equal(some.read([2, 0], slice(1, 2)), vectors[[9, 17], 1:2])
+    place = {row: number for number, row in enumerate(whole.order.tolist())}
+    assert [place[int(row)] for row in rows[some.order]] == sorted(place[int(row)] for row in rows)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -85,4 +94,4 @@ def test_a_sum_that_overflows_is_no_fault():
 )
 def test_vectors_that_cannot_be_are_refused(vectors, sites, message):
     with pytest.raises(ValueError, match=message):
-        Tensors(vectors, [Site(at, "rating") for at in range(sites)])
+        Tensors(vectors, [Site(layer, "rating") for layer in range(sites)])

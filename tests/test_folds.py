@@ -69,7 +69,7 @@ def test_impossible_folds_are_refused_in_one_line(keys, origins, folds, message)
 
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.integers(0, 5))
 def test_a_fifth_of_each_group_validates_and_never_all_of_it(sizes, seed):
-    splits = Splits.of(np.repeat(np.arange(len(sizes)), sizes), seed)
+    splits = Splits.draw(np.repeat(np.arange(len(sizes)), sizes), seed)
     assert (splits.k, splits.fits, splits.n) == (len(sizes), len(sizes) + 1, sum(sizes))
     for group, size in enumerate(sizes):
         held_back = splits.validation[splits.group == group].sum()
@@ -81,7 +81,7 @@ def test_a_fifth_of_each_group_validates_and_never_all_of_it(sizes, seed):
 
 def test_groups_of_one_validate_too():
     """Eight data sets of one task beside a large one: the fit that holds out the large one has the eight alone."""
-    splits = Splits.of(np.array([0] * 40 + list(range(1, 9))), seed=0)
+    splits = Splits.draw(np.array([0] * 40 + list(range(1, 9))), seed=0)
     small = splits.group > 0
     assert splits.validation[small].sum() == 2
     assert splits.validates
@@ -89,12 +89,12 @@ def test_groups_of_one_validate_too():
 
 @pytest.mark.parametrize(("groups", "expected"), [([0, 1, 2], False), ([0, 0, 1], False), ([0, 0, 1, 1], True)])
 def test_whether_every_fit_has_tasks_to_train_on_and_to_validate_with(groups, expected):
-    assert Splits.of(np.array(groups), seed=0).validates == expected
+    assert Splits.draw(np.array(groups), seed=0).validates == expected
 
 
 def test_validation_is_drawn_by_the_seed():
     group = np.arange(40) % 4
-    first, again, other = (Splits.of(group, seed).validation for seed in (0, 0, 1))
+    first, again, other = (Splits.draw(group, seed).validation for seed in (0, 0, 1))
     assert first.tolist() == again.tolist() != other.tolist()
 
 
@@ -111,4 +111,4 @@ def test_validation_is_drawn_by_the_seed():
 )
 def test_groups_that_cannot_be_are_refused(group, message):
     with pytest.raises(ValueError, match=message):
-        Splits.of(group, seed=0)
+        Splits.draw(group, seed=0)

@@ -18,19 +18,20 @@ from tiny_models import llama, tiny_model
 
 from prefs.config import ApiConfig, typed
 from prefs.errors import UserError
+from prefs.job import Job, read_job, recorded
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models
 from prefs.models.tokens import Message
 from prefs.models.types import Ask, Question, Sampling
-from prefs.pipeline import Place, run_job
+from prefs.pipeline import RunFolder, run_job
 from prefs.plan.book import JUDGE, RATER, Book
 from prefs.plan.costs import Plan, plan
 from prefs.plan.lengths import Lengths
 from prefs.plan.server import PlannedServer
-from prefs.plan.show import show_plan
+from prefs.plan.show import plan_result
 from prefs.plan.store import Planned
 from prefs.plan.vllm_requests import PlannedVllm
-from prefs.results.job_record import Job, read_job, recorded
+from prefs.results.terminal import show
 
 # At this temperature the model goes on to the end of its tokens, and its seeds part at once.
 SMALL = (
@@ -69,14 +70,15 @@ def done(folder: Path, store: Path, models: Models, *overrides: str) -> Job:
     cfg = composed(store, *overrides)
     plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     with recorded(folder, plain, overrides, None) as doings:
-        run_job(typed(cfg), Place(folder), models, doings, plain_config=plain)
+        run_job(typed(cfg), RunFolder(folder), models, doings, plain_config=plain)
     return read_job(folder)
 
 
 def printed(found: Plan, config, *, sweep: bool = False) -> str:
     console = Console(width=80, force_terminal=False, markup=False)
     with console.capture() as captured:
-        show_plan(found, config, sweep=sweep, console=console)
+        result = plan_result(found, config, sweep=sweep)
+        show(console, result, title=result.title)
     return captured.get()
 
 

@@ -12,6 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
+from prefs.results import drawing
 from prefs.results import figures as plots
 
 HOSTILE = ("$x_{", "<|im_end|>" * 9, "名前")
@@ -19,15 +20,15 @@ HOSTILE = ("$x_{", "<|im_end|>" * 9, "名前")
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    monkeypatch.setattr(plots, "DPI", 40)  # drawn in less time
+    monkeypatch.setattr(drawing, "DPI", 40)  # drawn in less time
 
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
     """Draws to a file, checks that it is a picture, and returns the figure it was saved from."""
     saved: list[Figure] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
+    save = drawing.save
+    monkeypatch.setattr(drawing, "save", lambda figure, path: saved.append(figure) or save(figure, path))
 
     def draw(plot, **named) -> Figure:
         path = plot(tmp_path / "made" / "f.png", title="A title", **named)
@@ -139,7 +140,7 @@ def test_origins_held_out(drawn):
             bars[f"{target}: trained on this origin too (k-fold)"],
         )
         assert to_hex(alone.patches[0].get_facecolor()) == to_hex(within.patches[0].get_edgecolor())
-        assert to_hex(alone.patches[0].get_facecolor()) == plots.COLOURS[at].lower()
+        assert to_hex(alone.patches[0].get_facecolor()) == drawing.COLOURS[at].lower()
         assert (alone.patches[0].get_hatch(), within.patches[0].get_hatch()) == (None, "///")
     assert texts(figure) == ["few tasks", "−7.3"]
     assert axes.get_ylim() == pytest.approx((-1.05, 1.05))
@@ -237,8 +238,8 @@ def test_a_panel_a_condition_and_a_violin_of_each_distribution(drawn):
         love, hate = (each for each in axes.collections if isinstance(each, PolyCollection))
         heights = [(paths.vertices[:, 1].min(), paths.vertices[:, 1].max()) for paths in love.get_paths()]
         assert heights == [pytest.approx((spread.min(), spread.max()))]
-        assert to_hex(love.get_facecolor()[0]) == plots.COLOURS[0].lower()
-        assert to_hex(hate.get_facecolor()[0]) == plots.COLOURS[1].lower()
+        assert to_hex(love.get_facecolor()[0]) == drawing.COLOURS[0].lower()
+        assert to_hex(hate.get_facecolor()[0]) == drawing.COLOURS[1].lower()
         dots = [float(line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "o"]
         assert dots == pytest.approx([spread.mean(), spread.mean() - 1])
         assert axes.get_ylim() == figure.axes[0].get_ylim()

@@ -19,14 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from simulated import around, completed, simulate, some_tasks
-from test_comparison import Compared, compared, signal
+from simulated import Compared, around, compared, completed, row_of, signal, simulate, some_tasks
 
-import prefs.compare
-from prefs.comparison.cautions import probe_cautions
 from prefs.comparison.cells import read_sweep
-from prefs.comparison.probe_tables import cosine_matrices, probe_cosines
-from prefs.comparison.probed import read_probes
+from prefs.comparison.probes import cosine_matrices, probe_cosines, probe_remarks, read_probes
 from prefs.probes.card import load_probe, save_probe
 from prefs.probes.probe import Site
 
@@ -39,12 +35,6 @@ RIDGE = (
     "probe.controls.random_directions=5",
     "probe.controls.held_out_origins=false",
 )
-
-
-@pytest.fixture
-def undrawn(monkeypatch) -> None:
-    """No figures, which take most of the time, where they are not what is tested."""
-    monkeypatch.setattr(prefs.compare, "draw", lambda *_: {})
 
 
 def activations(means: np.ndarray, noise: float, d: int = D, seed: int = 0) -> np.ndarray:
@@ -73,13 +63,6 @@ def job(
     return folder
 
 
-def of(table: pd.DataFrame, **wanted: object) -> pd.Series:
-    for name, value in wanted.items():
-        table = table.loc[table[name] == value, :]
-    (row,) = [row for _, row in table.iterrows()]
-    return row
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Two names of one model, a wider model, and a rater without probes."""
@@ -95,7 +78,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sweep(folder) -> Compared:
-    return compared(folder, wandb_mode="offline")
+    return compared(folder, wandb_mode="offline", drawn=True)
 
 
 def test_the_table_of_probes_is_that_of_the_jobs(sweep, folder):
@@ -106,7 +89,7 @@ def test_the_table_of_probes_is_that_of_the_jobs(sweep, folder):
     assert list(table["target"]) == ["exact", "mean of 4 seeds", "one seed"] * 5
     for row in table.to_dict("records"):
         number = {"keen": "0", "usual": "1", "wide": "2"}[row["rater"]]
-        chosen = of(pd.read_csv(folder / number / row["template"] / "probe_chosen.csv"), target=row["target"])
+        chosen = row_of(pd.read_csv(folder / number / row["template"] / "probe_chosen.csv"), target=row["target"])
         for name in ("n", "score", "score_low", "score_high", "p", "ceiling", "position", "layer", "penalty"):
             assert row[name] == pytest.approx(chosen[name]), name
         controls = pd.read_csv(folder / number / row["template"] / "probe_controls.csv")
@@ -114,7 +97,7 @@ def test_the_table_of_probes_is_that_of_the_jobs(sweep, folder):
         blind = controls[["origin mean", "length", "words (TF-IDF)"]]
         assert (row["best_control"], row["best_control_score"]) == (blind.idxmax(), pytest.approx(blind.max()))
         assert row["random direction"] == pytest.approx(controls["random direction"])
-    exact = of(table, cell="keen-anchored", target="exact")
+    exact = row_of(table, cell="keen-anchored", target="exact")
     assert (exact["metric"], exact["layer"], exact["probe"]) == ("R²", 1, "ridge")
     assert exact["score"] > 0.9
     line = next(line for line in sweep.printed.split("keen-anchored")[-1].splitlines() if "exact" in line)
@@ -144,7 +127,7 @@ def test_cosines_are_of_the_saved_directions_at_each_site_of_one_model(sweep, fo
     ):
         x, y = directions(*a[1:])[layer], directions(*b[1:])[layer]
         expected = torch.nn.functional.cosine_similarity(x, y, dim=0).item()
-        row = of(table, a=a[0], b=b[0], layer=layer)
+        row = row_of(table, a=a[0], b=b[0], layer=layer)
         assert row["cosine"] == pytest.approx(expected, abs=1e-6)
         assert row["position"] == "rating"
     # The ratings lie along one direction at layer 1 and nowhere else.
@@ -169,116 +152,100 @@ def test_transfer_is_of_held_out_predictions_with_the_others_ratings(sweep, fold
         assert (row["n"], row["target"], row["ratings"]) == (TASKS, "exact", "exact")
         assert row["r_low"] <= row["r"] <= row["r_high"]
     for name in set(cells) - {"plain-anchored"}:
-        chosen = of(pd.read_csv(folder / cells[name] / "probe_chosen.csv"), target="exact")
-        assert of(table, trained_on=name, tested_on=name)["r"] == pytest.approx(chosen["pearson"])
+        chosen = row_of(pd.read_csv(folder / cells[name] / "probe_chosen.csv"), target="exact")
+        assert row_of(table, trained_on=name, tested_on=name)["r"] == pytest.approx(chosen["pearson"])
 
 
 def test_the_page_the_figures_and_wandb_have_them(sweep):
-    page = (sweep.out / "report.html").read_text()
-    assert '<a href="#section-6">Probes</a>' in page
-    assert "reads the row&#39;s model" in page
+    assert '<a href="#section-6">Probes</a>' in sweep.page
+    assert "reads the row&#39;s model" in sweep.page
     assert {"probe_cosines", "probe_transfer"} <= {path.stem for path in (sweep.out / "figures").glob("*.png")}
     (folder,) = (sweep.out / "wandb").glob("offline-run-*")
     logs = offline_wandb.read(folder)
     logged = {key for row in logs.history for key in row}
     names = ("probes", "probe_cosines", "probe_transfer")
     assert {f"tables/{name}" for name in names} | {f"figures/{name}" for name in names[1:]} <= logged
-    score = of(sweep.table("probes"), cell="wide-stated", target="exact")["score"]
+    score = row_of(sweep.table("probes"), cell="wide-stated", target="exact")["score"]
     assert logs.summary["compare/probe/wide-stated/exact"] == pytest.approx(score)
 
 
-def test_without_probes_nothing_is_said(undrawn, tmp_path):
+def test_without_probes_nothing_is_said(tmp_path):
     simulate(tmp_path / "0", [], completed(some_tasks(6)), {"anchored": around(signal(6))})
     # A probe as earlier versions wrote it: one table by layer, and a file beside.
     pd.DataFrame({"target": ["exact"], "layer": [0], "r2": [0.5]}).to_parquet(tmp_path / "0" / "anchored/probe.parquet")
     (tmp_path / "0" / "anchored" / "probe").mkdir()
     (tmp_path / "0" / "anchored" / "probe" / "probe.safetensors").write_bytes(b"old")
-    found = compared(tmp_path)
-    assert not list(found.out.glob("probe*"))
-    assert "robe" not in found.printed.replace(str(found.out), "")
-    assert "Probes" not in (found.out / "report.html").read_text()
+    result = compared(tmp_path)
+    assert not list(result.out.glob("probe*"))
+    assert "robe" not in result.printed.replace(str(result.out), "")
+    assert "Probes" not in result.page
 
 
-def test_one_cell_with_a_probe_has_no_matrix_of_cells(undrawn, tmp_path):
+def test_one_cell_with_a_probe_has_no_matrix_of_cells(tmp_path):
     job(tmp_path / "0", "keen", {"anchored": signal(40)}, *RIDGE, "probe.targets=[exact]", tasks=40)
-    found = compared(tmp_path)
-    assert len(found.table("probes")) == 1
-    assert not (found.out / "probe_cosines.csv").exists()
-    assert not (found.out / "probe_transfer.csv").exists()
+    result = compared(tmp_path)
+    assert len(result.table("probes")) == 1
+    assert not (result.out / "probe_cosines.csv").exists()
+    assert not (result.out / "probe_transfer.csv").exists()
 
 
-def broken_card(folder: Path) -> None:
-    (folder / "probe" / "exact" / "probe.json").write_text("{")
-
-
-def cut_tensors(folder: Path) -> None:
-    path = folder / "probe" / "exact" / "probe.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
-
-
-def of_no_model(folder: Path) -> None:
-    path = folder / "probe" / "exact" / "probe.json"
-    card = json.loads(path.read_text())
-    del card["model"]
-    path.write_text(json.dumps(card))
-
-
-def of_fewer_sites(folder: Path) -> None:
-    path = folder / "probe" / "exact" / "probe.json"
-    card = json.loads(path.read_text())
-    path.write_text(json.dumps(card | {"sites": card["sites"][:-1]}))
-
-
-@pytest.mark.parametrize("damage", [broken_card, cut_tensors, of_no_model, of_fewer_sites])
-def test_a_damaged_probe_is_one_line_and_left_out(damage, undrawn, folder, tmp_path):
+@pytest.mark.parametrize("damage", ["no card", "no tensors", "of no model", "of fewer sites"])
+def test_a_damaged_probe_is_one_line_and_left_out(damage, folder, tmp_path):
     shutil.copytree(folder / "0", tmp_path / "0")
-    damage(tmp_path / "0" / "anchored")
-    found = compared(tmp_path)
-    said = [line for line in found.remarks if "left out" in line]
-    assert len(said) == 1
-    assert said[0].startswith("keen-anchored: a probe is left out (")
-    assert "exact" in said[0]
-    assert said[0].endswith(").")
-    names = {*found.table("probe_cosines")["a"], *found.table("probe_cosines")["b"]}
+    files = tmp_path / "0" / "anchored" / "probe" / "exact"
+    card, tensors = json.loads((files / "probe.json").read_text()), files / "probe.safetensors"
+    if damage == "no card":
+        (files / "probe.json").write_text("{")
+    elif damage == "no tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-4])
+    else:
+        changed = {"model": None} if damage == "of no model" else {"sites": card["sites"][:-1]}
+        (files / "probe.json").write_text(json.dumps(card | changed))
+    result = compared(tmp_path)
+    (remark,) = [line for line in result.remarks if "left out" in line]
+    assert remark.startswith("keen-anchored: a probe is left out (")
+    assert "exact" in remark
+    assert remark.endswith(").")
+    names = {*result.table("probe_cosines")["a"], *result.table("probe_cosines")["b"]}
     assert "keen-anchored: exact" not in names
     assert {"keen-anchored: one seed", "keen-stated: exact"} <= names
-    assert of(found.table("probes"), cell="keen-anchored", target="exact")["score"] > 0.9  # its tables are sound
+    assert row_of(result.table("probes"), cell="keen-anchored", target="exact")["score"] > 0.9  # its tables are sound
 
 
 @pytest.mark.parametrize("name", ["probe_chosen", "probe_controls", "probe_predictions"])
 @pytest.mark.parametrize("content", [b"no table", None])
-def test_a_damaged_table_leaves_its_cell_out(name, content, undrawn, folder, tmp_path):
+def test_a_damaged_table_leaves_its_cell_out(name, content, folder, tmp_path):
     shutil.copytree(folder / "0", tmp_path / "0")
     path = tmp_path / "0" / "stated" / f"{name}.parquet"
     path.unlink() if content is None else path.write_bytes(content)
-    found = compared(tmp_path)
-    assert set(found.table("probes")["cell"]) == {"keen-anchored"}
-    said = [line for line in found.remarks if "left out" in line]
+    result = compared(tmp_path)
+    assert set(result.table("probes")["cell"]) == {"keen-anchored"}
+    remarks = [line for line in result.remarks if "left out" in line]
     # Without the table of its scores a cell has no probes.
-    assert len(said) == (name != "probe_chosen" or content is not None)
-    assert all(line.startswith("keen-stated: its probes are left out (cannot read ") for line in said)
+    assert len(remarks) == (name != "probe_chosen" or content is not None)
+    assert all(line.startswith("keen-stated: its probes are left out (cannot read ") for line in remarks)
 
 
-def test_two_kinds_of_probe_on_the_same_ratings_are_compared(undrawn, tmp_path):
+def test_two_kinds_of_probe_on_the_same_ratings_are_compared(tmp_path):
     means = {"anchored": signal(TASKS)}
     job(tmp_path / "0", "keen", means, *RIDGE)
     job(tmp_path / "1", "keen", means, "probe=mean_difference", *RIDGE[1:2], *RIDGE[3:])
     job(tmp_path / "2", "keen", means, "probe=mean_difference", *RIDGE[1:2], *RIDGE[3:])
-    found = compared(tmp_path)
-    assert list(found.table("cells")["cell"].unique()) == ["keen-anchored"]
+    result = compared(tmp_path)
+    assert list(result.table("cells")["cell"].unique()) == ["keen-anchored"]
     names = ["keen-anchored probe.name=ridge", "keen-anchored probe.name=mean_difference"]
-    table = found.table("probes")
+    table = result.table("probes")
     assert set(table["cell"]) == set(names)
     assert len(table) == 6
-    row = of(found.table("probe_cosines"), a=f"{names[1]}: exact", b=f"{names[0]}: exact", layer=1)
+    row = row_of(result.table("probe_cosines"), a=f"{names[1]}: exact", b=f"{names[0]}: exact", layer=1)
     assert row["cosine"] > 0.8
-    assert set(found.table("probe_transfer")["tested_on"]) == {"keen-anchored"}
-    measured = next(line for line in found.remarks if line.startswith("Measured again"))
+    assert set(result.table("probe_transfer")["tested_on"]) == {"keen-anchored"}
+    measured = next(line for line in result.remarks if line.startswith("Measured again"))
     assert measured.count("(but for its probes)") == 1
     assert f"{tmp_path}/0/anchored (but for its probes), {tmp_path}/1/anchored." in measured
 
 
-def test_a_probe_without_a_direction_is_left_out_of_the_cosines(undrawn, tmp_path):
+def test_a_probe_without_a_direction_is_left_out_of_the_cosines(tmp_path):
     means = {"anchored": signal(TASKS)}
     job(tmp_path / "0", "keen", means, *RIDGE, "probe.targets=[exact,sampled]")
     mlp = (
@@ -290,17 +257,17 @@ def test_a_probe_without_a_direction_is_left_out_of_the_cosines(undrawn, tmp_pat
         *RIDGE[4:],
     )
     job(tmp_path / "1", "other", means, *mlp, "probe.penalties=[1.0]")
-    found = compared(tmp_path)
-    assert "A probe of kind mlp has no direction, and so no cosine: other-anchored: exact." in found.remarks
-    assert set(found.table("probe_cosines")["b"]) == {"keen-anchored: mean of 4 seeds"}
-    assert "other-anchored" in set(found.table("probe_transfer")["trained_on"])
+    result = compared(tmp_path)
+    assert "A probe of kind mlp has no direction, and so no cosine: other-anchored: exact." in result.remarks
+    assert set(result.table("probe_cosines")["b"]) == {"keen-anchored: mean of 4 seeds"}
+    assert "other-anchored" in set(result.table("probe_transfer")["trained_on"])
 
 
-def test_one_model_in_two_precisions_is_two_spaces(undrawn, tmp_path):
+def test_one_model_in_two_precisions_is_two_spaces(tmp_path):
     for at, dtype in enumerate(("float32", "bfloat16")):
         job(tmp_path / f"{at}", "keen", {"anchored": signal(TASKS)}, f"model.dtype={dtype}", *RIDGE)
-    found = compared(tmp_path)
-    assert list(found.table("probe_cosines")["model"].unique()) == ["keen dtype=float32", "keen dtype=bfloat16"]
+    result = compared(tmp_path)
+    assert list(result.table("probe_cosines")["model"].unique()) == ["keen dtype=float32", "keen dtype=bfloat16"]
 
 
 def saved(folder: Path, **changed: object) -> None:
@@ -311,7 +278,7 @@ def saved(folder: Path, **changed: object) -> None:
     save_probe(folder, dataclasses.replace(old, card=card, **changed))
 
 
-def test_a_probe_whose_weights_are_0_has_no_cosine(undrawn, folder, tmp_path):
+def test_a_probe_whose_weights_are_0_has_no_cosine(folder, tmp_path):
     shutil.copytree(folder / "0", tmp_path / "0")
     saved(tmp_path / "0" / "anchored" / "probe" / "exact", directions=torch.zeros(LAYERS, D))
     table = compared(tmp_path).table("probe_cosines")
@@ -321,7 +288,7 @@ def test_a_probe_whose_weights_are_0_has_no_cosine(undrawn, folder, tmp_path):
     assert table.loc[~mine, "cosine"].notna().all()
 
 
-def test_only_sites_that_both_have_are_compared(undrawn, folder, tmp_path):
+def test_only_sites_that_both_have_are_compared(folder, tmp_path):
     shutil.copytree(folder / "0", tmp_path / "0")
     probes = tmp_path / "0" / "stated" / "probe"
     for name, sites in (("exact", [0, 5, 6]), ("sampled", [7, 8, 9]), ("single", [0, 1, 2])):
@@ -333,14 +300,14 @@ def test_only_sites_that_both_have_are_compared(undrawn, folder, tmp_path):
     assert set(table.loc[table["shown"], "layer"]) == {1}
 
 
-def test_no_site_in_common_is_said(undrawn, folder, tmp_path):
+def test_no_site_in_common_is_said(folder, tmp_path):
     shutil.copytree(folder / "1", tmp_path / "1")
     for at, name in enumerate(("exact", "sampled", "single")):
         sites = [Site(LAYERS * at + layer, "rating") for layer in range(LAYERS)]
         saved(tmp_path / "1" / "anchored" / "probe" / name, sites=sites)
-    found = compared(tmp_path)
-    assert "Probes of usual: no two have a layer and position in common, and so no cosine." in found.remarks
-    assert not (found.out / "probe_cosines.csv").exists()
+    result = compared(tmp_path)
+    assert "Probes of usual: no two have a layer and position in common, and so no cosine." in result.remarks
+    assert not (result.out / "probe_cosines.csv").exists()
 
 
 def test_the_matrix_has_all_targets_or_the_main_ones_or_is_not_drawn(folder):
@@ -356,7 +323,7 @@ def test_the_matrix_has_all_targets_or_the_main_ones_or_is_not_drawn(folder):
     assert list(square.index) == list(square.columns)
     assert square.index[0] == "anchored: exact"
     assert np.allclose(square, square.T)
-    row = of(table, a="wide-anchored: exact", b="wide-stated: one seed", layer=1)
+    row = row_of(table, a="wide-anchored: exact", b="wide-stated: one seed", layer=1)
     assert square.loc["anchored: exact", "stated: one seed"] == row["cosine"]
     main = cosine_matrices(table, probed, all_targets=3, most=3)
     assert [list(frame.index) for frame in main.values()] == [
@@ -366,7 +333,7 @@ def test_the_matrix_has_all_targets_or_the_main_ones_or_is_not_drawn(folder):
     assert list(cosine_matrices(table, probed, all_targets=2, most=2)) == [titles[1]]
 
 
-def test_transfer_is_on_the_tasks_that_both_have(undrawn, tmp_path):
+def test_transfer_is_on_the_tasks_that_both_have(tmp_path):
     clear = signal(TASKS)
     job(tmp_path / "0", "keen", {"anchored": clear[:60]}, *RIDGE, tasks=60)
     job(tmp_path / "1", "usual", {"anchored": clear[40:]}, *RIDGE, tasks=40, first=40, draw=1)
@@ -374,24 +341,24 @@ def test_transfer_is_on_the_tasks_that_both_have(undrawn, tmp_path):
     table = compared(tmp_path).table("probe_transfer")
     n = table.set_index(["trained_on", "tested_on"])["n"]
     assert (n["keen-anchored", "keen-anchored"], n["keen-anchored", "usual-anchored"]) == (60, 20)
-    row = of(table, trained_on="far-anchored", tested_on="keen-anchored")
+    row = row_of(table, trained_on="far-anchored", tested_on="keen-anchored")
     assert (row["n"], row["r_reason"]) == (0, "fewer than 3 tasks with both")
     assert np.isnan(row["r"])
 
 
-def test_sampled_ratings_alone_and_a_yes_and_no(undrawn, tmp_path):
+def test_sampled_ratings_alone_and_a_yes_and_no(tmp_path):
     clear = signal(TASKS)
     job(tmp_path / "0", "keen", {"anchored": clear}, *RIDGE, "rating.exact=false")
     logistic = ("probe=logistic", "probe.max_epochs=3", "probe.controls.permutations=0", *RIDGE[1:3], *RIDGE[4:])
     job(tmp_path / "1", "usual", {"anchored": clear}, *logistic, draw=1)
-    found = compared(tmp_path)
-    table = found.table("probes")
+    result = compared(tmp_path)
+    table = result.table("probes")
     assert dict(zip(table["cell"], table["metric"], strict=True)) == {"keen-anchored": "R²", "usual-anchored": "AUC"}
-    transfer = found.table("probe_transfer")
-    row = of(transfer, trained_on="keen-anchored", tested_on="usual-anchored")
+    transfer = result.table("probe_transfer")
+    row = row_of(transfer, trained_on="keen-anchored", tested_on="usual-anchored")
     assert (row["target"], row["ratings"]) == ("mean of 4 seeds", "exact")
-    assert of(transfer, trained_on="usual-anchored", tested_on="keen-anchored")["ratings"] == "over seeds"
-    assert "R² or AUC on 80 held-out tasks" in found.printed
+    assert row_of(transfer, trained_on="usual-anchored", tested_on="keen-anchored")["ratings"] == "over seeds"
+    assert "R² or AUC on 80 held-out tasks" in result.printed
 
 
 # Cautions
@@ -400,7 +367,7 @@ def test_sampled_ratings_alone_and_a_yes_and_no(undrawn, tmp_path):
 def said(**row: object) -> list[str]:
     sound = {"cell": "c", "target": "exact", "metric": "R²", "score": 0.5, "p": 0.01, "ceiling": 0.9}
     sound |= {"best_control": "length", "best_control_score": 0.1}
-    return probe_cautions(pd.DataFrame([sound | row]))
+    return probe_remarks(pd.DataFrame([sound | row]))
 
 
 @pytest.mark.parametrize(
@@ -435,12 +402,12 @@ def test_a_sound_probe_is_not_doubted():
 
 def test_many_doubts_are_one_line():
     rows = [{"cell": f"c{at}", "target": "exact", "metric": "R²", "score": -0.1, "p": 1.0} for at in range(20)]
-    (line,) = probe_cautions(pd.DataFrame(rows).assign(ceiling=0.9, best_control="length", best_control_score=0.0))
+    (line,) = probe_remarks(pd.DataFrame(rows).assign(ceiling=0.9, best_control="length", best_control_score=0.0))
     assert "c0: exact (−.10)" in line
     assert "and 14 more" in line
 
 
-def test_noise_in_a_sweep_is_named(undrawn, tmp_path):
+def test_noise_in_a_sweep_is_named(tmp_path):
     # Exact ratings in the vectors, but samples that hardly ever tell tasks apart.
     job(tmp_path / "0", "dull", {"anchored": 3.4 + signal(TASKS) / 50}, *RIDGE)
     (line,) = [line for line in compared(tmp_path).remarks if line.startswith("Targets that are mostly noise")]

@@ -15,38 +15,33 @@ from prefs.probes.folds import Splits
 
 def probe_data(vectors, k=3, **keywords):
     n = len(vectors)
-    features = tensors(vectors)
-    splits = Splits.of(np.arange(n) % k, 0)
-    return ProbeData(features, slice(0, vectors.shape[1]), torch.arange(n)[:, None].double(), splits, **keywords)
+    splits = Splits.draw(np.arange(n) % k, 0)
+    targets = torch.arange(n)[:, None].double()
+    return ProbeData(tensors(vectors), slice(0, vectors.shape[1]), targets, splits, **keywords)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("without_validation", [False, True])
-def test_moments_are_those_of_each_fits_training_tasks(dtype, without_validation, monkeypatch):
+def test_moments_are_those_of_each_fits_training_tasks(dtype, monkeypatch):
     vectors = residuals(700, 2, 5, dtype=dtype) + torch.tensor(2000.0, dtype=dtype)
     monkeypatch.setattr(data_module, "BATCH_NUMBERS", 2 * 5 * 64)  # eleven batches
     data = probe_data(vectors)
-    moments = data.moments(without_validation=without_validation)
-    x = vectors.double().numpy()
+    moments = data.moments()
     assert moments.mean.shape == moments.scale.shape == (4, 2, 5)
     for fit in range(4):
-        rows = data.splits.training(fit)
-        if without_validation:
-            rows = rows & ~data.splits.validation
-        np.testing.assert_allclose(moments.mean[fit], x[rows].mean(0), rtol=1e-12)
-        np.testing.assert_allclose(moments.scale[fit], x[rows].std(0), rtol=1e-9)
+        rows = data.splits.training(fit) & ~data.splits.validation
+        x = vectors[rows].double().numpy()
+        np.testing.assert_allclose(moments.mean[fit], x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(moments.scale[fit], x.std(0), rtol=1e-9)
 
 
 def test_constant_features_are_left_as_they_are():
     vectors = residuals(60, 1, 6, dtype=torch.float32)
-    vectors[:, 0, 2] = 0.1
-    vectors[:, 0, 3] = 1e6 / 3
-    vectors[:, 0, 4] = 0.0
-    data = probe_data(vectors)
+    vectors[:, 0, 2:5] = torch.tensor([0.1, 1e6 / 3, 0.0])
     # The same in all training tasks of fit 1, which holds out the others.
     vectors[:, 0, 5] = 0.1
     vectors[1::3, 0, 5] = torch.linspace(-3000, 2000, 20)
-    moments = data.moments(without_validation=False)
+    data = probe_data(vectors)
+    moments = data.moments()
     assert (moments.scale[:, 0, 2:5] == 1).all()
     assert moments.scale[1, 0, 5] == 1
     assert moments.mean[1, 0, 5] == pytest.approx(0.1, abs=1e-6)
@@ -56,32 +51,32 @@ def test_constant_features_are_left_as_they_are():
 
 def test_moments_know_nothing_of_what_is_held_out():
     vectors = residuals(60, 2, 5, dtype=torch.float32)
-    before = probe_data(vectors).moments(without_validation=True)
+    before = probe_data(vectors).moments()
     vectors[1::3] = 1e6 * torch.randn(20, 2, 5, generator=torch.Generator().manual_seed(0))
-    after = probe_data(vectors).moments(without_validation=True)
+    after = probe_data(vectors).moments()
     torch.testing.assert_close(after.mean[1], before.mean[1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(after.scale[1], before.scale[1], rtol=1e-12, atol=0)
     assert (after.scale[0] > 100 * before.scale[0]).any()
 
 
-def test_each_task_is_in_one_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cache", [data_module.CACHE_BYTES, 0])
+def test_each_task_is_in_one_batch(tmp_path, monkeypatch, cache):
+    """Also where vectors are too large to be kept, and are read each time."""
     vectors = residuals(23, 3, 4)
     features = Captured([captured(tmp_path, "rating", vectors)], range(23))
     targets = torch.randn(23, 2, generator=torch.Generator().manual_seed(0))
-    splits = Splits.of(np.arange(23) % 4, 0)
+    splits = Splits.draw(np.arange(23) % 4, 0)
     monkeypatch.setattr(data_module, "BATCH_NUMBERS", 2 * 4 * 5)
+    monkeypatch.setattr(data_module, "CACHE_BYTES", cache)
     for batch_size, batches in ((None, 5), (4, 6), (1000, 1)):
         data = ProbeData(features, slice(1, 3), targets, splits, batch_size=batch_size, seed=3)
-        found = list(data.train_dataloader())
-        assert len(found) == batches
-        rows = torch.cat([batch.rows for batch in found])
+        made = list(data.in_order() if batch_size is None else data.in_random_order())
+        assert len(made) == batches
+        rows = torch.cat([batch.rows for batch in made])
         assert sorted(rows.tolist()) == list(range(23))
-        assert torch.equal(torch.cat([batch.features for batch in found]), vectors[rows, 1:3])
-        assert torch.equal(torch.cat([batch.targets for batch in found]), targets[rows])
-        predicted = torch.cat([batch.rows for batch in data.predict_dataloader()])
-        assert predicted.tolist() == features.order.tolist()
-        validated = torch.cat([batch.rows for batch in data.val_dataloader()])
-        assert sorted(validated.tolist()) == np.flatnonzero(splits.validation).tolist()
+        assert torch.equal(torch.cat([batch.features for batch in made]), vectors[rows, 1:3])
+        assert torch.equal(torch.cat([batch.targets for batch in made]), targets[rows])
+        assert torch.cat([batch.rows for batch in data.in_order()]).tolist() == features.order.tolist()
 
 
 def test_random_order_is_by_the_seed_and_touches_no_global_state():
@@ -89,41 +84,24 @@ def test_random_order_is_by_the_seed_and_touches_no_global_state():
     state = torch.get_rng_state()
     orders = []
     for seed in (0, 0, 1):
-        loader = probe_data(vectors, batch_size=8, seed=seed).train_dataloader()
+        loader = probe_data(vectors, batch_size=8, seed=seed).in_random_order()
         orders.append([torch.cat([batch.rows for batch in loader]).tolist() for _ in range(2)])
     assert torch.equal(torch.get_rng_state(), state)
     assert orders[0] == orders[1] != orders[2]
     assert orders[0][0] != orders[0][1]
 
 
-def test_vectors_too_large_to_keep_are_read_each_time(tmp_path, monkeypatch):
-    vectors = residuals(20, 2, 4)
-    features = Captured([captured(tmp_path, "rating", vectors)], range(20))
-    splits = Splits.of(np.arange(20) % 2, 0)
-    found = []
-    for cache in (data_module.CACHE_BYTES, 0):
-        monkeypatch.setattr(data_module, "CACHE_BYTES", cache)
-        data = ProbeData(features, slice(0, 2), torch.zeros(20, 1), splits, batch_size=7)
-        found.append([batch.features for batch in data.train_dataloader()])
-    for kept, read in zip(*found, strict=True):
-        assert torch.equal(kept, read)
-
-
 @pytest.mark.parametrize(
-    ("targets", "message"),
+    ("targets", "n", "message"),
     [
-        (torch.zeros(12), "do not fit targets"),
-        (torch.zeros(11, 1), "do not fit targets"),
-        (torch.zeros(12, 0), "do not fit targets"),
-        (torch.full((12, 1), float("inf")), "NaN or infinite"),
-        (torch.full((12, 1, 3), float("nan")), "NaN or infinite"),
+        (torch.zeros(12), 12, "do not fit targets"),
+        (torch.zeros(11, 1), 12, "do not fit targets"),
+        (torch.zeros(12, 0), 12, "do not fit targets"),
+        (torch.zeros(12, 1), 10, "10 groups"),
+        (torch.full((12, 1), float("inf")), 12, "NaN or infinite"),
+        (torch.full((12, 1, 3), float("nan")), 12, "NaN or infinite"),
     ],
 )
-def test_targets_that_do_not_fit_are_refused(targets, message):
+def test_targets_that_do_not_fit_are_refused(targets, n, message):
     with pytest.raises(ValueError, match=message):
-        ProbeData(tensors(residuals(12, 2, 4)), slice(0, 2), targets, Splits.of(np.arange(12) % 3, 0))
-
-
-def test_groups_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="10 groups"):
-        ProbeData(tensors(residuals(12, 2, 4)), slice(0, 2), torch.zeros(12, 1), Splits.of(np.arange(10) % 3, 0))
+        ProbeData(tensors(residuals(12, 2, 4)), slice(0, 2), targets, Splits.draw(np.arange(n) % 3, 0))

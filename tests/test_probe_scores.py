@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn.metrics import mean_absolute_error, r2_score, roc_auc_score
 
 from prefs.probes import scores
-from prefs.probes.scores import auc_columns, permutation_p, r2_columns, r2_of, score
+from prefs.probes.scores import auc_columns, permutation_p, r2_columns, score
 from prefs.statistics.estimates import Estimate, Resamples
 
 METRICS = ("r2", "pearson", "spearman", "mae", "auc")
@@ -42,7 +42,8 @@ def test_scores_are_those_of_scikit_learn_and_scipy(n):
         assert got.spearman.value == pytest.approx(spearman, abs=1e-10)
         assert got.auc == Estimate.missing("the target is not binary", n)
         assert got.r2 == Estimate(got.r2.value, None, None, n)
-    np.testing.assert_allclose(r2_of(predictions, y), [r2_score(y, column) for column in predictions.T], atol=1e-10)
+    singly = [r2_score(y, column) for column in predictions.T]
+    np.testing.assert_allclose(r2_columns(predictions[:, :, None], y[:, None])[:, 0], singly, atol=1e-10)
 
 
 def test_auc_is_that_of_scikit_learn():
@@ -97,10 +98,6 @@ def test_tasks_without_a_target_or_a_prediction_are_left_out():
         only = score(predictions[rows][:, [column]], y[rows], Resamples(draws.times[:, rows]), binary=True)
         assert_same([each], only)
     assert all(getattr(got[3], metric) == Estimate.missing("fewer than 3 tasks (0)", 0) for metric in METRICS)
-    by_columns = r2_columns(predictions[:, :, None], y[:, None])[:, 0]
-    np.testing.assert_allclose(by_columns, np.array([each.r2.value for each in got], dtype=float), atol=1e-10)
-    by_columns = auc_columns(predictions[:, :, None], y[:, None])[:, 0]
-    np.testing.assert_allclose(by_columns, np.array([each.auc.value for each in got], dtype=float), atol=1e-10)
 
 
 def test_what_is_not_defined_is_missing_with_its_reason():
@@ -126,12 +123,12 @@ def test_what_is_not_defined_is_missing_with_its_reason():
     (got,) = score(np.zeros((0, 1)), np.zeros(0), None)
     assert got.r2 == Estimate.missing("fewer than 3 tasks (0)", 0)
     assert score(np.zeros((5, 0)), np.zeros(5), None) == []
-    assert r2_of(np.zeros((0, 2)), np.zeros(0)) == pytest.approx([np.nan, np.nan], nan_ok=True)
 
-    assert np.isnan(r2_of(varied, constant)).all()
-    assert np.isnan(r2_of(varied[:2], np.array([0.0, 1.0]))).all()
+    assert np.isnan(r2_columns(varied[:, :, None], constant[:, None])).all()
     assert np.isnan(auc_columns(varied[:, :, None], np.ones((20, 1)))).all()
-    assert np.isnan(auc_columns(varied[:2, :, None], np.array([[0.0], [1.0]]))).all()
+    for many in (r2_columns, auc_columns):
+        assert np.isnan(many(varied[:2, :, None], np.array([[0.0], [1.0]]))).all()
+        assert np.isnan(many(np.zeros((0, 2, 1)), np.zeros((0, 1)))).all()
 
 
 def test_resamples_that_lose_a_class_are_left_out():
@@ -215,9 +212,7 @@ def test_many_targets_at_many_sites_are_those_one_by_one(monkeypatch):
     rng = np.random.default_rng(4)
     y = rng.integers(0, 2, size=(30, 5)).astype(float)
     predictions = np.round(y[:, None, :] + rng.normal(size=(30, 7, 5)), 1).astype(np.float32)
-    y[:3, 1] = np.nan
     y[:, 2] = 1.0
-    predictions[5, 3, 4] = np.nan
     for many, metric in ((r2_columns, "r2"), (auc_columns, "auc")):
         singly = [score(predictions[:, :, t], y[:, t], None, binary=True) for t in range(5)]
         expected = np.array([[getattr(each, metric).value for each in column] for column in singly], dtype=float).T
@@ -253,8 +248,6 @@ def test_wrong_shapes_and_classes_are_errors():
         score(np.zeros((4, 2)), np.zeros(4), Resamples.draw(5, 3))
     with pytest.raises(ValueError, match="a binary target is 0 or 1, got 2"):
         score(np.zeros((4, 2)), np.array([0, 1, 2, 3]), None, binary=True)
-    with pytest.raises(ValueError, match="do not fit"):
-        r2_of(np.zeros((4, 2)), np.zeros((4, 2)))
     for many in (r2_columns, auc_columns):
         with pytest.raises(ValueError, match=r"\[n, S, T\]"):
             many(np.zeros((4, 2, 3)), np.zeros((4, 2)))

@@ -11,15 +11,15 @@ from typing import NoReturn
 import numpy as np
 import pytest
 import torch
-from simulated_vectors import residuals, signal_and_noise
+from simulated_vectors import probe_config, residuals, signal_and_noise
 
 from prefs.config import ProbeConfig, ProbeControlsConfig
 from prefs.models.types import Sampling
 from prefs.probes import tested
 from prefs.probes.card import load_probe
 from prefs.probes.outcome import NoProbe
-from prefs.results.job_record import Work
-from prefs.stages.probe import ProbeReport, Subject, probe
+from prefs.job import StageCounts
+from prefs.stages.probe import ProbeReport, Subject, probe, probe_result
 from prefs.stages.records import Residuals
 from prefs.statistics.measured import Measured
 from prefs.store.files import write_table
@@ -34,12 +34,10 @@ def reopened(vectors: Vectors) -> Vectors:
     return Vectors(vectors.folder.parent.parent, vectors.kind, vectors.spec)
 
 
-def config(**changes: object) -> ProbeConfig:
+def config(kind: str = "ridge", **changes: object) -> ProbeConfig:
     controls = ProbeControlsConfig(permutations=9, random_directions=20, embedding_model=None)
-    made = ProbeConfig(
-        "ridge", targets=["exact", "sampled", "single"], penalties=[0.1, 10.0], folds=4, controls=controls
-    )
-    return replace(made, **changes)
+    common = {"targets": ["exact", "sampled", "single"], "penalties": [0.1, 10.0], "folds": 4, "controls": controls}
+    return probe_config(kind, **{**common, **changes})
 
 
 def subject(
@@ -97,7 +95,7 @@ def report(cell, store) -> ProbeReport:
 
 def test_every_table_is_there(report):
     targets = ["exact", "mean of 3 seeds", "one seed"]
-    assert (report.metric, report.left_out) == ("R²", 1)
+    assert report.metric == "R²"
     assert report.scores.groupby(["target", "position", "layer"]).size().tolist() == [1] * 18
     chosen = report.chosen.set_index("target")
     assert chosen.index.tolist() == targets
@@ -142,9 +140,8 @@ def test_transfer_between_two_templates_of_a_job(report, x, tmp_path, store):
 
 
 def test_a_yes_and_no(cell, store):
-    logistic = config(
-        kind="logistic", targets=["good", "refused"], threshold="median", max_epochs=80, patience=40, learning_rate=0.03
-    )
+    settings = {"threshold": "median", "max_epochs": 80, "patience": 40, "learning_rate": 0.03}
+    logistic = config("logistic", targets=["good", "refused"], **settings)
     found = probe(cell, logistic, 20, [], store)
     assert isinstance(found, ProbeReport)
     assert found.metric == "AUC"
@@ -155,7 +152,7 @@ def test_a_yes_and_no(cell, store):
 @pytest.mark.parametrize("kind", ["linear", "ordinal", "mlp", "mean_difference"])
 def test_every_kind_goes_through(cell, kind, tmp_path, store):
     few = ProbeControlsConfig(permutations=2, random_directions=0, texts=False, embedding_model=None)
-    settings = config(kind=kind, targets=["exact"], max_epochs=30, learning_rate=0.03, controls=few)
+    settings = config(kind, targets=["exact"], max_epochs=30, learning_rate=0.03, controls=few)
     found = probe(cell, settings, 0, [], store)
     assert isinstance(found, ProbeReport)
     assert found.chosen["pearson"][0] > 0.5
@@ -202,8 +199,8 @@ def test_an_origin_of_one_task_has_its_reason(cell, store):
 
 def files(report: ProbeReport, folder: Path) -> dict[str, bytes]:
     """All that a job writes of probes, by name."""
-    for name, table in report.tables.items():
-        write_table(table, folder / name)
+    for table in probe_result(report, "cell").tables:
+        write_table(table.frame, folder / table.name)
     report.save(folder / "probe", {"model": {"id": "m"}})
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -218,10 +215,11 @@ def test_what_was_trained_once_is_found_and_is_the_same(cell, store, report, tmp
     monkeypatch.setattr(tested, "train_and_test", untrained)
     found = probe(again, config(), 50, [], Store.open(str(store.root)), untrained)
     assert isinstance(found, ProbeReport)
-    assert (report.work, found.work) == (Work("probes, anchored", 0, 3), Work("probes, anchored", 3, 0))
+    assert (report.work, found.work) == (StageCounts("probes, anchored", 0, 3), StageCounts("probes, anchored", 3, 0))
     assert files(found, tmp_path / "found") == files(report, tmp_path / "made")
     # Names are for people: a probe by another name is the same probe.
-    assert isinstance(probe(replace(again, name="other"), config(name="mine"), 50, [], store), ProbeReport)
+    other = config(name="mine", _target_="elsewhere.RidgeBank")
+    assert isinstance(probe(replace(again, name="other"), other, 50, [], store), ProbeReport)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +230,7 @@ def test_what_was_trained_once_is_found_and_is_the_same(cell, store, report, tmp
         {"folds": 3},
         {"seed": 1},
         {"kind": "mean_difference"},
-        {"trainer": {"precision": "32-true"}},
+        {"trainer": {"accelerator": "cpu", "precision": "32-true"}},
         {"controls": ProbeControlsConfig(permutations=10, random_directions=20, embedding_model=None)},
     ],
     ids=lambda changed: next(iter(changed)),
@@ -276,7 +274,7 @@ def test_a_damaged_outcome_is_set_aside_and_trained_anew(cell, tmp_path, caplog)
 
 
 def test_what_training_warned_of_is_said_again(cell, store, caplog):
-    unfinished = config(kind="linear", targets=["exact"], max_epochs=2, learning_rate=1e-4, patience=5)
+    unfinished = config("linear", targets=["exact"], max_epochs=2, learning_rate=1e-4, patience=5)
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

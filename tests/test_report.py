@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,9 @@ from browser import chromium
 from PIL import Image
 
 from prefs.errors import UserError
-from prefs.results.html import Config, Example, Figure, Rated, Report, Section, Table, write_report
-from prefs.store.table import files
+from prefs.results.html import Example, Rated, Report, write_report
+from prefs.results.result import Excerpt, Figure, Result, Table
+from prefs.store import files
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -70,19 +71,26 @@ class Page(HTMLParser):
 
 
 def report(
-    *, figures: tuple[Figure, ...] = (), tables: tuple[Table, ...] = (), examples: tuple[Example, ...] = ()
+    *, tables: tuple[Table, ...] = (), figures: Mapping[str, Path] | None = None, examples: tuple[Example, ...] = ()
 ) -> Report:
     """A report of one section."""
+    result = Result(
+        "Stability", "Over tasks.", tables, figures=drawn(figures or {}), remarks=("Sampled ratings are mostly noise.",)
+    )
     return Report(
         title="sweep",
         when="2026-11-24 07:00",
         command="python -m prefs.run -m template=anchored,likert",
-        remarks=("Sampled ratings are mostly noise.",),
-        sections=(Section("Stability", "Over tasks.", figures, tables),),
+        results=[result],
+        figures=figures or {},
         examples=examples,
         examples_note="Some of the tasks.",
-        configs=(Config("0", "model: smollm2\n"),),
+        configs=[("0", "model: smollm2\n")],
     )
+
+
+def drawn(figures: Mapping[str, Path]) -> tuple[Figure, ...]:
+    return tuple(Figure(name, draw=Path.touch) for name in figures)
 
 
 def example(task: str = "t1", prompt: str = "Say hi.", origin: str = "MATH", **of_cell: str | None) -> Example:
@@ -94,15 +102,16 @@ def example(task: str = "t1", prompt: str = "Say hi.", origin: str = "MATH", **o
 def everywhere(folder: Path, text: str) -> Report:
     """A report whose every word is the user's."""
     frame = pd.DataFrame({text: [text], "x": [math.nan], "x_reason": [text]})
+    tables = (Table("t", frame, title=text, note=text),)
     return Report(
         title=text,
         when=text,
         command=text,
-        remarks=(text,),
-        sections=(Section(text, text, (Figure(text, picture(folder / "f.png")),), (Table(text, frame, text),)),),
+        results=[Result(text, text, tables, figures=(Figure("f", Path.touch, title=text),), remarks=(text,))],
+        figures={"f": picture(folder / "f.png")},
         examples=(Example(text, text, text, (Rated(text, text, True, text, (text, "5")),)),),
         examples_note=text,
-        configs=(Config(text, text),),
+        configs=[(text, text)],
     )
 
 
@@ -113,7 +122,7 @@ def picture(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
 
 def printed(tmp_path: Path, frame: pd.DataFrame) -> list[list[str]]:
     """A table's header and rows as they are printed."""
-    path = write_report(tmp_path / "report.html", report(tables=(Table("Numbers", frame),)))
+    path = write_report(tmp_path / "report.html", report(tables=(Table("numbers", frame),)))
     table = path.read_text(encoding="utf-8").split("<table")[1].split("</table>")[0]
     rows = re.findall(r"<tr.*?</tr>", table, flags=re.DOTALL)
     texts = [[re.sub(r"<[^>]*>", "", each) for each in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
@@ -184,12 +193,12 @@ class TestTables:
 
     def test_totals_stand_out_among_origins_only(self, tmp_path):
         for origins, totals in ((["ALL", "MATH"], 1), (["ALL", "ALL"], 0)):
-            tables = (Table("By origin", pd.DataFrame({"origin": origins, "n": [3, 3]})),)
+            tables = (Table("by_origin", pd.DataFrame({"origin": origins, "n": [3, 3]})),)
             page = write_report(tmp_path / "report.html", report(tables=tables)).read_text(encoding="utf-8")
             assert page.count('<tr class="total">') == totals
 
     def test_a_table_without_rows_says_so(self, tmp_path):
-        path = write_report(tmp_path / "report.html", report(tables=(Table("Pairs", pd.DataFrame(columns=["a"])),)))
+        path = write_report(tmp_path / "report.html", report(tables=(Table("pairs", pd.DataFrame(columns=["a"])),)))
         assert "Nothing to show." in Page(path).text
 
 
@@ -240,7 +249,7 @@ class TestText:
 
 class TestFile:
     def test_needs_nothing_else(self, tmp_path):
-        figures = (Figure("One", picture(tmp_path / "1.png")), Figure("Two", picture(tmp_path / "2.png", (90, 20))))
+        figures = {"one": picture(tmp_path / "1.png"), "two": picture(tmp_path / "2.png", (90, 20))}
         path = write_report(tmp_path / "new" / "report.html", report(figures=figures, examples=(example(cell="Hi."),)))
         page = Page(path)
         assert all(link.startswith(("#", "data:")) for link in page.attributes("src", "href", "srcset", "action"))
@@ -252,7 +261,7 @@ class TestFile:
         assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
     def test_has_a_language_a_title_headings_in_order_and_links_that_lead_somewhere(self, tmp_path):
-        tables = (Table("Numbers", pd.DataFrame({"x": [1]})),)
+        tables = (Table("numbers", pd.DataFrame({"x": [1]})),)
         page = Page(write_report(tmp_path / "report.html", report(tables=tables, examples=(example(cell="Hi."),))))
         assert ("html", {"lang": "en"}) in page.elements
         levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
@@ -267,10 +276,21 @@ class TestFile:
         assert set(page.attributes("aria-labelledby")) <= set(ids)
 
     def test_leaves_out_what_there_is_none_of(self, tmp_path):
-        bare = Report("sweep", "now", "", (), (), (), "", ())
+        bare = Report("sweep", "now", "", [Result()], {})
         page = Page(write_report(tmp_path / "report.html", bare))
         assert page.attributes("href") == []
         assert [tag for tag, _ in page.elements].count("section") == 0
+
+    def test_shows_excerpts_in_place_of_a_table_no_large_one_and_remarks_of_what_has_no_section(self, tmp_path):
+        frame = pd.DataFrame({"x": [1]})
+        tables = (Table("whole", frame, excerpts=(Excerpt("Part", frame, "Only one."),)), Table("a_b", frame))
+        titled = Result("Ratings", tables=(*tables, Table("each", frame, "Large", large=True)), remarks=("First.",))
+        whole = Report("sweep", "now", "", [titled, Result(tables=tables, remarks=("Second.",))], {})
+        page = Page(write_report(tmp_path / "report.html", whole))
+        assert page.attributes("href") == ["#careful", "#section-1"]
+        words = page.text[page.text.index("First.") :].split("\n//")[0].split()
+        assert " ".join(words).startswith("First. Second. Ratings Part x 1 Only one. a b x 1")
+        assert "Large" not in page.text
 
     def test_a_full_disk_is_one_line_and_leaves_the_old_report(self, tmp_path, monkeypatch):
         path = write_report(tmp_path / "report.html", report())
@@ -291,7 +311,7 @@ class TestFile:
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(UserError, match=r"^cannot read figure .*gone\.png: .+$"):
-            write_report(tmp_path / "report.html", report(figures=(Figure("Gone", path),)))
+            write_report(tmp_path / "report.html", report(figures={"gone": path}))
 
 
 VALUES = [10.5, math.nan, 9.25, -1.5, 100.0]
@@ -319,10 +339,10 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     wide = pd.DataFrame({f"a_rather_long_name_{at}": [at / 7] for at in range(30)})
     hostile = pd.DataFrame({name: [text] for name, text in HOSTILE.items()} | {SCRIPT: [SCRIPT]})
-    figures = tuple(
-        Figure(f"{at} {SCRIPT}", picture(folder / f"{at}.png", size))
-        for at, size in enumerate([(1400, 400), (900, 600)])
-    )
+    figures = {
+        f"{number} {SCRIPT}": picture(folder / f"{number}.png", size)
+        for number, size in enumerate([(1400, 400), (900, 600)])
+    }
     examples = [
         example(f"hostile-{at}", text, "HOSTILE", **{"smollm2-likert": text})
         for at, text in enumerate(HOSTILE.values())
@@ -337,14 +357,20 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         title=SCRIPT,
         when="2026-11-24 07:00",
         command="python -m prefs.run " + "w" * 500,
-        remarks=tuple(HOSTILE.values()),
-        sections=(
-            Section("Stability", "Over tasks.", figures, (Table("Numbers", frame), Table("Wide", wide))),
-            Section(SCRIPT, SCRIPT, (), (Table(SCRIPT, hostile, SCRIPT),)),
-        ),
+        results=[
+            Result(
+                "Stability",
+                "Over tasks.",
+                (Table("numbers", frame), Table("wide", wide)),
+                figures=drawn(figures),
+                remarks=tuple(HOSTILE.values()),
+            ),
+            Result(SCRIPT, SCRIPT, (Table("hostile", hostile, SCRIPT, SCRIPT),)),
+        ],
+        figures=figures,
         examples=tuple(examples),
         examples_note="Some of the tasks.",
-        configs=tuple(Config(name, text) for name, text in HOSTILE.items()),
+        configs=tuple(HOSTILE.items()),
     )
     return write_report(folder / "report.html", whole)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from simulated_vectors import planted, residuals, tensors
+from simulated_vectors import planted, probe_config, residuals, tensors
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -21,23 +21,21 @@ from prefs.probes.data import ProbeData
 from prefs.probes.folds import Splits, assign_folds
 from prefs.probes.ridge import RidgeBank
 from prefs.probes.scores import r2_columns
-from prefs.probes.train import Training, train
+from prefs.probes.train import fit, train
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3)
+# More tasks than dimensions, and fewer.
+BOTH_WAYS = pytest.mark.parametrize(("n", "d"), [(60, 12), (40, 60)], ids=["primal", "dual"])
 
 
-def peer(features: torch.Tensor, y: np.ndarray, rows: np.ndarray, layer: int, penalty: float):
-    """scikit-learn's probe of one layer, trained on some rows."""
-    model = make_pipeline(StandardScaler(), Ridge(alpha=penalty * rows.sum()))
-    return model.fit(features[rows, layer].double().numpy(), y[rows])
+def config(penalties=PENALTIES, **changes):
+    return probe_config("ridge", penalties=list(penalties), **changes)
 
 
-def bank_of(vectors, targets, splits, penalties=PENALTIES, keep_all=True) -> RidgeBank:
-    """A bank trained as `train` does."""
+def bank_of(vectors, targets, splits, penalties=PENALTIES) -> RidgeBank:
     data = ProbeData(tensors(vectors), slice(0, vectors.shape[1]), torch.as_tensor(targets), splits)
-    sites = tensors(vectors).sites
-    bank = RidgeBank(sites, vectors.shape[2], targets.shape[1], splits, penalties, data.reference(), keep_all=keep_all)
-    train_module._fit(bank, data, Training(penalties=penalties, trainer={"accelerator": "cpu"}))
+    bank = RidgeBank(data, config(penalties))
+    fit(bank)
     return bank
 
 
@@ -45,56 +43,57 @@ def noisy(n: int, targets: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(3, 2, size=(n, targets))
 
 
+def by_thirds(n: int, k: int = 3) -> Splits:
+    return Splits.draw(np.arange(n) % k, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n", "d"), [(120, 24), (40, 90), (40, 40), (30, 29)])
 def test_is_scikit_learns_ridge(n, d, dtype):
+    """Every penalty by itself, and the one that is chosen among all."""
     vectors = residuals(n, 2, d, dtype=dtype)
     targets = np.stack([planted(vectors, 1, 0.7), noisy(n, 1)[:, 0]], axis=1)
-    splits = Splits.of(np.arange(n) % 4, 0)
-    bank = bank_of(vectors, targets, splits)
-    assert bank.dual == (n <= d)
-    assert (bank.chosen == bank.criterion.argmin(2)).all()
-    for fit in range(5):
-        rows = splits.training(fit)
-        for layer in range(2):
-            z = (vectors[:, layer].double() - bank.mean[fit, layer]) / bank.scale[fit, layer]
-            predicted = torch.einsum("nd,ptd->npt", z, bank.all_weight[fit, layer].double()) + bank.all_bias[fit, layer]
-            chosen = bank.predict_fit(vectors, fit)[:, layer]
-            for t in range(2):
-                for at, penalty in enumerate(PENALTIES):
-                    expected = peer(vectors, targets[:, t], rows, layer, penalty).predict(
-                        vectors[:, layer].double().numpy()
-                    )
-                    close = 1e-4 * targets[:, t].std()
-                    np.testing.assert_allclose(predicted[:, at, t], expected, rtol=0, atol=close)
-                    if at == bank.chosen[fit, layer, t]:
-                        np.testing.assert_allclose(chosen[:, t], expected, rtol=0, atol=close)
+    splits = by_thirds(n, 4)
+    together = bank_of(vectors, targets, splits)
+    assert together.dual == (n <= d)
+    assert torch.equal(together.chosen, together.criterion.argmin(2))
+    for number, penalty in enumerate(PENALTIES):
+        bank = bank_of(vectors, targets, splits, [penalty])
+        for fold in range(5):
+            rows, chosen = splits.training(fold), together.predict_fit(vectors, fold)
+            predicted = bank.predict_fit(vectors, fold)
+            for layer, t in np.ndindex(2, 2):
+                x, close = vectors[:, layer].double().numpy(), 1e-4 * targets[:, t].std()
+                peer = make_pipeline(StandardScaler(), Ridge(alpha=penalty * rows.sum())).fit(x[rows], targets[rows, t])
+                np.testing.assert_allclose(predicted[:, layer, t], peer.predict(x), rtol=0, atol=close)
+                if together.chosen[fold, layer, t] == number:
+                    np.testing.assert_allclose(chosen[:, layer, t], peer.predict(x), rtol=0, atol=close)
 
 
-@pytest.mark.parametrize(("n", "d"), [(80, 12), (25, 40)])
+@BOTH_WAYS
 def test_criterion_is_generalised_cross_validation(n, d):
     """With the hat matrix written out."""
     vectors = residuals(n, 1, d)
     targets = np.stack([planted(vectors, 0, 0.8), noisy(n, 1)[:, 0]], axis=1)
-    splits = Splits.of(np.arange(n) % 3, 0)
+    splits = by_thirds(n)
     bank = bank_of(vectors, targets, splits)
-    for fit in range(4):
-        rows = splits.training(fit)
+    for fold in range(4):
+        rows = splits.training(fold)
         z = StandardScaler().fit_transform(vectors[rows, 0].double().numpy())
         m = rows.sum()
-        for at, penalty in enumerate(PENALTIES):
+        for number, penalty in enumerate(PENALTIES):
             hat = np.full((m, m), 1 / m) + z @ np.linalg.solve(z.T @ z + penalty * m * np.eye(d), z.T)
             residual = targets[rows] - hat @ targets[rows]
             expected = (residual**2).sum(0) / m / (1 - np.trace(hat) / m) ** 2
-            np.testing.assert_allclose(bank.criterion[fit, 0, at], expected, rtol=1e-6)
+            np.testing.assert_allclose(bank.criterion[fold, 0, number], expected, rtol=1e-6)
     # A strong signal wants less of a penalty than none at all.
     assert bank.chosen[-1, 0, 0] < bank.chosen[-1, 0, 1]
 
 
-@pytest.mark.parametrize(("n", "d"), [(60, 12), (40, 60)])
+@BOTH_WAYS
 def test_held_out_tasks_never_touch_their_fit(n, d):
     vectors, targets = residuals(n, 2, d, dtype=torch.float32), noisy(n, 2)
-    splits = Splits.of(np.arange(n) % 4, 0)
+    splits = by_thirds(n, 4)
     before = bank_of(vectors, targets, splits)
     held_out = splits.group == 2
     changed, others = vectors.clone(), targets.copy()
@@ -102,62 +101,55 @@ def test_held_out_tasks_never_touch_their_fit(n, d):
     changed[held_out] = 1e6 * (1 + noise)
     others[held_out] += 1e4
     after = bank_of(changed, others, splits)
-    for name in ("mean", "scale", "weight", "bias", "all_weight", "criterion"):
+    for name in ("mean", "scale", "weight", "bias", "criterion"):
         first, second = getattr(before, name), getattr(after, name)
-        size = first[2].abs().max().item()
         # The criterion of small penalties divides what is left of rounding.
         close = 1e-9 if name == "criterion" else 1e-12
-        torch.testing.assert_close(second[2], first[2], rtol=0, atol=close * max(size, 1), msg=name)
-        for fit in (0, 1, 3, 4):
-            assert (second[fit] - first[fit]).abs().max() > 1e-3 * first[fit].abs().max()
+        torch.testing.assert_close(
+            second[2], first[2], rtol=0, atol=close * max(float(first[2].abs().max()), 1), msg=name
+        )
+        for fold in (0, 1, 3, 4):
+            assert (second[fold] - first[fold]).abs().max() > 1e-3 * first[fold].abs().max()
     assert torch.equal(after.chosen[2], before.chosen[2])
 
 
-@pytest.mark.parametrize(("n", "d"), [(60, 12), (24, 60)])
+@BOTH_WAYS
 def test_a_feature_that_is_constant_in_training_has_no_weight(n, d):
     """Of all tasks, or of those that one fit trains on: what the held-out tasks have there says nothing."""
     vectors, targets = residuals(n, 1, d, dtype=torch.float32), noisy(n, 1)
-    splits = Splits.of(np.arange(n) % 3, 0)
+    splits = by_thirds(n)
     without = bank_of(vectors, targets, splits).predict_fit(vectors, 1)
     several = torch.cat([vectors, torch.full((n, 1, 2), 0.1)], dim=2)
-    several[1::3, 0, -1] = torch.linspace(-3000, 2000, n // 3)
+    several[1::3, 0, -1] = torch.linspace(-3000, 2000, len(several[1::3]))
     bank = bank_of(several, targets, splits)
-    assert bank.all_weight[:, 0, :, 0, -2].abs().max() < 1e-12
-    assert bank.all_weight[1, 0, :, 0, -1].abs().max() < 1e-12
+    assert bank.weight[:, 0, 0, -2].abs().max() < 1e-12
+    assert bank.weight[1, 0, 0, -1].abs().max() < 1e-12
     torch.testing.assert_close(bank.predict_fit(several, 1), without, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize(("n", "d"), [(40, 8), (24, 40)])
+@BOTH_WAYS
 def test_sites_in_groups_are_the_same_probes(n, d, monkeypatch):
-    vectors, targets = residuals(n, 5, d), torch.as_tensor(noisy(n, 2))
-    splits = Splits.of(np.arange(n) % 3, 0)
-    training = Training(penalties=(0.01, 1.0, 100.0), trainer={"accelerator": "cpu"})
-    whole = train(tensors(vectors), targets, splits, training, kept=2)
-    for sites in (1, 2):
-        width = train_module._width(tensors(vectors), targets, splits, training)
-        assert width == 5
-        monkeypatch.setattr(train_module, "GROUP_BYTES", sites * train_module.GROUP_BYTES / 1e6)
-        numbers = train_module.GROUP_BYTES
-        while train_module._width(tensors(vectors), targets, splits, training) > sites:
-            numbers /= 2
-            monkeypatch.setattr(train_module, "GROUP_BYTES", numbers)
-        assert train_module._width(tensors(vectors), targets, splits, training) <= sites
-        groups = train(tensors(vectors), targets, splits, training, kept=2)
-        np.testing.assert_allclose(groups.out_of_fold, whole.out_of_fold, rtol=0, atol=1e-6)
-        np.testing.assert_array_equal(groups.chosen, whole.chosen)
-        for site in range(5):
-            one, other = (each.probe(3, site, 1, "y") for each in (groups, whole))
-            assert one.site == other.site == tensors(vectors).sites[site]
-            torch.testing.assert_close(one.tensors["weight"], other.tensors["weight"])
-        monkeypatch.undo()
+    vectors, targets, splits = residuals(n, 5, d), torch.as_tensor(noisy(n, 2)), by_thirds(n)
+    features, settings = tensors(vectors), config((0.01, 1.0, 100.0))
+    whole = train(features, targets, splits, settings, kept=2)
+    numbers = RidgeBank.numbers(n, d, splits.fits, 2, settings)
+    assert train_module.group_width(features, targets, splits, settings) == 5
+    monkeypatch.setattr(train_module, "GROUP_BYTES", 8 * numbers * 2)
+    assert train_module.group_width(features, targets, splits, settings) == 2
+    groups = train(features, targets, splits, settings, kept=2)
+    np.testing.assert_allclose(groups.out_of_fold, whole.out_of_fold, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(groups.penalty, whole.penalty)
+    for site in range(5):
+        one, other = (trained.probe(3, site, 1, "y") for trained in (groups, whole))
+        assert one.site == other.site == features.sites[site]
+        torch.testing.assert_close(one.tensors["weight"], other.tensors["weight"])
 
 
-@pytest.mark.parametrize(("n", "d"), [(40, 8), (24, 40)])
+@BOTH_WAYS
 def test_many_targets_at_once_are_those_one_at_a_time(n, d):
-    vectors, targets = residuals(n, 2, d), noisy(n, 6)
-    splits = Splits.of(np.arange(n) % 3, 0)
+    vectors, targets, splits = residuals(n, 2, d), noisy(n, 3), by_thirds(n)
     together = bank_of(vectors, targets, splits)
-    for t in range(6):
+    for t in range(3):
         alone = bank_of(vectors, targets[:, [t]], splits)
         torch.testing.assert_close(together.weight[:, :, [t]], alone.weight, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(together.criterion[..., [t]], alone.criterion, rtol=1e-8, atol=0)
@@ -167,8 +159,8 @@ def test_many_targets_at_once_are_those_one_at_a_time(n, d):
 def test_planted_signal_is_found_at_its_layer():
     vectors = residuals(400, 4, 24, seed=3)
     y = planted(vectors, 2, 0.8)
-    splits = Splits.of(assign_folds([str(i) for i in range(400)], ["A"] * 400, 5, seed=0), 0)
-    trained = train(tensors(vectors), torch.as_tensor(y)[:, None], splits, Training(penalties=PENALTIES), kept=1)
+    splits = Splits.draw(assign_folds([str(i) for i in range(400)], ["A"] * 400, 5, seed=0), 0)
+    trained = train(tensors(vectors), torch.as_tensor(y)[:, None], splits, config(), kept=1)
     r2 = r2_columns(trained.out_of_fold, y[:, None])[:, 0]
     assert r2[2] == pytest.approx(0.8, abs=0.05)
     assert r2[[0, 1, 3]].max() < 0.05
@@ -178,9 +170,7 @@ def test_planted_signal_is_found_at_its_layer():
 @pytest.mark.parametrize("d", [20, 150])
 def test_noise_is_not_predicted(d):
     y = noisy(100, 5)
-    splits = Splits.of(np.arange(100) % 5, 0)
-    training = Training(penalties=PENALTIES)
-    trained = train(tensors(residuals(100, 2, d)), torch.as_tensor(y), splits, training, kept=1)
+    trained = train(tensors(residuals(100, 2, d)), torch.as_tensor(y), by_thirds(100, 5), config(), kept=1)
     assert r2_columns(trained.out_of_fold, y).max() < 0.05
 
 
@@ -188,43 +178,39 @@ def test_a_probe_by_itself_predicts_what_the_bank_does():
     """Also where the mean is a thousand times the SD, as of massive activations."""
     vectors = residuals(60, 2, 10, dtype=torch.float32)
     vectors[:, :, 3] = 30_000 + torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
-    y = planted(vectors, 1, 0.99)
-    splits = Splits.of(np.arange(60) % 3, 0)
-    trained = train(tensors(vectors), torch.as_tensor(y)[:, None], splits, Training(penalties=(1e-6,)), kept=1)
+    y, splits = planted(vectors, 1, 0.99), by_thirds(60)
+    trained = train(tensors(vectors), torch.as_tensor(y)[:, None], splits, config([1e-6]), kept=1)
     for fold in range(3):
-        probe = trained.probe(fold, 1, 0, "y")
-        held_out = splits.group == fold
-        predicted = probe.predict(vectors[held_out, 1])
-        assert predicted.dtype == torch.float32
+        probe, held_out = trained.probe(fold, 1, 0, "y"), splits.group == fold
+        predicted, direction = probe.predict(vectors[held_out, 1]), probe.direction()
+        assert predicted.dtype == direction.dtype == torch.float32
         np.testing.assert_allclose(predicted, trained.out_of_fold[held_out, 1, 0], rtol=0, atol=1e-5)
-        direction = probe.direction()
-        assert direction.dtype == torch.float32
         assert direction.norm() == pytest.approx(1, abs=1e-6)
 
 
 def test_constant_target_and_tiny_data():
     vectors = residuals(6, 1, 3)
     targets = np.stack([np.full(6, 4.0), noisy(6, 1)[:, 0]], axis=1)
-    bank = bank_of(vectors, targets, Splits.of(np.arange(6) % 3, 0))
+    bank = bank_of(vectors, targets, by_thirds(6))
     np.testing.assert_allclose(bank.predict_fit(vectors, 3)[:, 0, 0], 4.0)
     # Folds of one task; with two tasks, each fit trains on a single one and can but predict it.
-    bank = bank_of(vectors[:2], targets[:2], Splits.of(np.arange(2), 0))
+    bank = bank_of(vectors[:2], targets[:2], by_thirds(2, 2))
     np.testing.assert_allclose(bank.predict_fit(vectors, 0)[:, 0, 1], targets[1, 1])
     assert bank.weight[:2].abs().max() == 0
 
 
 @pytest.mark.parametrize("penalties", [(), (0.0,), (1.0, -1.0), (float("nan"),), (float("inf"),)])
 def test_penalties_that_cannot_be_are_refused(penalties):
-    vectors = residuals(12, 1, 4)
     with pytest.raises(ValueError, match="penalties"):
-        bank_of(vectors, noisy(12, 1), Splits.of(np.arange(12) % 3, 0), penalties=penalties)
+        bank_of(residuals(12, 1, 4), noisy(12, 1), by_thirds(12), penalties)
 
 
-def test_a_penalty_lost_in_rounding_is_told():
-    vectors = residuals(80, 1, 40, dtype=torch.float32)
-    vectors[:, :, 20:] = vectors[:, :, :20]
+@BOTH_WAYS
+def test_a_penalty_lost_in_rounding_is_told(n, d):
+    vectors = residuals(n, 1, d, dtype=torch.float32)
+    vectors[:, :, d // 2 :] = vectors[:, :, : d // 2]
     with pytest.raises(UserError, match=r"probe\.penalties: 1e-30 is too small"):
-        bank_of(vectors, noisy(80, 1), Splits.of(np.arange(80) % 3, 0), penalties=(1e-30,))
+        bank_of(vectors, noisy(n, 1), by_thirds(n), [1e-30])
 
 
 def test_training_leaves_no_trace(tmp_path, monkeypatch, capfd, caplog, recwarn):
@@ -232,20 +218,18 @@ def test_training_leaves_no_trace(tmp_path, monkeypatch, capfd, caplog, recwarn)
     monkeypatch.setenv("SLURM_NTASKS", "8")  # inside a larger Slurm job, one process still trains alone
     monkeypatch.setenv("SLURM_JOB_NAME", "sweep")
     caplog.set_level(logging.DEBUG)
-    levels = [logging.getLogger(name).level for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
 
-    features, splits = tensors(residuals(20, 2, 8)), Splits.of(np.arange(20) % 3, 0)
-    y = torch.as_tensor(noisy(20, 1))
-    first, second = (train(features, y, splits, Training(), kept=1) for _ in range(2))
+    def state():
+        numpys = np.random.get_state()[1].tolist()
+        threads = torch.get_num_threads(), torch.get_default_dtype()
+        return torch.get_rng_state().tolist(), random.getstate(), numpys, threads, [logger.level for logger in loggers]
 
+    before = state()
+    features, y = tensors(residuals(20, 2, 8)), torch.as_tensor(noisy(20, 1))
+    first, second = (train(features, y, by_thirds(20), config(), kept=1) for _ in range(2))
     assert np.array_equal(first.out_of_fold, second.out_of_fold)
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
-    assert np.array_equal(np.random.get_state()[1], states[2])
-    assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
-    assert [logging.getLogger(name).level for name in ("lightning", "lightning.pytorch", "lightning.fabric")] == levels
+    assert state() == before
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.name.startswith("lightning")] == []
@@ -262,26 +246,20 @@ def test_progress_bar_runs_to_its_end(monkeypatch):
         yield advances.append
 
     monkeypatch.setattr(train_module, "progress", bar)
-    features, splits = tensors(residuals(20, 2, 8)), Splits.of(np.arange(20) % 3, 0)
-    train(features, torch.as_tensor(noisy(20, 1)), splits, Training(), kept=1)
+    features, y = tensors(residuals(20, 2, 8)), torch.as_tensor(noisy(20, 1))
+    train(features, y, by_thirds(20), config(), kept=1)
     assert bars == []
-    train(features, torch.as_tensor(noisy(20, 1)), splits, Training(penalties=(1, 2)), kept=1, show_progress=True)
+    train(features, y, by_thirds(20), config((1, 2)), kept=1, show_progress=True)
     assert bars == [("training 16 probes (ridge)", 2)]
     assert sum(advances) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "d"), [(60, 12), (23, 40)])
+@BOTH_WAYS
 def test_two_processes_train_what_one_does(n, d):
     vectors, targets = residuals(n, 2, d), torch.as_tensor(noisy(n, 2))
-    splits = Splits.of(np.arange(n) % 3, 0)
-    one, two = (
-        train(tensors(vectors), targets, splits, Training(penalties=PENALTIES, trainer=trainer), kept=1)
-        for trainer in (
-            {"accelerator": "cpu"},
-            {"devices": 2, "strategy": "ddp_spawn", "accelerator": "cpu"},
-        )
-    )
+    ways = ({"accelerator": "cpu"}, {"devices": 2, "strategy": "ddp_spawn", "accelerator": "cpu"})
+    one, two = (train(tensors(vectors), targets, by_thirds(n), config(trainer=way), kept=1) for way in ways)
     np.testing.assert_allclose(two.out_of_fold, one.out_of_fold, rtol=0, atol=1e-6)
     np.testing.assert_allclose(two.criterion, one.criterion, rtol=1e-9)
-    np.testing.assert_array_equal(two.chosen, one.chosen)
+    np.testing.assert_array_equal(two.penalty, one.penalty)

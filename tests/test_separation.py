@@ -20,14 +20,14 @@ def samples(n: int = 60, gap: float = 1.0, seed: int = 0):
 def test_against_peers():
     a, b = samples()
     draws = Resamples.draw(len(a), 300)
-    each, other = separation(np.stack([a, -a], 1) - 0.5, np.stack([b, -b], 1) - 0.5, draws)
+    first, other = separation(np.stack([a, -a], 1) - 0.5, np.stack([b, -b], 1) - 0.5, draws)
     truth = np.repeat([1, 0], len(a))
-    assert each.auc.value == pytest.approx(roc_auc_score(truth, np.concatenate([a, b])))
-    assert other.auc.value == pytest.approx(1 - each.auc.value)
+    assert first["auc"].value == pytest.approx(roc_auc_score(truth, np.concatenate([a, b])))
+    assert other["auc"].value == pytest.approx(1 - first["auc"].value)
     # Of paired samples pingouin's "cohen" is d_av, the root of the mean of both variances.
-    assert each.d.value == pytest.approx(pingouin.compute_effsize(a, b, paired=True, eftype="cohen"))
-    assert each.accuracy.value == pytest.approx(((a > 0.5).mean() + (b < 0.5).mean()) / 2)
-    for estimate in (each.auc, each.d, each.accuracy):
+    assert first["d"].value == pytest.approx(pingouin.compute_effsize(a, b, paired=True, eftype="cohen"))
+    assert first["accuracy"].value == pytest.approx(((a > 0.5).mean() + (b < 0.5).mean()) / 2)
+    for estimate in first.values():
         assert estimate.low < estimate.value < estimate.high
 
 
@@ -44,9 +44,9 @@ def test_intervals_resample_tasks_with_both_conditions():
 def test_what_is_not_defined_says_why():
     draws = Resamples.draw(10, 20)
     nothing = separation(np.full((10, 1), np.nan), np.full((10, 1), np.nan), draws)[0]
-    assert nothing.auc.reason == nothing.d.reason == ZERO
+    assert nothing["auc"].reason == nothing["d"].reason == ZERO
     few = separation(np.ones((2, 1)), np.zeros((2, 1)), Resamples.draw(2, 5))[0]
-    assert few.auc.reason == "fewer than 3 tasks (2)"
+    assert few["auc"].reason == "fewer than 3 tasks (2)"
     constant = separation(np.ones((10, 1)), -np.ones((10, 1)), draws)[0]
-    assert constant.auc.value == constant.accuracy.value == 1
-    assert constant.d.reason == "no variance within the conditions"
+    assert constant["auc"].value == constant["accuracy"].value == 1
+    assert constant["d"].reason == "no variance within the conditions"

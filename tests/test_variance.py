@@ -71,9 +71,6 @@ def sample(rng: np.random.Generator, m: np.ndarray, w: np.ndarray, k: int) -> tu
     return x.mean(axis=-1), within, within / k
 
 
-# --- by hand, and against a peer
-
-
 def test_tasks_and_templates_by_hand():
     # Task means 1.5, 4, 6.5 and template means 3, 5 around 4: SS 2·12.5 = 25, 3·2 = 6, and 32 in all leaves 1.
     # MS 12.5, 6, .5 on 2, 1, 2 degrees of freedom.
@@ -87,18 +84,6 @@ def test_tasks_and_templates_by_hand():
     assert exact(y, sampling=0.25).total == Estimate(pytest.approx(total), None, None, 3)
     assert got["template"].share.value == pytest.approx(5.5 / 3 / total)
     assert sum(component.share.value or 0.0 for component in got.values()) == pytest.approx(1)
-
-
-def test_completions_are_nested_in_tasks_by_hand():
-    # Completions (0, 2), (4, 4), (5, 9): means 1, 4, 7, so MS between 2·(9 + 0 + 9)/2 = 18, within (2 + 0 + 8)/3.
-    y = np.array([[0, 2], [4, 4], [5, 9]], dtype=float)[:, :, None, None]
-    got = named(exact(y))
-    assert got["completion"].variance.value == pytest.approx(10 / 3)
-    assert got["task"].variance.value == pytest.approx((18 - 10 / 3) / 2)
-    # What a seed is called in one task says nothing of another.
-    swapped = y.copy()
-    swapped[2] = y[2, ::-1]
-    assert variances(exact(swapped)) == pytest.approx(variances(exact(y)))
 
 
 def test_a_negative_component_counts_as_none_of_the_total():
@@ -143,9 +128,9 @@ def test_a_nested_facet_agrees_with_statsmodels():
     assert got["task × template"] == pytest.approx((tm - tcm) / C)
     assert got["completion"] == pytest.approx((tc - tcm) / M)
     assert got["completion × template"] == pytest.approx(tcm)
-
-
-# --- known components
+    # What a seed is called in one task says nothing of another.
+    y[2] = y[2, ::-1]
+    assert variances(exact(y)) == pytest.approx(got)
 
 
 def test_components_are_recovered_without_bias():
@@ -162,32 +147,12 @@ def test_components_are_recovered_without_bias():
     assert ((table.mean() - pd.Series(TRUE)).abs() < 4 * error).all()
 
 
-def test_sampled_ratings_have_the_components_of_exact_ones():
-    rng = np.random.default_rng(1)
-    m = simulate(rng, (2000, 2, 2, 3), TRUE)
-    w = rng.uniform(0, 4, size=m.shape)  # up to several times the other components, and unlike between cells
-    expected = variance_decomposition(m, w, np.zeros(m.shape))
-    got = variance_decomposition(*sample(rng, m, w, k=2))
-    for name, value in variances(expected).items():
-        assert variances(got)[name] == pytest.approx(value, abs=0.06), name
-        assert named(got)[name].share.value == pytest.approx(named(expected)[name].share.value, abs=0.015), name
-    # Had the noise been left in, it would be in the highest order, and only there.
-    left_in = variances(variance_decomposition(*sample(rng, m, w, k=2)[:2], np.zeros(m.shape)))
-    assert left_in["completion × template × rater"] == pytest.approx(
-        TRUE["completion × template × rater"] + 1, abs=0.06
-    )
-    assert left_in["completion"] == pytest.approx(variances(expected)["completion"], abs=0.06)
-
-
 def test_pomp_puts_scales_on_one():
     np.testing.assert_allclose(pomp([[1, 3], [5, nan]], 1, 5), [[0, 0.5], [1, nan]])
     np.testing.assert_allclose(pomp([-2, 2], -2, 2), [0, 1])
     for low, high in ((1, 1), (5, 1), (nan, 1)):
         with pytest.raises(ValueError, match="low end"):
             pomp([1.0], low, high)
-
-
-# --- what cannot be told apart
 
 
 def test_one_completion_seed_is_part_of_the_task():
@@ -206,25 +171,11 @@ def test_one_completion_seed_is_part_of_the_task():
 
 
 def test_one_template_and_one_rater():
-    got = exact(simulate(np.random.default_rng(3), (50, 2, 1, 1), TRUE))
-    by_name = named(got)
-    assert {name for name, component in by_name.items() if component.variance.defined} == {
-        "task",
-        "completion",
-        "rating seed",
-    }
-    assert by_name["task"].holds == ("task × template", "task × rater", "task × template × rater")
-    assert by_name["template"].variance.reason == "one template"
-    assert by_name["completion × rater"].share.reason == "one rater"
-    assert by_name["template × rater"].variance.reason == "one template and one rater"
-
-
-def test_tasks_alone():
-    got = named(exact(np.arange(5.0).reshape(5, 1, 1, 1), Resamples.draw(5, 50)))
-    assert got["task"].variance.value == pytest.approx(2.5)
-    assert got["task"].variance.low is not None
-    assert got["task"].holds == tuple(name for effect, name in EFFECTS.items() if "t" in effect and name != "task")
-    assert got["template"].variance.reason == "one template"
+    got = named(exact(simulate(np.random.default_rng(3), (50, 2, 1, 1), TRUE)))
+    assert [name for name in NAMES if got[name].variance.defined] == ["task", "completion", "rating seed"]
+    assert got["task"].holds == ("task × template", "task × rater", "task × template × rater")
+    assert got["completion × rater"].share.reason == "one rater"
+    assert got["template × rater"].variance.reason == "one template and one rater"
 
 
 def test_sampling_that_is_not_known_is_part_of_the_highest_order():
@@ -258,50 +209,20 @@ def test_sampling_that_is_known_in_part_only_gives_no_shares():
 
 
 def test_each_template_and_rater_counts_alike_however_much_is_known_of_it():
-    y = simulate(np.random.default_rng(6), (40, 1, 2, 1), TRUE)
+    y = simulate(np.random.default_rng(6), (41, 1, 2, 1), TRUE)
+    y[40, 0, 0], whole = nan, y[:40]  # a task that is left out, with all that is known of it
     sampling = np.broadcast_to(np.array([1.0, 3.0])[:, None], y.shape).copy()
-    sampling[5:, :, 1] = nan
+    sampling[5:40, :, 1], sampling[40] = nan, 100
     got = named(variance_decomposition(y, sampling, sampling / 2))
     assert got["rating seed"].variance.value == pytest.approx(2)
-    whole = variances(exact(y))["task × template"]
-    assert got["task × template"].variance.value == pytest.approx(whole - 1)
-
-
-# --- missing ratings, and data that say nothing
-
-
-def test_tasks_with_a_rating_missing_are_left_out():
-    y = simulate(np.random.default_rng(7), (30, 2, 2, 3), TRUE)
-    holey = y.copy()
-    holey[[3, 8], [0, 1], [1, 0], [2, 1]] = nan
-    holey[20] = np.inf
-    kept = np.delete(np.arange(30), [3, 8, 20])
-    got = exact(holey, Resamples.draw(30, 200))
-    assert (got.n, got.left_out, got.levels["task"]) == (27, 3, 27)
-    assert variances(got) == pytest.approx(variances(exact(y[kept])))
-    # A resample has as many of the 27 as were drawn: the interval is about that of 27 tasks.
-    alone = exact(y[kept], Resamples.draw(27, 200))
-    for name in ("task", "task × template", "completion"):
-        interval, peer = named(got)[name].variance, named(alone)[name].variance
-        assert (interval.low, interval.high) == pytest.approx((peer.low, peer.high), rel=0.25, abs=0.1)
-
-
-def test_what_is_known_of_tasks_left_out_counts_for_nothing():
-    y = simulate(np.random.default_rng(8), (10, 1, 2, 2), TRUE)
-    y[0, 0, 0, 0] = nan
-    sampling = np.ones(y.shape)
-    sampling[0] = 100
-    assert named(variance_decomposition(y, sampling, sampling / 2))["rating seed"].variance.value == 1.0
+    assert got["task × template"].variance.value == pytest.approx(variances(exact(whole))["task × template"] - 1)
 
 
 @pytest.mark.parametrize(
     "y",
     [
         np.empty((0, 2, 2, 2)),
-        np.empty((5, 0, 2, 2)),
         np.empty((5, 1, 0, 0)),
-        np.zeros((2, 2, 2, 2)),
-        np.full((6, 1, 2, 2), nan),
         np.where(np.arange(6)[:, None, None, None] < 4, nan, np.ones((6, 1, 2, 2))),
     ],
 )
@@ -313,8 +234,8 @@ def test_fewer_than_three_tasks_give_nothing(y):
     assert {got.total} | {e for c in got.components for e in (c.variance, c.share)} == {missing}
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 4.0])
-@pytest.mark.parametrize("shape", [(7, 1, 3, 3), (11, 3, 1, 2), (3, 2, 3, 7), (5, 1, 1, 1)])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
+@pytest.mark.parametrize("shape", [(11, 3, 1, 2), (3, 2, 3, 7), (5, 1, 1, 1)])
 def test_constant_ratings_have_no_variance_and_no_shares(value, shape):
     y = np.full(shape, value)
     y[::2] = (value + 0.1) - 0.1  # equal, but for rounding
@@ -367,9 +288,6 @@ def test_wrong_input_is_refused():
         variance_decomposition(y, y, y - 1)
     with pytest.raises(ValueError, match="resamples of 5 tasks"):
         variance_decomposition(y, y, y, Resamples.none(5))
-
-
-# --- properties
 
 
 shapes = st.tuples(st.integers(0, 6), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
@@ -425,26 +343,20 @@ def test_every_estimate_has_a_value_in_bounds_or_a_reason(given_):
     assert not shares or sum(shares) == pytest.approx(1)
 
 
-# --- intervals
-
-
-def coverage(estimates: list[Estimate], true: float) -> float:
-    return float(np.mean([got.low <= true <= got.high for got in estimates]))
-
-
 def test_intervals_cover():
     # 200 data sets of 60 tasks: the standard error of a coverage of .95 is .015. A percentile interval of a variance
     # covers somewhat less than it says for so few tasks.
     rng = np.random.default_rng(0)
     found: dict[str, list[Estimate]] = {name: [] for name in NAMES}
-    for at in range(200):
+    for seed in range(200):
         m = simulate(rng, (60, 2, 3, 2), TRUE)
         w = np.broadcast_to(rng.uniform(0.5, 1.5, size=(60, 1, 1, 1)), m.shape)
-        got = variance_decomposition(*sample(rng, m, w, k=3), Resamples.draw(60, 300, seed=at))
+        got = variance_decomposition(*sample(rng, m, w, k=3), Resamples.draw(60, 300, seed=seed))
         for component in got.components:
             found[component.name].append(component.variance)
     for name in ("task", "task × template", "task × rater", "completion", "completion × template", "rating seed"):
-        assert 0.88 <= coverage(found[name], TRUE[name]) <= 0.99, name
+        covered = np.mean([got.low <= TRUE[name] <= got.high for got in found[name]])
+        assert 0.88 <= covered <= 0.99, name
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 3, 2), (4, 1, 2, 3), (4, 3, 1, 2), (3, 2, 1, 1)])
@@ -457,24 +369,12 @@ def test_the_mean_of_all_resamples_is_the_estimate(shape):
         assert values[1:].mean() == pytest.approx(values[0]), EFFECTS[effect]
 
 
-def test_the_interval_of_an_effect_without_tasks_is_around_its_estimate():
-    # Templates × raters have no effect, and their mean square is all noise. Without its correction the resampled one
-    # has that noise twice, and nearly every interval would lie above 0.
-    rng = np.random.default_rng(1)
-    true = {"task": 1.0, "task × template × rater": 1.0}
-    found = []
-    for at in range(60):
-        y = simulate(rng, (40, 1, 6, 8), true)
-        found.append(named(exact(y, Resamples.draw(40, 200, seed=at)))["template × rater"].variance)
-    assert coverage(found, 0.0) >= 0.9
-    middles = np.mean([(got.low + got.high) / 2 for got in found])
-    assert middles == pytest.approx(np.mean([got.value for got in found]), abs=0.003)
-
-
-def test_the_interval_does_not_depend_on_other_tasks_being_there():
+def test_tasks_with_a_rating_missing_are_left_out_of_the_estimate_and_its_interval():
     # The same three quarters of the resampled tasks, with the rest incomplete: as the resamples of those alone.
     y = simulate(np.random.default_rng(11), (40, 1, 2, 2), TRUE)
     draws = Resamples.draw(40, 100)
     holey = y.copy()
-    holey[30:, 0, 1, 1] = nan
-    assert exact(holey, draws).components == exact(y[:30], Resamples(draws.times[:, :30])).components
+    holey[30:35, 0, 1, 1], holey[35:] = nan, np.inf
+    got = exact(holey, draws)
+    assert (got.n, got.left_out, got.levels["task"]) == (30, 10, 30)
+    assert got.components == exact(y[:30], Resamples(draws.times[:, :30])).components

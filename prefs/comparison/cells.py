@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,27 +15,28 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from prefs.config import StatsConfig
 from prefs.errors import UserError
-from prefs.results.job_record import FILE, FINISHED, Job, Spent, Work, read_job
+from prefs.job import FILE, FINISHED, Job, read_job
+from prefs.results.summary import Group, Stability, groups_by_origin, stability
 from prefs.statistics.measured import Measured
 
 # What decides neither a completion nor a rating nor a verdict, and so does not make a cell another one.
 ASIDE = ("store", "wandb", "stats", "capture", "probe", "concept", "steering", "model.device", "model.batch_tokens")
 # Looked at first for what tells cells apart, before the rest of the config.
-CONDITIONS = ("completer.condition", "rating.condition")
+SEED, CONDITIONS = "completer.seed", ("completer.condition", "rating.condition")
 FIRST = (
     "completer.name",
-    "completer.seed",
+    SEED,
     *CONDITIONS,
     "completer.system_prompt",
     "rating.system_prompt",
     "dataset.name",
 )
-SEED = "completer.seed"
 MIN_COMMON = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One cell of a finished job.
 
@@ -62,20 +63,12 @@ class Cell:
     extra: Mapping[str, str]
 
     @property
+    def folder(self) -> Path:
+        return self.job.folder / self.key
+
+    @property
     def rater(self) -> str:
         return str(self.job.config["model"]["name"])
-
-    @property
-    def template(self) -> str:
-        return str(self.job.config["template"][self.key]["name"])
-
-    @property
-    def completer(self) -> str:
-        return str(self.job.config["completer"]["name"])
-
-    @property
-    def dataset(self) -> str:
-        return str(self.job.config["dataset"]["name"])
 
     @property
     def completion_seed(self) -> int:
@@ -91,6 +84,19 @@ class Cell:
         """What tells the cell apart beyond rater, template and completion seed; empty where nothing does."""
         return " ".join(f"{key}={value}" for key, value in self.extra.items() if key != SEED)
 
+    @property
+    def names(self) -> dict[str, Any]:
+        """The columns that name the cell in a table."""
+        return {
+            "cell": self.name,
+            "rater": self.rater,
+            "template": self.key,
+            "completer": str(self.job.config["completer"]["name"]),
+            "dataset": str(self.job.config["dataset"]["name"]),
+            "condition": self.condition,
+            "completion_seed": self.completion_seed,
+        }
+
     @cached_property
     def facts(self) -> dict[str, str]:
         """Everything that makes this cell what it is, as flat config keys; the rater's and template's names apart."""
@@ -103,7 +109,7 @@ class Cell:
         return list(zip(self.measured.tasks, self.prompts, strict=True))
 
     def only(self, tasks: Sequence[tuple[str, str]]) -> Cell:
-        """The cell on these tasks, in this order; each must be there."""
+        """The cell on these of its tasks, in this order."""
         where = {task: row for row, task in enumerate(self.tasks())}
         rows = [where[task] for task in tasks]
         return replace(
@@ -114,38 +120,100 @@ class Cell:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Cells on the same tasks in the same order, and groups of these tasks (all of them first).
+
+    The cells share the groups' resamples, so that their intervals can be compared.
+    """
+
+    cells: tuple[Cell, ...]
+    groups: tuple[Group, ...]
+    target_r: float
+
+    @cached_property
+    def stability(self) -> dict[Cell, list[Stability]]:
+        """The stability of each cell, by group."""
+        return {cell: stability(cell.measured, self.groups, self.target_r) for cell in self.cells}
+
+
+@dataclass(frozen=True, eq=False)
 class Sweep:
     """Everything that was found in some run folders.
 
     Attributes
     ----------
-    cells
-        The cells of finished jobs, each once.
     jobs
         All jobs that began, in order.
+    cells
+        The cells of finished jobs, each once.
     doubles
         Cells left out because a later job measured the same. Their probes may be others.
     """
 
-    cells: tuple[Cell, ...]
+    folders: tuple[Path, ...]
     jobs: tuple[Job, ...]
+    cells: tuple[Cell, ...]
     doubles: tuple[Cell, ...]
 
-    def work(self) -> list[Work]:
-        """What all jobs reused and computed, by stage."""
-        totals: dict[str, Work] = {}
-        for work in (each for job in self.jobs for each in job.work):
-            totals[work.stage] = totals.get(work.stage, Work(work.stage, 0, 0)).plus(work)
-        return list(totals.values())
+    @cached_property
+    def stats(self) -> StatsConfig:
+        """Of the first job."""
+        return StatsConfig(**self.jobs[0].config["stats"])
 
-    def spent(self) -> list[Spent]:
-        """What all jobs spent, by model; dollars where any job knew them."""
-        totals: dict[str, Spent] = {}
-        for spent in (each for job in self.jobs for each in job.spent):
-            before = totals.get(spent.model)
-            totals[spent.model] = spent if before is None else before.plus(spent)
-        return list(totals.values())
+    @cached_property
+    def alignment(self) -> tuple[tuple[Block, ...], str | None]:
+        """The cells on their common tasks, and what had to be done for it, where that is not nothing."""
+        aligned, remark = align(self.cells)
+        return tuple(
+            Block(tuple(cells), tuple(self.groups(cells[0].measured.origins)), self.stats.target_r) for cells in aligned
+        ), remark
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return self.alignment[0]
+
+    @property
+    def aligned(self) -> list[Cell]:
+        """All cells, on the tasks that they are compared on."""
+        return [cell for block in self.blocks for cell in block.cells]
+
+    def groups(self, origins: Sequence[str]) -> list[Group]:
+        """Tasks by origin, all of them first, with the resamples that the config wants."""
+        return groups_by_origin(origins, self.stats.bootstrap, self.stats.seed)
+
+    def stacked(self, describe: Callable[[Block, Cell], pd.DataFrame]) -> pd.DataFrame:
+        """A table of every cell under each other, each row with the cell's names."""
+        frames = []
+        for block in self.blocks:
+            for cell in block.cells:
+                frame = describe(block, cell)
+                frames.append(frame.assign(**cell.names)[[*cell.names, *frame.columns]])
+        return pd.concat(frames, ignore_index=True)
+
+    def variants(
+        self, settings: Sequence[str], first: Sequence[str], has: Callable[[Cell], bool]
+    ) -> list[tuple[str, Cell]]:
+        """Cells that have something beside their ratings (probes, say), each with a name for it.
+
+        A cell that was measured twice counts once, but with all that it has under different `settings`, which are
+        sections of the config; the names say then what differs, of the keys in `first` before others.
+        """
+        chosen: dict[str, Cell] = {}
+        # The later job first: of two with the same settings it is the one that counts.
+        for cell in (*self.cells, *reversed(self.doubles)):
+            if has(cell):
+                own = {name: cell.job.config.get(name) for name in settings}
+                chosen.setdefault(json.dumps([cell.name, own], sort_keys=True), cell)
+        order = [cell.name for cell in self.cells]
+        cells = sorted(chosen.values(), key=lambda cell: order.index(cell.name))
+        facts = [flat({name: cell.job.config.get(name) for name in settings}) for cell in cells]
+        names = [cell.name for cell in cells]
+        several = [number for number, name in enumerate(names) if names.count(name) > 1]
+        extras = telling([(names[number],) for number in several], [facts[number] for number in several], first)
+        for number, extra in zip(several, extras, strict=True):
+            names[number] = " ".join([names[number], *(f"{key}={value}" for key, value in extra.items())])
+        return list(zip(names, cells, strict=True))
 
 
 def read_sweep(folders: Sequence[Path]) -> Sweep:
@@ -157,15 +225,15 @@ def read_sweep(folders: Sequence[Path]) -> Sweep:
     UserError
         If a folder holds no job, or a job's files are not there or damaged.
     """
-    jobs: list[Job] = []
+    jobs: dict[Path, Job] = {}
     for folder in folders:
-        found = sorted(folder.rglob(FILE), key=_in_order)
-        if not found:
+        paths = sorted(folder.rglob(FILE), key=_in_order)
+        if not paths:
             raise UserError(f"{folder}: no jobs here (no {FILE}); give the folder of a run or a multirun")
-        jobs += [read_job(path.parent) for path in found if path.parent not in {job.folder for job in jobs}]
+        jobs |= {path.parent: read_job(path.parent) for path in paths if path.parent not in jobs}
     cells: dict[str, Cell] = {}
     doubles: list[Cell] = []
-    for job in jobs:
+    for job in jobs.values():
         for key in job.config["template"] if job.status == FINISHED and not job.is_shard else ():
             cell = _read_cell(job, key)
             same = json.dumps([cell.rater, cell.key, cell.facts], sort_keys=True)
@@ -173,16 +241,10 @@ def read_sweep(folders: Sequence[Path]) -> Sweep:
                 doubles.append(cells.pop(same))
             cells[same] = cell
     # A double has the facts of the cell that took its place, and so its name.
-    named = _told_apart([*cells.values(), *doubles])
-    return Sweep(named[: len(cells)], tuple(jobs), named[len(cells) :])
-
-
-def common_tasks(cells: Sequence[Cell]) -> list[tuple[str, str]]:
-    """The tasks that all cells have, in the order of the first."""
-    if not cells:
-        return []
-    shared = set(cells[0].tasks()).intersection(*(cell.tasks() for cell in cells[1:]))
-    return [task for task in cells[0].tasks() if task in shared]
+    everything = [*cells.values(), *doubles]
+    extras = telling([(cell.rater, cell.key) for cell in everything], [cell.facts for cell in everything], FIRST)
+    named = tuple(replace(cell, extra=extra) for cell, extra in zip(everything, extras, strict=True))
+    return Sweep(tuple(folders), tuple(jobs.values()), named[: len(cells)], named[len(cells) :])
 
 
 def align(cells: Sequence[Cell]) -> tuple[list[list[Cell]], str | None]:
@@ -196,59 +258,57 @@ def align(cells: Sequence[Cell]) -> tuple[list[list[Cell]], str | None]:
     remark
         What was done, where that is not nothing.
     """
-    common = common_tasks(cells)
+    common = _common_tasks(cells)
     if len(common) >= MIN_COMMON or len(cells) < 2:
-        short = [f"{cell.name} has {len(cell.prompts)}" for cell in cells if len(cell.prompts) > len(common)]
-        remark = f"Compared on the {len(common)} tasks that all cells have: {'; '.join(short)}." if short else None
+        longer = [f"{cell.name} has {len(cell.prompts)}" for cell in cells if len(cell.prompts) > len(common)]
+        remark = f"Compared on the {len(common)} tasks that all cells have: {'; '.join(longer)}." if longer else None
         return [[cell.only(common) for cell in cells]], remark
     by_condition: dict[str, list[Cell]] = {}
     for cell in cells:
         by_condition.setdefault(cell.condition, []).append(cell)
     blocks: list[list[Cell]] = []
     for members in by_condition.values():
-        shared = common_tasks(members)
+        shared = _common_tasks(members)
         aligned = len(shared) >= MIN_COMMON
         blocks += [[cell.only(shared) for cell in members]] if aligned else [[cell] for cell in members]
     counts = ", ".join(f"{len(block)} on {len(block[0].prompts)} tasks" for block in blocks)
     return blocks, f"All cells have only {len(common)} tasks in common, so they are compared in groups: cells {counts}."
 
 
+def _common_tasks(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """The tasks that all cells have, in the order of the first."""
+    shared = set.intersection(*(set(cell.tasks()) for cell in cells)) if cells else set()
+    return [task for task in cells[0].tasks() if task in shared] if cells else []
+
+
 def _read_cell(job: Job, key: str) -> Cell:
-    folder = job.folder / key
-    options = job.config["template"][key]["options"]
+    folder, config = job.folder / key, job.config
+    options = config["template"][key]["options"]
     texts = read_table(job.folder / "completions.parquet", "task", "origin", "prompt", "completion", "refused")
     answers = read_table(folder / "ratings.parquet", "task", "seed", "answer", "value", "invalid")
-    seeds = list(job.config["rating"]["seeds"])
-    wide = answers.pivot(index="task", columns="seed", values="value").reindex(index=texts["task"], columns=seeds)
+    sampled = answers.pivot(index="task", columns="seed", values="value")
     mass = by_thought = None
-    thinks = bool(job.config["model"]["thinking"]["enabled"])
+    thinks = bool(config["model"]["thinking"]["enabled"])
     masses = [f"p({option['say']})" for option in options]
-    if job.config["rating"]["exact"]:
+    if config["rating"]["exact"]:
         exact = read_table(folder / "exact.parquet", "task", *masses).set_index("task").reindex(texts["task"])
         mass = exact[masses].to_numpy(dtype=float)
-    if mass is not None and thinks:
-        each = read_table(folder / "exact_by_thought.parquet", "task", "thought_seed", *masses).set_index("task")
-        by_task = each.loc[list(texts["task"]), masses].to_numpy(dtype=float)
-        by_thought = by_task.reshape(len(texts), -1, len(options))
-    return Cell(
-        job=job,
-        key=key,
-        measured=Measured(
-            tasks=tuple(texts["task"]),
-            origins=tuple(texts["origin"]),
-            says=tuple(option["say"] for option in options),
-            values=tuple(float(option["value"]) for option in options),
-            sampled=wide.to_numpy(dtype=float),
-            mass=mass,
-            refused=texts["refused"].to_numpy(dtype=float, na_value=np.nan),
-            thinks=thinks,
-            by_thought=by_thought,
-        ),
-        prompts=tuple(texts["prompt"]),
-        texts=texts,
-        answers=answers,
-        extra={},
+        if thinks:
+            thoughts = read_table(folder / "exact_by_thought.parquet", "task", "thought_seed", *masses)
+            by_task = thoughts.set_index("task").loc[list(texts["task"]), masses].to_numpy(dtype=float)
+            by_thought = by_task.reshape(len(texts), -1, len(options))
+    measured = Measured(
+        tasks=tuple(texts["task"]),
+        origins=tuple(texts["origin"]),
+        says=tuple(option["say"] for option in options),
+        values=tuple(float(option["value"]) for option in options),
+        sampled=sampled.reindex(index=texts["task"], columns=list(config["rating"]["seeds"])).to_numpy(dtype=float),
+        mass=mass,
+        refused=texts["refused"].to_numpy(dtype=float, na_value=np.nan),
+        thinks=thinks,
+        by_thought=by_thought,
     )
+    return Cell(job, key, measured, tuple(texts["prompt"]), texts, answers, extra={})
 
 
 def read_table(path: Path, *columns: str) -> pd.DataFrame:
@@ -269,12 +329,6 @@ def read_table(path: Path, *columns: str) -> pd.DataFrame:
     return table
 
 
-def _told_apart(cells: list[Cell]) -> tuple[Cell, ...]:
-    """Give each cell the config keys that tell it from others of the same rater and template, and no more."""
-    extras = telling([(cell.rater, cell.key) for cell in cells], [cell.facts for cell in cells], FIRST)
-    return tuple(replace(cell, extra=extra) for cell, extra in zip(cells, extras, strict=True))
-
-
 def telling(
     names: Sequence[tuple[str, ...]], facts: Sequence[Mapping[str, str]], first: Sequence[str]
 ) -> list[dict[str, str]]:
@@ -283,36 +337,28 @@ def telling(
     Keys in `first` are looked at before the others.
     """
     extra: list[str] = []
-    for key in [*first, *sorted({key for each in facts for key in each}.difference(first))]:
-        groups: dict[tuple[str, ...], set[str | None]] = {}
-        for name, each in zip(names, facts, strict=True):
-            groups.setdefault((*name, *(each.get(known, "") for known in extra)), set()).add(each.get(key))
-        if any(len(values) > 1 for values in groups.values()):
+    for key in [*first, *sorted({key for own in facts for key in own}.difference(first))]:
+        values: dict[tuple[str, ...], set[str | None]] = {}
+        for name, own in zip(names, facts, strict=True):
+            values.setdefault((*name, *(own.get(known, "") for known in extra)), set()).add(own.get(key))
+        if any(len(several) > 1 for several in values.values()):
             extra.append(key)
-    shown = {key: _shown({each.get(key, "none") for each in facts}) for key in extra}
-    return [{key: shown[key][each.get(key, "none")] for key in extra} for each in facts]
-
-
-def also_different(cells: Sequence[Cell]) -> list[str]:
-    """Config keys in which cells differ though nothing in their names says so (a temperature, beside the rater)."""
-    named = {key for cell in cells for key in cell.extra}
-    named |= {key.replace("condition", "system_prompt") for key in named.intersection(CONDITIONS)}
-    keys = {key for cell in cells for key in cell.facts if not key.startswith(("model.", "template."))} - named
-    return sorted(key for key in keys if len({cell.facts.get(key) for cell in cells}) > 1)
+    short = {key: _shortened({own.get(key, "none") for own in facts}) for key in extra}
+    return [{key: short[key][own.get(key, "none")] for key in extra} for own in facts]
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """A nested config as dotted keys; lists stay whole."""
     if isinstance(value, Mapping) and value:
         return {
-            key: each
+            key: text
             for name, inner in value.items()
-            for key, each in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+            for key, text in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
         }
     return {prefix: "none" if value is None else value if isinstance(value, str) else json.dumps(value)}
 
 
-def _shown(values: set[str]) -> dict[str, str]:
+def _shortened(values: set[str]) -> dict[str, str]:
     """Config values as names show them: short, and still different where they are."""
     short = {value: textwrap.shorten(value, 32, placeholder="…") or f"{value[:31]}…" for value in values}
     taken = list(short.values())

@@ -1,25 +1,28 @@
-"""Ratings by the condition a completion was written in and the one it is rated in: grids of cells, and their tables.
+"""Ratings by the condition a completion was written in and the one it is rated in: grids of cells.
 
-Pure functions of cells. The completions differ by design, so tasks are matched by id and prompt.
+The completions differ by design, so tasks are matched by id and prompt.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from prefs.comparison.cells import FIRST, Cell, flat, telling
-from prefs.data.task import ALL
-from prefs.results.summary import columns, groups_by_origin, numeric
-from prefs.results.terminal import with_interval
+from prefs.comparison.cells import FIRST, Cell, Sweep, flat, telling
+from prefs.comparison.show import MOST_CELLS, names_column, numbered, numbers, telling_columns, whole
+from prefs.results import figures
+from prefs.results.result import Excerpt, Figure, Result, Table, View
+from prefs.results.summary import by_origin, columns, numeric
+from prefs.results.terminal import MISSING, number, with_interval
 from prefs.statistics.estimates import Estimate, known_mean
-from prefs.statistics.factorial import Contrast, Factorial, factorial
-from prefs.statistics.measured import Measured
+from prefs.statistics.factorial import Factorial, factorial
 
 # The first factor and the second, by the section of the config that has the condition.
 ROLES = ("completer", "rating")
@@ -28,8 +31,26 @@ RATING_OVER_COMPLETING = "rating over completing"
 EXACT, SAMPLED = "exact", "sampled"
 # The level of a job that names no condition and has no system prompt.
 NONE = "no condition"
-NO_RATING = "no valid rating"
 WORDS = ("grid", "rater", "template", "completing", "rating", "origin", "ratings", "of", "contrast", "over", "source")
+NOTE = (
+    "How much does the condition that a completion was written in move its rating, and how much the condition it is"
+    " rated in? The same tasks in all; cells completed under one condition share their completions. Violins are over"
+    " tasks; dots are means with 95 % intervals over tasks."
+)
+MEANS_NOTE = (
+    "Over the tasks that have a rating there. valid is the mean valid mass of exact ratings, or the share of sampled"
+    " answers that are valid."
+)
+EFFECTS_NOTE = (
+    "Differences in rating points, over the tasks that have all their ratings; of a main effect, averaged over the"
+    " levels of the other factor (over). standardised is divided by the SD over tasks: the root of the mean over"
+    " conditions of the variance over tasks. The interaction is a difference of differences. rating over completing"
+    " compares the two outermost contrasts without their signs."
+)
+SHARES_NOTE = (
+    "Sums of squares of a task's ratings about the task's mean over conditions. What differs from task to task in how"
+    " conditions move it is task × condition, which in sampled ratings holds the seeds' noise."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,91 +65,79 @@ class Grid:
         Levels of the two factors, in the order of the concept's conditions.
     cells
         By the two levels; some may be missing.
-    tasks, origins
-        All tasks of any cell, and where each is from.
+    tasks
+        All tasks of any cell, with where each is from.
     """
 
     name: str
-    rater: str
-    key: str
     completing: tuple[str, ...]
     rating: tuple[str, ...]
     cells: Mapping[tuple[str, str], Cell]
-    tasks: tuple[tuple[str, str], ...]
-    origins: tuple[str, ...]
+    tasks: Mapping[tuple[str, str], str]
 
-    @cached_property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of ratings there are: exact, and means over sampled seeds. The same for all cells of a grid."""
-        some = next(iter(self.cells.values())).measured
-        there = {EXACT: some.exact is not None, SAMPLED: some.sampled.shape[1] > 0}
-        return tuple(kind for kind, has in there.items() if has)
+    @property
+    def first(self) -> Cell:
+        return next(iter(self.cells.values()))
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """The columns that name the grid in a table."""
+        return {"grid": self.name, "rater": self.first.rater, "template": self.first.key}
 
     @property
     def seeds(self) -> int:
-        return next(iter(self.cells.values())).measured.sampled.shape[1]
+        return self.first.measured.sampled.shape[1]
 
     @property
-    def missing(self) -> list[str]:
-        """The combinations of levels without a cell."""
-        pairs = [(c, r) for c in self.completing for r in self.rating]
-        return [f"completed {c} and rated {r}" for c, r in pairs if (c, r) not in self.cells]
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of ratings: exact, and means over sampled seeds. The same for all cells of a grid."""
+        kinds = {EXACT: self.first.measured.exact is not None, SAMPLED: self.seeds > 0}
+        return tuple(kind for kind, measured in kinds.items() if measured)
 
-    def values(self, kind: str) -> np.ndarray:
+    def ratings(self, kind: str) -> np.ndarray:
         """[T, C, R] rating of each task in each cell, NaN where there is none: the exact mean, or that over seeds."""
-        y = np.full((len(self.tasks), len(self.completing), len(self.rating)), np.nan)
-        for (c, r), cell in self.cells.items():
-            means = _means(cell, kind)
-            at = self._rows[c, r]
-            y[at, self.completing.index(c), self.rating.index(r)] = means
-        return y
+        return self._over_tasks(lambda measured: measured.exact.mean if kind == EXACT else measured.seed_means)
 
-    def valid(self, pair: tuple[str, str], kind: str) -> np.ndarray:
-        """[T] valid mass of each task's exact rating, or the share of its sampled answers that are valid."""
-        measured = self.cells[pair].measured
-        share = measured.exact.valid_mass if kind == EXACT and measured.exact is not None else _share_valid(measured)
-        valid = np.full(len(self.tasks), np.nan)
-        valid[self._rows[pair]] = share
-        return valid
+    def valid(self, kind: str) -> np.ndarray:
+        """[T, C, R] valid mass of each task's exact rating, or the share of its sampled answers that are valid."""
+        return self._over_tasks(
+            lambda measured: measured.exact.valid_mass if kind == EXACT else np.isfinite(measured.sampled).mean(axis=1)
+        )
 
-    @cached_property
-    def _rows(self) -> dict[tuple[str, str], list[int]]:
-        where = {task: row for row, task in enumerate(self.tasks)}
-        return {pair: [where[task] for task in cell.tasks()] for pair, cell in self.cells.items()}
+    def pairs(self) -> Iterator[tuple[int, int, tuple[str, str]]]:
+        """All pairs of levels, with their indices."""
+        for (c, completing), (r, rating) in itertools.product(enumerate(self.completing), enumerate(self.rating)):
+            yield c, r, (completing, rating)
 
-
-def _means(cell: Cell, kind: str) -> np.ndarray:
-    measured = cell.measured
-    return measured.exact.mean if kind == EXACT and measured.exact is not None else measured.seed_means
-
-
-def _share_valid(measured: Measured) -> np.ndarray:
-    return np.isfinite(measured.sampled).mean(axis=1)
+    def _over_tasks(self, values: Callable[[Any], np.ndarray]) -> np.ndarray:
+        row = {task: number for number, task in enumerate(self.tasks)}
+        array = np.full((len(row), len(self.completing), len(self.rating)), np.nan)
+        for c, r, pair in self.pairs():
+            if pair in self.cells:
+                cell = self.cells[pair]
+                array[[row[task] for task in cell.tasks()], c, r] = values(cell.measured)
+        return array
 
 
 def grids(cells: Sequence[Cell]) -> list[Grid]:
     """Groups of cells that differ in their conditions alone, where at least one role has several."""
-    found: dict[str, dict[tuple[str, str], Cell]] = {}
-    facts: dict[str, dict[str, str]] = {}
+    groups: dict[str, dict[tuple[str, str], Cell]] = {}
     for cell in cells:
-        base = _base(cell)
-        same = json.dumps([cell.rater, cell.key, base], sort_keys=True)
-        found.setdefault(same, {})[level(cell, "completer"), level(cell, "rating")] = cell
-        facts[same] = base
-    several = {same: there for same, there in found.items() if len(there) > 1}
-    firsts = [next(iter(there.values())) for there in several.values()]
+        same = json.dumps([cell.rater, cell.key, _base(cell)], sort_keys=True)
+        groups.setdefault(same, {})[level(cell, "completer"), level(cell, "rating")] = cell
+    several = [group for group in groups.values() if len(group) > 1]
+    firsts = [next(iter(group.values())) for group in several]
     names = [(cell.rater, cell.key) for cell in firsts]
-    extras = telling(names, [facts[same] for same in several], ("concept.name", *FIRST))
+    extras = telling(names, [_base(cell) for cell in firsts], ("concept.name", *FIRST))
     made = []
-    for (rater, key), extra, there in zip(names, extras, several.values(), strict=True):
+    for (rater, key), extra, group in zip(names, extras, several, strict=True):
         name = " ".join([f"{rater}-{key}", *(f"{fact}={value}" for fact, value in extra.items())])
         tasks = {
             task: origin
-            for cell in there.values()
+            for cell in group.values()
             for task, origin in zip(cell.tasks(), cell.measured.origins, strict=True)
         }
-        first, second = (_ordered(there, at) for at in range(2))
-        made.append(Grid(name, rater, key, first, second, there, tuple(tasks), tuple(tasks.values())))
+        made.append(Grid(name, _ordered(group, 0), _ordered(group, 1), group, tasks))
     return made
 
 
@@ -150,155 +159,221 @@ def level(cell: Cell, role: str) -> str:
     return NONE if name is None else str(name)
 
 
-def _ordered(there: Mapping[tuple[str, str], Cell], at: int) -> tuple[str, ...]:
+def _ordered(group: Mapping[tuple[str, str], Cell], factor: int) -> tuple[str, ...]:
     """Levels of a factor in the order of the concept's conditions, then others as they come."""
-    used = dict.fromkeys(pair[at] for pair in there)
-    concepts = next(iter(there.values())).job.config.get("concept") or {}
+    used = dict.fromkeys(pair[factor] for pair in group)
+    concepts = next(iter(group.values())).job.config.get("concept") or {}
     conditions = next(iter(concepts.values()), {}).get("conditions") or {}
     return tuple(dict.fromkeys([*(name for name in conditions if name in used), *used]))
 
 
-def condition_table(found: Sequence[Grid], *, resamples: int, seed: int) -> pd.DataFrame:
+def conditions(sweep: Sweep) -> Result | None:
+    """What the two contexts do to the ratings; None where cells do not differ in their conditions."""
+    made = grids(sweep.cells)
+    if not made:
+        return None
+    means = condition_means(made, sweep)
+    effects, shares = condition_effects(made, sweep)
+    excerpts = [Excerpt("Means by condition", telling_columns(whole(means).drop(columns="origin")), MEANS_NOTE)]
+    if means["origin"].nunique() > 2:
+        excerpts.append(Excerpt("Means by condition and origin", telling_columns(by_origin(means))))
+    tables = (
+        Table("conditions", means, excerpts=tuple(excerpts)),
+        Table(
+            "condition_effects",
+            effects,
+            excerpts=(Excerpt("Main effects and interaction", telling_columns(effects), EFFECTS_NOTE),),
+        ),
+        Table(
+            "condition_shares",
+            shares,
+            excerpts=(Excerpt("Shares of the variation within tasks", telling_columns(shares), SHARES_NOTE),),
+        ),
+    )
+    views, remarks = [], []
+    for grid in made:
+        # Of exact ratings, where there are any.
+        rows = [
+            frame.loc[(frame["grid"] == grid.name) & (frame["ratings"] == grid.kinds[0]), :]
+            for frame in (whole(means), effects, shares)
+        ]
+        views += [_means_view(grid, rows[0]), _effects_view(*rows[1:])]
+        remarks += _remarks(grid, *rows[1:])
+    seeds = sorted({grid.seeds for grid in made if SAMPLED in grid.kinds})
+    if seeds:
+        remarks.append(
+            f"Sampled ratings by condition are of {' or '.join(map(str, seeds))} rating seed{'s' * (seeds != [1])} a"
+            " task, whose noise widens their spread and lowers the shares of variation; exact ratings have none of it."
+        )
+    drawn = []
+    for count, grid in enumerate(made[:MOST_CELLS]):
+        values, rows = violin_tables(grid, means)
+        title, label = f"Ratings by condition: {grid.name}", "condition the completion was written in"
+        draw = partial(figures.violins, title=title, table=values, means=rows, label=label)
+        drawn.append(Figure(numbered("conditions", count), draw))
+    metrics = {
+        f"compare/condition/{row['grid']}/{row['ratings']}/{row['of']}/{row['contrast']}": row["points"]
+        for row in effects.to_dict("records")
+    }
+    return Result("Conditions", NOTE, tables, tuple(views), tuple(drawn), tuple(remarks), metrics)
+
+
+def condition_means(made: Sequence[Grid], sweep: Sweep) -> pd.DataFrame:
     """One row a grid, condition of completing, condition of rating, origin and kind of rating.
 
     ``mean`` and ``sd`` are over the tasks that have a rating there (``n``); ``valid`` is the mean valid mass of exact
     ratings, or the share of sampled answers that are valid.
     """
     rows: list[dict[str, object]] = []
-    for grid in found:
-        groups = groups_by_origin(grid.origins, resamples, seed)
+    for grid in made:
+        groups = sweep.groups(tuple(grid.tasks.values()))
         for kind in grid.kinds:
-            y = grid.values(kind)
-            for pair in _pairs(grid):
-                of_cell = y[:, grid.completing.index(pair[0]), grid.rating.index(pair[1])]
-                valid = grid.valid(pair, kind)
-                for group in groups:
-                    values = of_cell[group.tasks]
-                    mean = known_mean(values, group.draws, NO_RATING)
-                    row = _named(grid) | {"completing": pair[0], "rating": pair[1], "origin": group.origin}
+            ratings, valid = grid.ratings(kind), grid.valid(kind)
+            for (c, r, pair), group in itertools.product(grid.pairs(), groups):
+                if pair in grid.cells:
+                    values, known = ratings[group.tasks, c, r], valid[group.tasks, c, r]
+                    mean = known_mean(values, group.draws, "no valid rating")
+                    row = grid.names | {"completing": pair[0], "rating": pair[1], "origin": group.origin}
                     row |= {"ratings": kind, "n": mean.n, **columns("mean", mean)}
                     row["sd"] = np.nanstd(values, ddof=1) if mean.n > 1 else None
-                    rows.append(row | {"valid": _mean(valid[group.tasks])})
-    return numeric(pd.DataFrame(rows), words=WORDS) if rows else pd.DataFrame()
+                    known = known[np.isfinite(known)]
+                    rows.append(row | {"valid": float(known.mean()) if len(known) else None})
+    return numeric(pd.DataFrame(rows), words=WORDS)
 
 
-def _mean(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else None
+def condition_effects(made: Sequence[Grid], sweep: Sweep) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What conditions do, over the tasks that have all their ratings.
 
-
-def _pairs(grid: Grid) -> list[tuple[str, str]]:
-    """The levels of the cells that are there, in order."""
-    return [(c, r) for c in grid.completing for r in grid.rating if (c, r) in grid.cells]
-
-
-def _named(grid: Grid) -> dict[str, object]:
-    return {"grid": grid.name, "rater": grid.rater, "template": grid.key}
-
-
-@dataclass(frozen=True, eq=False)
-class Effects:
-    """What conditions do: `effects`, one row a grid, kind of rating and contrast; `shares`, one a source of variation.
-
-    Contrasts are in rating points, and ``standardised`` by the SD over tasks. Of a main effect ``over`` are the levels
-    of the other factor that it is averaged over. ``rating over completing`` is by how much the outermost contrast of
-    rating is larger than that of completing, without their signs.
+    Returns
+    -------
+    effects
+        One row a grid, kind of rating and contrast, in rating points and (``standardised``) by the SD over tasks. Of a
+        main effect ``over`` are the levels of the other factor that it is averaged over. ``rating over completing`` is
+        by how much the outermost contrast of rating is larger than that of completing, without their signs.
+    shares
+        One row a source of the variation within tasks.
     """
-
-    effects: pd.DataFrame
-    shares: pd.DataFrame
-
-
-def condition_effects(found: Sequence[Grid], *, resamples: int, seed: int) -> Effects:
-    """Main effects, interaction, and shares of the variation within tasks, over tasks that have all their ratings."""
     effects: list[dict[str, object]] = []
     shares: list[dict[str, object]] = []
-    for grid in found:
-        draws = groups_by_origin(grid.origins, resamples, seed)[0].draws
+    for grid in made:
+        draws = sweep.groups(tuple(grid.tasks.values()))[0].draws
         for kind in grid.kinds:
-            result = factorial(grid.values(kind), draws)
-            names = _named(grid) | {"ratings": kind}
+            result = factorial(grid.ratings(kind), draws)
+            names = grid.names | {"ratings": kind}
             counts = {"n": result.n, "left_out": result.left_out}
-            effects += [names | row | counts for row in _effect_rows(grid, result)]
-            of = result.shares
-            sources = {COMPLETING: of.first, RATING: of.second, INTERACTION: of.interaction, RESIDUAL: of.residual}
-            shares += [names | {"source": name} | columns("share", each) | counts for name, each in sources.items()]
-    if not effects:
-        return Effects(pd.DataFrame(), pd.DataFrame())
-    return Effects(*(numeric(pd.DataFrame(rows), words=WORDS) for rows in (effects, shares)))
+            for source, contrast, over, points, standardised in _contrasts(grid, result):
+                row = names | {"of": source, "contrast": contrast, "over": over}
+                effects.append(row | columns("points", points) | columns("standardised", standardised) | counts)
+            parts = result.shares
+            sources = {COMPLETING: parts.first, RATING: parts.second}
+            sources |= {INTERACTION: parts.interaction, RESIDUAL: parts.residual}
+            shares += [names | {"source": name} | columns("share", part) | counts for name, part in sources.items()]
+    return numeric(pd.DataFrame(effects), words=WORDS), numeric(pd.DataFrame(shares), words=WORDS)
 
 
-def _effect_rows(grid: Grid, result: Factorial) -> list[dict[str, object]]:
-    def row(of: str, contrast: str, over: Sequence[str], points: Estimate, standardised: Estimate) -> dict[str, object]:
-        row: dict[str, object] = {"of": of, "contrast": contrast, "over": ", ".join(over)}
-        return row | columns("points", points) | columns("standardised", standardised)
-
-    def main(of: str, contrast: Contrast, pair: Sequence[str], over: Sequence[str]) -> dict[str, object]:
-        return row(of, " − ".join(pair), over, contrast.points, contrast.standardised)
-
-    rows = []
-    for each in result.first:
-        rows.append(main(COMPLETING, each, _of(grid.completing, each.first), _of(grid.rating, each.second)))
-    for each in result.second:
-        rows.append(main(RATING, each, _of(grid.rating, each.second), _of(grid.completing, each.first)))
+def _contrasts(grid: Grid, result: Factorial) -> Iterator[tuple[str, str, str, Estimate, Estimate]]:
+    """Source, contrast in words, the levels it is averaged over, points and standardised points of each effect."""
+    for effect in result.first:
+        pair, over = _levels(grid, effect.first, effect.second)
+        yield COMPLETING, " − ".join(pair), ", ".join(over), effect.points, effect.standardised
+    for effect in result.second:
+        over, pair = _levels(grid, effect.first, effect.second)
+        yield RATING, " − ".join(pair), ", ".join(over), effect.points, effect.standardised
     crossed = result.interaction
     if crossed is not None:
-        outer = _of(grid.completing, crossed.first), _of(grid.rating, crossed.second)
-        text = " × ".join(f"({' − '.join(pair)})" for pair in outer)
-        rows.append(row(INTERACTION, text, (), crossed.points, crossed.standardised))
-        text = " − ".join(f"|{' − '.join(pair)}|" for pair in reversed(outer))
+        completing, rating = (" − ".join(pair) for pair in _levels(grid, crossed.first, crossed.second))
+        yield INTERACTION, f"({completing}) × ({rating})", "", crossed.points, crossed.standardised
         none = Estimate.missing("a difference of two effects", result.n)
-        rows.append(row(RATING_OVER_COMPLETING, text, (), result.second_over_first, none))
-    return rows
+        yield RATING_OVER_COMPLETING, f"|{rating}| − |{completing}|", "", result.second_over_first, none
 
 
-def _of(levels: Sequence[str], chosen: Sequence[int]) -> list[str]:
-    return [levels[at] for at in chosen]
+def _levels(grid: Grid, first: Sequence[int], second: Sequence[int]) -> tuple[list[str], list[str]]:
+    return [grid.completing[index] for index in first], [grid.rating[index] for index in second]
 
 
-def condition_remarks(found: Sequence[Grid], found_effects: Effects) -> list[str]:
-    """Which context dominates in each grid, in plain words, and what to know when reading it."""
-    said: list[str] = []
-    for grid in found:
-        kind = grid.kinds[0]
-        rows, shares = (
-            table.loc[(table["grid"] == grid.name) & (table["ratings"] == kind), :].to_dict("records")
-            for table in (found_effects.effects, found_effects.shares)
+def _means_view(grid: Grid, means: pd.DataFrame) -> View:
+    ratings = "exact ratings" if grid.kinds[0] == EXACT else "means over seeds"
+    cells = {(row["completing"], row["rating"]): with_interval(row, "mean") for row in means.to_dict("records")}
+    return View(
+        f"{grid.name}: {ratings} by condition, mean [95 % over tasks]",
+        ["completed under", *numbers(*(f"rated: {rating}" for rating in grid.rating))],
+        [
+            [completing, *(cells.get((completing, rating), MISSING) for rating in grid.rating)]
+            for completing in grid.completing
+        ],
+    )
+
+
+def _effects_view(effects: pd.DataFrame, shares: pd.DataFrame) -> View:
+    """The effects of each source below its share of the variation within tasks."""
+    rows: list[tuple[str, ...]] = []
+    headings = set()
+    for share in shares.to_dict("records"):
+        below = effects.loc[effects["of"] == share["source"], :]
+        if len(below) or pd.notna(share["share"]):
+            headings.add(len(rows))
+            rows.append((share["source"], "", "", with_interval(share, "share")))
+        for row in below.to_dict("records"):
+            rows.append((f"  {row['contrast']}", with_interval(row, "points"), number(row["standardised"])))
+    title = f"What conditions do to the same {effects['n'].iloc[0]} tasks"
+    return View(
+        title,
+        (names_column("effect", 0), *numbers("points [95 %]", "in SDs", "share of variation")),
+        rows,
+        frozenset(headings),
+    )
+
+
+def _remarks(grid: Grid, effects: pd.DataFrame, shares: pd.DataFrame) -> list[str]:
+    """Which context dominates in a grid, in plain words, and what to know when reading it."""
+    known = {row["source"]: with_interval(row, "share") for row in shares.to_dict("records") if pd.notna(row["share"])}
+    # The levels between the outermost count here too.
+    variation = (
+        f" Of the variation within tasks, {known[RATING]} is rating's and {known[COMPLETING]} completing's."
+        if {RATING, COMPLETING} <= set(known)
+        else ""
+    )
+    remarks = [f"{grid.name}: {_dominance(grid, effects)}{variation}"]
+    missing = [f"completed {pair[0]} and rated {pair[1]}" for *_, pair in grid.pairs() if pair not in grid.cells]
+    if missing:
+        remarks.append(
+            f"{grid.name}: there is no cell {' or '.join(missing)}; main effects are over the levels that have both"
+            " sides, and shares of variation are not known."
         )
-        said.append(f"{grid.name}: {_dominance(grid, rows)}{_shares(shares)}")
-        if grid.missing:
-            said.append(
-                f"{grid.name}: there is no cell {' or '.join(grid.missing)}; main effects are over the levels that have"
-                " both sides, and shares of variation are not known."
-            )
-        left_out = int(rows[0]["left_out"])
-        if left_out:
-            said.append(f"{grid.name}: effects are without {left_out} tasks that lack a rating in some cell.")
-        said += _own_completions(grid)
-    seeds = sorted({grid.seeds for grid in found if SAMPLED in grid.kinds})
-    if seeds:
-        counts = " or ".join(map(str, seeds))
-        said.append(
-            f"Sampled ratings by condition are of {counts} rating seed{'s' * (seeds != [1])} a task, whose noise widens"
-            " their spread and lowers the shares of variation; exact ratings have none of it."
+    left_out = int(effects["left_out"].iloc[0])
+    if left_out:
+        remarks.append(f"{grid.name}: effects are without {left_out} tasks that lack a rating in some cell.")
+    texts: dict[tuple[str, tuple[str, str]], set[str]] = {}
+    for (completing, _), cell in grid.cells.items():
+        for task, text in zip(cell.tasks(), cell.texts["completion"].fillna(""), strict=True):
+            texts.setdefault((completing, task), set()).add(text)
+    differing = {completing for (completing, _), several in texts.items() if len(several) > 1}
+    if differing:
+        completing = min(differing, key=grid.completing.index)
+        remarks.append(
+            f"{grid.name}: cells completed under {completing} rated different completions, so effects of rating hold"
+            " what these differ by."
         )
-    return said
+    return remarks
 
 
-def _dominance(grid: Grid, rows: Sequence[Mapping]) -> str:
+def _dominance(grid: Grid, effects: pd.DataFrame) -> str:
     outer = {COMPLETING: grid.completing, RATING: grid.rating}
-    contrasts = {of: " − ".join((levels[0], levels[-1])) for of, levels in outer.items()}
-    of = {row["of"]: row for row in rows if contrasts.get(row["of"], row["contrast"]) == row["contrast"]}
-    if RATING_OVER_COMPLETING not in of:
+    contrasts = {source: " − ".join((levels[0], levels[-1])) for source, levels in outer.items()}
+    effect = {
+        row["of"]: row
+        for row in effects.to_dict("records")
+        if contrasts.get(row["of"], row["contrast"]) == row["contrast"]
+    }
+    if RATING_OVER_COMPLETING not in effect:
         varied = COMPLETING if len(grid.completing) > 1 else RATING
-        effect = of[varied]
-        if pd.isna(effect["points"]):
-            return f"what the condition of {varied} does is not known ({effect['points_reason']})."
+        if pd.isna(effect[varied]["points"]):
+            return f"what the condition of {varied} does is not known ({effect[varied]['points_reason']})."
         return (
             f"{varied} under {outer[varied][0]} instead of {outer[varied][-1]} moves ratings by"
-            f" {with_interval(effect, 'points')} points; the other context was not varied."
+            f" {with_interval(effect[varied], 'points')} points; the other context was not varied."
         )
-    difference = of[RATING_OVER_COMPLETING]
+    difference = effect[RATING_OVER_COMPLETING]
     if pd.isna(difference["points"]):
         return f"which context dominates is not known ({difference['points_reason']})."
     low, high = difference["points_low"], difference["points_high"]
@@ -309,49 +384,26 @@ def _dominance(grid: Grid, rows: Sequence[Mapping]) -> str:
     else:
         verdict = f"neither context clearly dominates (they differ by {with_interval(difference, 'points')})"
     rated, completed = (
-        f"under {outer[role][0]} instead of {outer[role][-1]}{moves} by {with_interval(of[role], 'points')}"
-        for role, moves in ((RATING, " moves ratings"), (COMPLETING, ""))
+        f"under {outer[source][0]} instead of {outer[source][-1]}{moves} by {with_interval(effect[source], 'points')}"
+        for source, moves in ((RATING, " moves ratings"), (COMPLETING, ""))
     )
     return f"being rated {rated} points, having been completed {completed}: {verdict}."
 
 
-def _shares(rows: Sequence[Mapping]) -> str:
-    """The levels between the outermost count here too."""
-    of = {row["source"]: with_interval(row, "share") for row in rows if pd.notna(row["share"])}
-    if RATING not in of or COMPLETING not in of:
-        return ""
-    return f" Of the variation within tasks, {of[RATING]} is rating's and {of[COMPLETING]} completing's."
-
-
-def _own_completions(grid: Grid) -> list[str]:
-    """Whether cells that were completed under the same condition rated different texts."""
-    for level in grid.completing:
-        texts: dict[tuple[str, str], str] = {}
-        for (c, _), cell in grid.cells.items():
-            for task, text in zip(cell.tasks(), cell.texts["completion"].fillna(""), strict=True) if c == level else ():
-                if texts.setdefault(task, text) != text:
-                    return [
-                        f"{grid.name}: cells completed under {level} rated different completions, so effects of rating"
-                        " hold what these differ by."
-                    ]
-    return []
-
-
-def violin_tables(grid: Grid, table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What `plots.violins` draws of a grid, and its means from `condition_table`.
+def violin_tables(grid: Grid, means: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What `figures.violins` draws of a grid, and its means from `condition_means`.
 
     A row a kind of rating, a panel a condition of rating, a violin a condition of completing.
     """
     labels = {EXACT: "exact mean of a task", SAMPLED: f"mean of {grid.seeds} sampled ratings"}
     parts = []
     for kind in grid.kinds:
-        y = grid.values(kind)
-        for c, r in np.ndindex(*y.shape[1:]):
-            names = {"row": labels[kind], "panel": f"rated: {grid.rating[r]}", "violin": grid.completing[c]}
-            parts.append(pd.DataFrame({**names, "value": y[:, c, r]}))
-    means = table.loc[(table["grid"] == grid.name) & (table["origin"] == ALL), :]
+        ratings = grid.ratings(kind)
+        for c, r, (completing, rating) in grid.pairs():
+            names = {"row": labels[kind], "panel": f"rated: {rating}", "violin": completing}
+            parts.append(pd.DataFrame({**names, "value": ratings[:, c, r]}))
+    means = whole(means.loc[means["grid"] == grid.name, :])
     means = means.assign(
-        row=means["ratings"].map(labels), panel="rated: " + means["rating"].astype(str), violin=means["completing"]
+        row=means["ratings"].map(labels), panel="rated: " + means["rating"], violin=means["completing"]
     )
-    shown = ["row", "panel", "violin", "n", "mean", "mean_low", "mean_high"]
-    return pd.concat(parts, ignore_index=True), means.loc[:, shown]
+    return pd.concat(parts, ignore_index=True), means

@@ -103,17 +103,18 @@ def difference_of_means(
     if n < 2:
         raise ValueError(f"{n} tasks have no halves: give 2 or more")
     k = int(folds.max()) + 1
-    of_folds = np.stack([*(folds != fold for fold in range(k)), np.ones(n, dtype=bool)]).astype(np.float64)
-    halves = _halves(n, splits, np.random.default_rng([seed, 0]))
+    without_fold = np.stack([*(folds != fold for fold in range(k)), np.ones(n, dtype=bool)]).astype(np.float64)
+    # Half of the tasks (where n is odd, one more in the other half).
+    orders = np.random.default_rng([seed, 0]).permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
+    half = (orders < n // 2).astype(np.float64)
     signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], size=(flips, n))
-    resamples = draws.times.astype(np.float64)
-    weights = np.concatenate([of_folds, halves, 1 - halves, resamples, signs])
+    weights = np.concatenate([without_fold, half, 1 - half, draws.times.astype(np.float64), signs])
     weights /= np.abs(weights).sum(axis=1, keepdims=True)
-    parts = np.cumsum([k + 1, splits, splits, len(resamples)])
+    ends = np.cumsum([k + 1, splits, splits, len(draws.times)])
     w = torch.from_numpy(weights).float()
 
     width = max(1, BLOCK_BYTES // (4 * len(w) * first.d_model))
-    found = []
+    blocks = []
     for start in range(0, len(sites), width):
         block = slice(start, min(start + width, len(sites)))
         count = block.stop - start
@@ -121,37 +122,25 @@ def difference_of_means(
         middles = torch.zeros(k + 1, count, first.d_model)
         norms = torch.zeros(count, dtype=torch.float64)
         for rows in _chunks(first.order):
-            a, b = (each.read(rows.tolist(), block).float() for each in (first, second))
-            mine = w[:, torch.from_numpy(rows)]
-            sums += torch.einsum("rn,nsd->rsd", mine, a - b)
-            middles += torch.einsum("rn,nsd->rsd", mine[: k + 1], (a + b) / 2)
+            a, b = (features.read(rows.tolist(), block).float() for features in (first, second))
+            weight = w[:, torch.from_numpy(rows)]
+            sums += torch.einsum("rn,nsd->rsd", weight, a - b)
+            middles += torch.einsum("rn,nsd->rsd", weight[: k + 1], (a + b) / 2)
             norms += (a.norm(dim=-1).double() + b.norm(dim=-1).double()).sum(dim=0)
-        by_fold, one, other, resampled, flipped = torch.tensor_split(sums.double(), parts.tolist())
+        by_fold, one, other, resampled, flipped = torch.tensor_split(sums.double(), ends.tolist())
         lengths = by_fold.norm(dim=-1, keepdim=True)
         direction = torch.where(lengths > 0, by_fold / lengths.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-        found.append(
-            (
-                by_fold[-1].float(),
-                direction.float(),
-                (direction * middles.double()).sum(dim=-1),
-                norms / (2 * n),
-                _cosine(one, other),
-                _cosine(resampled, by_fold[-1:]),
-                flipped.norm(dim=-1),
-            )
+        threshold = (direction * middles.double()).sum(dim=-1)
+        halves, resampled = _cosine(one, other), _cosine(resampled, by_fold[-1:])
+        vector = by_fold[-1:].float()
+        blocks.append(
+            (vector, direction.float(), threshold, norms[None] / (2 * n), halves, resampled, flipped.norm(dim=-1))
         )
-    vector, direction, threshold, activation_norm, cosines, resampled, flipped = zip(*found, strict=True)
-    return Difference(
-        sites=sites,
-        n=n,
-        vector=torch.cat(vector),
-        direction=torch.cat(direction, dim=1),
-        threshold=torch.cat(threshold, dim=1),
-        activation_norm=torch.cat(activation_norm),
-        halves=torch.cat(cosines, dim=1).numpy(),
-        resampled=torch.cat(resampled, dim=1).numpy(),
-        flipped=torch.cat(flipped, dim=1).numpy(),
+    vector, direction, threshold, activation_norm, *arrays = (
+        torch.cat(part, dim=1) for part in zip(*blocks, strict=True)
     )
+    halves, resampled, flipped = (array.numpy() for array in arrays)
+    return Difference(sites, n, vector[0], direction, threshold, activation_norm[0], halves, resampled, flipped)
 
 
 def shuffled_vector(first: Features, second: Features, site: Site, seed: int) -> torch.Tensor:
@@ -160,12 +149,13 @@ def shuffled_vector(first: Features, second: Features, site: Site, seed: int) ->
     As many tasks as can be are exchanged evenly: half of them keep their conditions, so that what the conditions differ
     by cancels, and what is left is the tasks' own noise.
     """
-    at = first.sites.index(site)
+    column = first.sites.index(site)
     signs = np.ones(first.n)
     signs[np.random.default_rng(seed).permutation(first.n)[: first.n // 2]] = -1
     total = torch.zeros(first.d_model, dtype=torch.float64)
     for rows in _chunks(first.order):
-        a, b = (each.read(rows.tolist(), slice(at, at + 1))[:, 0].double() for each in (first, second))
+        block = slice(column, column + 1)
+        a, b = (features.read(rows.tolist(), block)[:, 0].double() for features in (first, second))
         total += torch.from_numpy(signs[rows]) @ (a - b)
     return (total / first.n).float()
 
@@ -187,25 +177,20 @@ def project(features: Features, difference: Difference, fit: np.ndarray) -> np.n
     """
     if features.sites != difference.sites:
         raise ValueError("the vectors must be at the difference's sites")
-    found = np.empty((features.n, len(features.sites)))
+    along = np.empty((features.n, len(features.sites)))
     width = max(1, BLOCK_BYTES // (4 * ROWS * features.d_model))
     for start in range(0, len(features.sites), width):
         block = slice(start, start + width)
         for rows in _chunks(features.order):
             vectors = features.read(rows.tolist(), block).float()
-            for each in np.unique(fit[rows]):
-                mine = torch.from_numpy(fit[rows] == each)
-                along = torch.einsum("nsd,sd->ns", vectors[mine].double(), difference.direction[each, block].double())
-                found[rows[mine.numpy()], block] = (along - difference.threshold[each, block]).numpy()
+            for fold in np.unique(fit[rows]):
+                chosen = fit[rows] == fold
+                direction = difference.direction[fold, block].double()
+                projected = torch.einsum("nsd,sd->ns", vectors[torch.from_numpy(chosen)].double(), direction)
+                along[rows[chosen], block] = (projected - difference.threshold[fold, block]).numpy()
     zero = ~difference.direction.any(dim=-1).numpy()
-    found[zero[fit]] = np.nan
-    return found
-
-
-def _halves(n: int, splits: int, rng: np.random.Generator) -> np.ndarray:
-    """[splits, n] of 0 and 1: half of the tasks (less one where n is odd goes to the other half)."""
-    order = rng.permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
-    return (order < n // 2).astype(np.float64)
+    along[zero[fit]] = np.nan
+    return along
 
 
 def _chunks(order: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,27 +1,28 @@
-"""The concept stage: vectors from the activations of two conditions, and what they separate beyond those."""
+"""Concept vectors from the activations of two conditions, and what they separate beyond those."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 
-from prefs.concepts.card import SavedVectors, export_gguf, save_vectors
 from prefs.concepts.difference import Difference, difference_of_means, project
+from prefs.concepts.export import SavedVectors, export_gguf, save_vectors
 from prefs.concepts.reading import Read, Reader
 from prefs.concepts.separation import separation
 from prefs.config import ConceptConfig
 from prefs.data.task import Task
 from prefs.probes.features import Captured, NotFinite
 from prefs.probes.folds import assign_folds
+from prefs.probes.probe import Site
 from prefs.probes.scores import permutation_p
-from prefs.results.summary import columns, numeric
+from prefs.results.tables import columns, numeric
 from prefs.statistics.estimates import LEVEL, Resamples
 
 FLIPS = 1000
@@ -29,7 +30,22 @@ HELD_OUT = "held-out tasks"
 OTHER_ORIGINS = "other origins"
 READ_UNDER = "same text, prompts differ"
 WRITTEN_UNDER = "texts differ, no prompt"
-Pair = tuple[Read, Read]
+WORDS = ("concept", "test", "with", "position")
+
+
+class ReadPair(NamedTuple):
+    """Two readings of some tasks, that a concept's vectors are from or are to tell apart."""
+
+    name: str
+    first: Read
+    second: Read
+    tasks: Sequence[Task]
+
+    @property
+    def paired(self) -> list[Task]:
+        """The tasks that have a vector at every position in both readings."""
+        both = self.first.present.keys() & self.second.present.keys()
+        return [task for task in self.tasks if task.id in both]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,181 +87,165 @@ class Concept:
         whole = len(self.difference.direction) - 1
         return np.array([self.fold_of.get(task, whole) for task in tasks], dtype=np.int64)
 
+    def direction(self, site: Site) -> torch.Tensor:
+        """[d] float64: the vector of all tasks at a site, of norm 1; 0 where it is."""
+        return self.difference.direction[-1, self.difference.sites.index(site)].double()
+
     def saved(self, card: Mapping[str, Any]) -> SavedVectors:
         """The vectors with their card."""
         own = {"conditions": dict(self.config.conditions), "contrast": list(self.config.contrast), "n": self.n}
         own |= {"origins": self.config.origins}
+        norms = self.difference.activation_norm.float()
         return SavedVectors(
-            concept=self.config.name,
-            sites=self.difference.sites,
-            vectors=self.difference.vector,
-            activation_norms=self.difference.activation_norm.float(),
-            card={**own, **card},
+            self.config.name, self.difference.sites, self.difference.vector, norms, card={**own, **card}
         )
 
     def save(self, folder: Path, card: Mapping[str, Any], model_type: str) -> list[Path]:
         """Write the vectors, their card, and a control vector for each position; returns the files."""
         saved = self.saved(card)
-        paths = save_vectors(folder, saved)
-        for position in dict.fromkeys(site.position for site in saved.sites):
-            written = export_gguf(folder / f"{position}.gguf", saved, position, model_type)
-            paths += [] if written is None else [written]
-        return paths
-
-
-@dataclass(frozen=True)
-class NoConcept:
-    """Why there are no vectors of a concept."""
-
-    key: str
-    reason: str
+        positions = dict.fromkeys(site.position for site in saved.sites)
+        exported = [export_gguf(folder / f"{position}.gguf", saved, position, model_type) for position in positions]
+        return [*save_vectors(folder, saved), *(path for path in exported if path is not None)]
 
 
 def extract(
     concepts: Mapping[str, ConceptConfig], tasks: Sequence[Task], reader: Reader, *, bootstrap: int
-) -> list[Concept | NoConcept]:
+) -> dict[str, Concept | str]:
     """Extract the vectors of each concept and test them on tasks, origins, wordings, texts and concepts of others.
 
     A vector is the mean over tasks of the activations under the first condition less those under the second, at each
     captured layer and position ("difference of means"; Rimsky et al. 2024, "Steering Llama 2 via Contrastive Activation
     Addition", take it over pairs too). Both complete the task and are read under their own system prompt. Wherever a
     test has a task that the vector is from, that task is projected on a vector without its fold.
+
+    Returns
+    -------
+    dict
+        By key, the concept; or the reason why there are no vectors of it.
     """
     contrasts = _contrasts(concepts, tasks, reader)
-    return [_extract(key, config, concepts, tasks, contrasts, reader, bootstrap) for key, config in concepts.items()]
+    extracted: dict[str, Concept | str] = {}
+    for key, config in concepts.items():
+        if contrasts[key].tasks:
+            extracted[key] = _extract(key, config, _read_pairs(key, concepts, tasks, contrasts, reader), bootstrap)
+        else:
+            origins = ", ".join(dict.fromkeys(task.origin for task in tasks))
+            wanted = ", ".join(config.origins or [])
+            extracted[key] = f"no task is of {wanted} (concept.{key}.origins); there are {origins}"
+    return extracted
 
 
 def read_all(concepts: Mapping[str, ConceptConfig], tasks: Sequence[Task], reader: Reader) -> None:
     """Read all that `extract` reads, where every concept has tasks enough."""
     contrasts = _contrasts(concepts, tasks, reader)
-    for key, config in concepts.items():
-        if own := _of_origins(tasks, config.origins):
-            _tests(key, concepts, own, tasks, contrasts, reader)
+    for key in concepts:
+        if contrasts[key].tasks:
+            list(_read_pairs(key, concepts, tasks, contrasts, reader))
 
 
-def _contrasts(concepts: Mapping[str, ConceptConfig], tasks: Sequence[Task], reader: Reader) -> dict[str, Pair]:
-    """Of each concept, the tasks read under the two conditions of its contrast."""
-    contrasts: dict[str, Pair] = {}
+def _contrasts(concepts: Mapping[str, ConceptConfig], tasks: Sequence[Task], reader: Reader) -> dict[str, ReadPair]:
+    """Of each concept, all tasks read under the two conditions of its contrast; its own tasks are those compared."""
+    contrasts = {}
     for key, config in concepts.items():
         prompts = [config.conditions[name] for name in config.contrast]
-        first, second = (reader.read(tasks, written_under=each, read_under=each) for each in prompts)
-        contrasts[key] = first, second
+        first, second = (reader.read(tasks, written_under=prompt, read_under=prompt) for prompt in prompts)
+        contrasts[key] = ReadPair(HELD_OUT, first, second, _of_origins(tasks, config.origins))
     return contrasts
 
 
-def _extract(
+def _read_pairs(
     key: str,
-    config: ConceptConfig,
     concepts: Mapping[str, ConceptConfig],
     tasks: Sequence[Task],
-    contrasts: Mapping[str, Pair],
+    contrasts: Mapping[str, ReadPair],
     reader: Reader,
-    bootstrap: int,
-) -> Concept | NoConcept:
-    own = _of_origins(tasks, config.origins)
-    if not own:
-        there = ", ".join(dict.fromkeys(task.origin for task in tasks))
-        return NoConcept(
-            key, f"no task is of {', '.join(config.origins or [])} (concept.{key}.origins); there are {there}"
-        )
-    first, second = contrasts[key]
-    paired = _paired(own, first, second)
+) -> Iterator[ReadPair]:
+    """The tests of a concept, the first of which is its own contrast; each is read as it is asked for."""
+    config, contrast = concepts[key], contrasts[key]
+    (_, first, second, own), names = contrast, config.contrast
+    yield contrast
+    ids = {task.id for task in own}
+    others = [task for task in tasks if task.id not in ids]
+    origins = list(dict.fromkeys(task.origin for task in others))
+    if len(origins) > 1:
+        yield ReadPair(OTHER_ORIGINS, first, second, others)
+    for origin in origins:
+        yield ReadPair(f"origin {origin}", first, second, _of_origins(others, [origin]))
+
+    def read_pair(name: str, conditions: Sequence[tuple[str | None, str | None]]) -> ReadPair:
+        one, other = (reader.read(own, written_under=written, read_under=read) for written, read in conditions)
+        return ReadPair(name, one, other, own)
+
+    for wording, texts in config.wordings.items():
+        yield read_pair(f"wording {wording}", [(texts[name], texts[name]) for name in names])
+    prompts = [config.conditions[name] for name in names]
+    yield read_pair(READ_UNDER, [(None, prompt) for prompt in prompts])
+    yield read_pair(WRITTEN_UNDER, [(prompt, None) for prompt in prompts])
+    for name, prompt in config.conditions.items():
+        if name not in names:
+            between = reader.read(own, written_under=prompt, read_under=prompt)
+            yield ReadPair(f"{names[0]} against {name}", first, between, own)
+            yield ReadPair(f"{name} against {names[1]}", between, second, own)
+    for other, another in contrasts.items():
+        if other != key:
+            yield another._replace(name=f"concept {concepts[other].name}")
+
+
+def _extract(key: str, config: ConceptConfig, pairs: Iterator[ReadPair], bootstrap: int) -> Concept | str:
+    contrast = next(pairs)
+    _, first, second, own = contrast
+    ids = [task.id for task in contrast.paired]
     needed = max(config.folds, 3)
-    if len(paired) < needed:
-        missing = [
-            f"{name} has {sum(task.id in read.present for task in own)} of {len(own)}"
-            for name, read in zip(config.contrast, (first, second), strict=True)
-        ]
-        return NoConcept(
-            key,
-            f"{len(paired)} tasks have a vector at every position under both conditions ({', '.join(missing)}),"
-            f" and {config.folds} folds need {needed} (concept.{key}.folds)",
+    readings = list(zip(config.contrast, (first, second), strict=True))
+    if len(ids) < needed:
+        have = [f"{name} has {sum(task.id in read.present for task in own)} of {len(own)}" for name, read in readings]
+        return (
+            f"{len(ids)} tasks have a vector at every position under both conditions ({', '.join(have)}), and"
+            f" {config.folds} folds need {needed} (concept.{key}.folds)"
         )
     draws = cache(lambda n: Resamples.draw(n, bootstrap, config.seed))
-    ids = [task.id for task in paired]
-    folds = assign_folds(ids, [task.origin for task in paired], config.folds, config.seed)
+    folds = assign_folds(ids, [task.origin for task in contrast.paired], config.folds, config.seed)
     a, b = first.features(ids), second.features(ids)
+    remarks = []
+    if len(ids) < len(own):
+        lack = ", ".join(f"{sum(task.id not in read.present for task in own)} lack {name}" for name, read in readings)
+        remarks.append(
+            f"Concept {config.name}: paired on the {len(ids)} of {len(own)} tasks that have a completion and a vector"
+            f" under both conditions ({lack})."
+        )
     try:
         difference = difference_of_means(
             a, b, folds, splits=config.splits, draws=draws(len(ids)), flips=FLIPS, seed=config.seed
         )
-        found = Concept(
-            key=key,
-            config=config,
-            difference=difference,
-            first=a,
-            second=b,
-            fold_of=dict(zip(ids, folds.tolist(), strict=True)),
-            vectors=vectors_table(config.name, difference),
-            tests=pd.DataFrame(),
-            remarks=_left_out(config, own, paired, first, second),
-        )
-        tests = [
-            _test(found, name, pair, of, draws)
-            for name, pair, of in _tests(key, concepts, own, tasks, contrasts, reader)
-        ]
+        fold_of = dict(zip(ids, folds.tolist(), strict=True))
+        vectors = _vectors_table(config.name, difference)
+        concept = Concept(key, config, difference, a, b, fold_of, vectors, pd.DataFrame(), remarks)
+        rows = [row for pair in (contrast, *pairs) for row in _test(concept, pair, draws)]
     except NotFinite as error:
-        return NoConcept(key, f"the vector of a task at {error.site} holds a NaN or an infinity: capture it again")
-    words = ("concept", "test", "position")
-    table = numeric(pd.concat(tests, ignore_index=True), words=words)
-    return replace(found, tests=table)
+        return f"the vector of a task at {error.site} holds a NaN or an infinity: capture it again"
+    return replace(concept, tests=numeric(pd.DataFrame(rows), words=WORDS))
 
 
-def _tests(
-    key: str,
-    concepts: Mapping[str, ConceptConfig],
-    own: Sequence[Task],
-    tasks: Sequence[Task],
-    contrasts: Mapping[str, Pair],
-    reader: Reader,
-) -> list[tuple[str, Pair, Sequence[Task]]]:
-    """The tests: their names, the two readings that are to be told apart, and the tasks."""
-    config = concepts[key]
-    names = config.contrast
-    prompts = [config.conditions[name] for name in names]
-    first, second = contrasts[key]
-    tests: list[tuple[str, Pair, Sequence[Task]]] = [(HELD_OUT, (first, second), own)]
-    ids = {task.id for task in own}
-    others = [task for task in tasks if task.id not in ids]
-    origins = list(dict.fromkeys(task.origin for task in others))
-    tests += [(OTHER_ORIGINS, (first, second), others)] if len(origins) > 1 else []
-    tests += [(f"origin {origin}", (first, second), _of_origins(others, [origin])) for origin in origins]
-    for wording, texts in config.wordings.items():
-        pair = tuple(reader.read(own, written_under=texts[name], read_under=texts[name]) for name in names)
-        tests.append((f"wording {wording}", (pair[0], pair[1]), own))
-    without = [reader.read(own, written_under=None, read_under=each) for each in prompts]
-    tests.append((READ_UNDER, (without[0], without[1]), own))
-    under = [reader.read(own, written_under=each, read_under=None) for each in prompts]
-    tests.append((WRITTEN_UNDER, (under[0], under[1]), own))
-    for name, prompt in config.conditions.items():
-        if name not in names:
-            between = reader.read(own, written_under=prompt, read_under=prompt)
-            tests.append((f"{names[0]} against {name}", (first, between), own))
-            tests.append((f"{name} against {names[1]}", (between, second), own))
-    for another, other in concepts.items():
-        if another != key:
-            tests.append((f"concept {other.name}", contrasts[another], _of_origins(tasks, other.origins)))
-    return tests
-
-
-def _test(concept: Concept, name: str, pair: Pair, tasks: Sequence[Task], draws: Any) -> pd.DataFrame:
+def _test(concept: Concept, pair: ReadPair, draws: Callable[[int], Resamples]) -> list[dict[str, object]]:
     """One test: a row a site."""
-    ids = [task.id for task in _paired(tasks, *pair)]
+    ids = [task.id for task in pair.paired]
     difference = concept.difference
+    first = second = np.empty((0, len(difference.sites)))
     if ids:
         fits = concept.fits(ids)
-        first, second = (project(read.features(ids), difference, fits) for read in pair)
-    else:
-        first = second = np.empty((0, len(difference.sites)))
+        first = project(pair.first.features(ids), difference, fits)
+        second = project(pair.second.features(ids), difference, fits)
     rows = []
-    for site, found in zip(difference.sites, separation(first, second, draws(len(ids))), strict=True):
-        row: dict[str, object] = {"concept": concept.config.name, "test": name, **site._asdict(), "n": found.n}
-        row |= {"left_out": len(tasks) - len(ids)}
-        rows.append(row | columns("auc", found.auc) | columns("d", found.d) | columns("accuracy", found.accuracy))
-    return pd.DataFrame(rows)
+    for site, estimates in zip(difference.sites, separation(first, second, draws(len(ids))), strict=True):
+        row: dict[str, object] = {"concept": concept.config.name, "test": pair.name, **site._asdict()}
+        row |= {"n": len(ids), "left_out": len(pair.tasks) - len(ids)}
+        for name, estimate in estimates.items():
+            row |= columns(name, estimate)
+        rows.append(row)
+    return rows
 
 
-def vectors_table(name: str, difference: Difference) -> pd.DataFrame:
+def _vectors_table(name: str, difference: Difference) -> pd.DataFrame:
     """One row a site: how large the vector is, and whether other tasks would give the same one.
 
     ``norm`` is the Euclidean norm, ``activation_norm`` the mean norm of the activations there, ``relative`` their
@@ -256,53 +256,29 @@ def vectors_table(name: str, difference: Difference) -> pd.DataFrame:
     """
     ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     rows = []
-    for at, site in enumerate(difference.sites):
-        norm, activation = float(difference.norm[at]), float(difference.activation_norm[at])
-        halves, resampled = difference.halves[:, at], difference.resampled[1:, at]
+    for column, site in enumerate(difference.sites):
+        norm, activation = float(difference.norm[column]), float(difference.activation_norm[column])
+        halves, resampled = difference.halves[:, column], difference.resampled[1:, column]
         halves, resampled = halves[np.isfinite(halves)], resampled[np.isfinite(resampled)]
-        row: dict[str, object] = {"concept": name, **site._asdict(), "n": difference.n, "norm": norm}
-        row |= {"activation_norm": activation, "relative": norm / activation if activation else None}
-        row["split_half"] = float(halves.mean()) if len(halves) else None
-        row["split_half_low"], row["split_half_high"] = np.quantile(halves, ends) if len(halves) else (None, None)
-        row["resampled"] = float(np.median(resampled)) if len(resampled) else None
-        row["resampled_low"] = float(np.quantile(resampled, ends[0])) if len(resampled) else None
-        row["p"] = permutation_p(norm, difference.flipped[:, at]) if norm else None
-        rows.append(row)
-    return numeric(pd.DataFrame(rows), words=("concept", "position"))
-
-
-def concept_cosines(concepts: Sequence[Concept]) -> pd.DataFrame:
-    """Cosine of the vectors of every two concepts, one row a pair and site."""
-    rows = []
-    for one, other in itertools.combinations(concepts, 2):
-        for at, site in enumerate(one.difference.sites):
-            cosine = one.difference.direction[-1, at].double() @ other.difference.direction[-1, at].double()
-            row: dict[str, object] = {"concept": one.config.name, "with": f"concept {other.config.name}"}
-            d = one.difference.vector.shape[-1]
-            rows.append(row | {**site._asdict(), "cosine": float(cosine.clamp(-1, 1)), "random_sd": d**-0.5})
-    return pd.DataFrame(rows)
+        low, high = np.quantile(halves, ends) if len(halves) else (None, None)
+        rows.append(
+            {
+                "concept": name,
+                **site._asdict(),
+                "n": difference.n,
+                "norm": norm,
+                "activation_norm": activation,
+                "relative": norm / activation if activation else None,
+                "split_half": float(halves.mean()) if len(halves) else None,
+                "split_half_low": low,
+                "split_half_high": high,
+                "resampled": float(np.median(resampled)) if len(resampled) else None,
+                "resampled_low": float(np.quantile(resampled, ends[0])) if len(resampled) else None,
+                "p": permutation_p(norm, difference.flipped[:, column]) if norm else None,
+            }
+        )
+    return numeric(pd.DataFrame(rows), words=WORDS)
 
 
 def _of_origins(tasks: Sequence[Task], origins: Sequence[str] | None) -> list[Task]:
     return [task for task in tasks if origins is None or task.origin in origins]
-
-
-def _paired(tasks: Sequence[Task], first: Read, second: Read) -> list[Task]:
-    """The tasks that have a vector at every position in both."""
-    both = first.present.keys() & second.present.keys()
-    return [task for task in tasks if task.id in both]
-
-
-def _left_out(
-    config: ConceptConfig, tasks: Sequence[Task], paired: Sequence[Task], first: Read, second: Read
-) -> list[str]:
-    if len(paired) == len(tasks):
-        return []
-    counts = ", ".join(
-        f"{sum(task.id not in read.present for task in tasks)} lack {name}"
-        for name, read in zip(config.contrast, (first, second), strict=True)
-    )
-    return [
-        f"Concept {config.name}: paired on the {len(paired)} of {len(tasks)} tasks that have a completion and a vector"
-        f" under both conditions ({counts})."
-    ]

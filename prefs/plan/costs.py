@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from prefs.concepts.card import load_vectors
-from prefs.concepts.extract import NoConcept, extract, read_all
+from prefs.concepts.export import load_vectors
+from prefs.concepts.extract import extract, read_all
 from prefs.concepts.reading import Reader
 from prefs.config import Config, ModelConfig, SteeringControlsConfig
 from prefs.data.task import Task
@@ -23,8 +22,8 @@ from prefs.plan.engines import PlannedModels
 from prefs.plan.lengths import Lengths
 from prefs.plan.store import Planned, PlannedStore
 from prefs.results.job_record import Doings, Work
-from prefs.stages.concept import reader_of, steered_along
-from prefs.stages.dose_response import arrows
+from prefs.stages.concept import reader_of
+from prefs.stages.dose_response import arrows, steered_along
 from prefs.stages.measure import Roles, Sites, job_tasks, measure, sites
 from prefs.stages.steer import Arrow, Control
 
@@ -159,7 +158,7 @@ def _counted(config: Config, tasks: Sequence[Task], roles: Roles, of: Sites, *, 
     """Run the stages of a job with engines that count."""
     store = PlannedStore.at(config.store.dir)
     models = PlannedModels(lengths=Lengths(store.planned, bound))
-    doings, remarks = Doings(told=False), []
+    doings, remarks = Doings(logged=False), []
     _, rated, _ = measure(config, tasks, roles, config.template, of.capture, store, models, doings)
     reader = reader_of(config, roles.completer, roles.rater, of.capture, store, models)
     if reader is not None:
@@ -177,12 +176,12 @@ def _arrows(config: Config, tasks: Sequence[Task], of: Sites, reader: Reader | N
     there is to say of that."""
     steering, concept, remarks = config.steering, None, []
     if steering.vector != "concept":
-        found, _ = arrows(steering, of.steered, load_vectors(Path(steering.vector).expanduser()), None, None)
+        found, _ = arrows(steering, of.steered, load_vectors(steering.vector), None, None)
     elif reader is not None and not any(work.computed for work in reader.work):
         key = next(iter(config.concept))
-        (concept,) = extract({key: config.concept[key]}, tasks, reader, bootstrap=config.stats.bootstrap)
-        if isinstance(concept, NoConcept):
-            return [], [f"No steering, since there will be no vectors of concept {key}: {concept.reason}."]
+        concept = extract({key: config.concept[key]}, tasks, reader, bootstrap=config.stats.bootstrap)[key]
+        if isinstance(concept, str):
+            return [], [f"No steering, since there will be no vectors of concept {key}: {concept}."]
         found, _ = arrows(steering, of.steered, concept.saved({}), concept, None)
     else:
         found = [

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column
 
 from prefs.config import Config
+from prefs.job import StageCounts
 from prefs.plan.book import COMPLETER, JUDGE, RATER
 from prefs.plan.costs import Amount, Plan, RoleCost
-from prefs.results.job_record import Work
-from prefs.results.terminal import MISSING, new_table, show
+from prefs.results.result import Result, View
+from prefs.results.terminal import MISSING
 
 MOST_NAMED = 2
 SWEEP = (
@@ -22,30 +22,26 @@ SWEEP = (
 )
 
 
-def show_plan(plan: Plan, config: Config, *, sweep: bool, console: Console) -> None:
-    """Print a plan: what is to be made, what that costs, and which of the numbers are exact."""
+def plan_result(plan: Plan, config: Config, *, sweep: bool) -> Result:
+    """What a plan prints: what is to be made, what that costs, and which of the numbers are exact."""
     names = [each.name for each in config.template.values()]
     templates = ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} templates"
     title = f"Plan · {config.model.name} · {templates} · {config.dataset.name}, {plan.tasks:,} tasks"
-    tables = [_records(plan.work)]
-    tables += [_costs(plan.roles)] if plan.roles else []
-    show(console, title=title, tables=tables, said=[*_said(plan, config), *([SWEEP] if sweep else [])])
+    views = [_records(plan.work), *([_costs(plan.roles)] if plan.roles else [])]
+    return Result(title, views=tuple(views), remarks=(*_said(plan, config), *([SWEEP] if sweep else [])))
 
 
-def _records(work: Sequence[Work]) -> Table:
-    table = new_table("Records: exact", "role")
-    table.add_column("of")
-    for name in ("wanted", "in the store", "to make"):
-        table.add_column(name, justify="right")
-    kinds: dict[str, list[Work]] = {}
+def _records(work: Sequence[StageCounts]) -> View:
+    rows: list[list[str]] = []
+    kinds: dict[str, list[StageCounts]] = {}
     for each in work:
         kinds.setdefault(_kind(each.stage), []).append(each)
     for role in (COMPLETER, RATER, JUDGE):
         for at, kind in enumerate(kind for kind in kinds if _role(kind) == role):
             reused, computed = (sum(getattr(each, name) for each in kinds[kind]) for name in ("reused", "computed"))
             numbers = (reused + computed, reused, computed)
-            table.add_row(role if at == 0 else "", kind, *(f"{number:,}" for number in numbers))
-    return table
+            rows.append([role if at == 0 else "", kind, *(f"{number:,}" for number in numbers)])
+    return View("Records: exact", ["role", Column("of"), "wanted", "in the store", "to make"], rows)
 
 
 def _kind(stage: str) -> str:
@@ -58,15 +54,12 @@ def _role(kind: str) -> str:
     return {"completions": COMPLETER, "verdicts": JUDGE}.get(kind.removeprefix("concepts, "), RATER)
 
 
-def _costs(roles: Sequence[RoleCost]) -> Table:
-    table = new_table("Forward passes: ≤ upper bound, ~ expected, no sign: exact", "role")
-    table.add_column("model")
+def _costs(roles: Sequence[RoleCost]) -> View:
+    lines: list[list[str]] = []
     names = ["thoughts"] if any(each.thoughts for each in roles) else []
     names += ["prompt tokens", "generated tokens"]
     names += ["GPU-hours"] if any(each.gpu_hours for each in roles) else []
     names += ["US dollars"] if any(each.dollars for each in roles) else []
-    for name in names:
-        table.add_column(name, justify="right")
     rows: list[tuple[str, str, Sequence[RoleCost]]] = [(each.role, each.model, [each]) for each in roles]
     for role, model, of in [*rows, ("total", "", roles)] if len(roles) > 1 else rows:
         thoughts = sum(each.thoughts for each in of)
@@ -77,8 +70,9 @@ def _costs(roles: Sequence[RoleCost]) -> Table:
             "GPU-hours": _sum([each.gpu_hours for each in of], _hours),
             "US dollars": _sum([each.dollars for each in of], _cents),
         }
-        table.add_row(role, model, *(cells[name] for name in names))
-    return table
+        lines.append([role, model, *(cells[name] for name in names)])
+    title = "Forward passes: ≤ upper bound, ~ expected, no sign: exact"
+    return View(title, ["role", Column("model"), *names], lines)
 
 
 def _sum(amounts: Sequence[Amount | None], form: Callable[[float], str]) -> str:

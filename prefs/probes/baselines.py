@@ -8,7 +8,7 @@ prediction is NaN. A probe that does no better than one of these has found no mo
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,6 @@ MOST_CHARACTERS = 10_000
 PENALTIES = np.logspace(-3, 3, 7)
 # Training tasks up to which the penalty of words is chosen by leaving each out.
 MOST_LEFT_OUT = 2_000
-# Numbers of one block of sites, standardised: 128 MiB of float32.
-BLOCK_ENTRIES = 2**25
 
 
 def origin_mean(y: ArrayLike, origins: Sequence[str], folds: ArrayLike) -> Floats:
@@ -41,25 +39,23 @@ def origin_mean(y: ArrayLike, origins: Sequence[str], folds: ArrayLike) -> Float
 
     A probe that does no better has found which data set a task comes from and nothing else.
     """
-    y, folds = _checked(y, folds, origins=origins)
-    origin = np.asarray(origins)
-    predictions = np.full(len(y), np.nan)
-    for training, held_out in _splits(y, folds):
-        predictions[held_out] = y[training].mean()
+    y, origin = np.asarray(y, dtype=np.float64), np.asarray(origins)
+
+    def fitted(training: Booleans) -> Floats:
+        predictions = np.full(len(y), y[training].mean())
         for name in np.unique(origin[training]):
-            predictions[held_out & (origin == name)] = y[training & (origin == name)].mean()
-    return predictions
+            predictions[origin == name] = y[training & (origin == name)].mean()
+        return predictions
+
+    return _held_out(y, folds, origin, fitted)
 
 
 def length(y: ArrayLike, prompts: Sequence[str], completions: Sequence[str], folds: ArrayLike) -> Floats:
     """Predict each task [n] from how long it is: least squares on log(1 + characters) of prompt and of completion."""
-    y, folds = _checked(y, folds, prompts=prompts, completions=completions)
-    counts = [[len(text) for text in texts] for texts in (prompts, completions)]
-    known = np.log1p(np.array(counts, dtype=np.float64).T)
-    predictions = np.full(len(y), np.nan)
-    for training, held_out in _splits(y, folds):
-        predictions[held_out] = LinearRegression().fit(known[training], y[training]).predict(known[held_out])
-    return predictions
+    y = np.asarray(y, dtype=np.float64)
+    lengths = [(len(prompt), len(text)) for prompt, text in zip(prompts, completions, strict=True)]
+    known = np.log1p(np.array(lengths, dtype=np.float64).reshape(-1, 2))
+    return _held_out(y, folds, known, lambda rows: LinearRegression().fit(known[rows], y[rows]).predict(known))
 
 
 def content(y: ArrayLike, texts: Sequence[str], folds: ArrayLike, seed: int) -> Floats:
@@ -70,38 +66,28 @@ def content(y: ArrayLike, texts: Sequence[str], folds: ArrayLike, seed: int) -> 
     Only the first 10,000 characters of a text are read. Where the training folds have no word, the prediction is their
     mean.
     """
-    y, folds = _checked(y, folds, texts=texts)
-    predictions = np.full(len(y), np.nan)
+    y = np.asarray(y, dtype=np.float64)
     # As TfidfVectorizer, but texts are cut into words once, not once a fold. One-letter words count: digits are some.
     vectorizer = CountVectorizer(ngram_range=(1, 2), token_pattern=r"\b\w+\b")
     try:
         counts = sparse.csr_array(vectorizer.fit_transform([text[:MOST_CHARACTERS] for text in texts]))
     except ValueError:  # no text has a word
-        counts = sparse.csr_array((len(y), 0))
-    for training, held_out in _splits(y, folds):
+        counts = sparse.csr_array((len(texts), 0))
+
+    def fitted(training: Booleans) -> Floats:
         known = counts[:, np.unique(counts[training].indices)]
         if known.shape[1] == 0:
-            predictions[held_out] = y[training].mean()
-            continue
+            return np.full(len(y), y[training].mean())
         weigh = TfidfTransformer(sublinear_tf=True).fit(known[training])
-        predictions[held_out] = _ridge(sparse.csr_array(weigh.transform(known)), y, training, seed)[held_out]
-    return predictions
+        return _ridge(sparse.csr_array(weigh.transform(known)), y, training, seed)
 
-
-def embedding(y: ArrayLike, texts: Sequence[str], folds: ArrayLike, model: str) -> Floats:
-    """Predict each task [n] from the sentence embedding of its text: `on_vectors` of what `embed` gives."""
-    _checked(y, folds, texts=texts)
-    return on_vectors(y, embed(texts, model), folds)
+    return _held_out(y, folds, texts, fitted)
 
 
 def on_vectors(y: ArrayLike, vectors: ArrayLike, folds: ArrayLike) -> Floats:
     """Predict each task [n] by ridge regression on vectors [n, e] of norm 1; the penalty by leaving one out (GCV)."""
-    vectors = np.asarray(vectors, dtype=np.float64)
-    y, folds = _checked(y, folds, vectors=vectors)
-    predictions = np.full(len(y), np.nan)
-    for training, held_out in _splits(y, folds):
-        predictions[held_out] = _ridge(vectors, y, training)[held_out]
-    return predictions
+    y, vectors = np.asarray(y, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
+    return _held_out(y, folds, vectors, lambda training: _ridge(vectors, y, training))
 
 
 def embed(texts: Sequence[str], model: str) -> NDArray[np.float32]:
@@ -145,62 +131,59 @@ def embed(texts: Sequence[str], model: str) -> NDArray[np.float32]:
     return np.asarray(normalize(np.asarray(encoded, dtype=np.float32)), dtype=np.float32)
 
 
-def random_directions(
-    features: torch.Tensor, y: ArrayLike, folds: ArrayLike, directions: int, seed: int
-) -> NDArray[np.float32]:
+def random_directions(vectors: torch.Tensor, y: ArrayLike, folds: ArrayLike, directions: int, seed: int) -> Floats:
     """Predict each task from its projection on a random direction: what a probe gets without learning where to look.
 
-    Vectors are standardised by the training tasks' mean and SD; the projection goes through least squares with an
-    intercept. Directions are of norm 1, uniform on the sphere, and the same at every site, so that sites may be given
-    in groups.
-
-    Parameters
-    ----------
-    features
-        [n, S, d], on any device. Beside them, a few times 128 MiB or one site's float32 vectors are held.
-    y, folds
-        [n].
-    directions
-        How many, R.
-    seed
-        Of the directions.
-
-    Returns
-    -------
-    numpy.ndarray
-        [n, S, R].
+    Vectors [n, d] are standardised by the training tasks' mean and SD; the projection goes through least squares with
+    an intercept. Directions are of norm 1, uniform on the sphere, drawn by the seed: as many as are asked for, R.
+    Returns [n, R].
     """
-    y, folds = _checked(y, folds, features=features)
-    n, sites, d = features.shape
-    drawn = torch.randn(d, directions, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-    drawn = (drawn / drawn.norm(dim=0)).to(features.device)
-    predictions = np.full((n, sites, directions), np.nan, dtype=np.float32)
-    size = max(1, BLOCK_ENTRIES // max(1, n * d))
-    for start in range(0, sites, size):
-        block = features[:, start : start + size].float()
-        for training, held_out in _splits(y, folds):
-            rows, others = (torch.from_numpy(np.flatnonzero(mask)).to(block.device) for mask in (training, held_out))
-            target = torch.from_numpy(y[training]).to(block.device, torch.float32)
-            spread, mean = torch.std_mean(block[rows], dim=0, correction=0)
-            # A number that is the same in all training tasks has an SD of rounding, which must not be divided by.
-            scale = torch.where(spread > 1e-6 * mean.abs(), spread, 1.0)
-            seen, unseen = (((block[part] - mean) / scale) @ drawn for part in (rows, others))
-            middle = seen.mean(dim=0)
-            seen, about = seen - middle, target - target.mean()
-            power = seen.square().sum(dim=0)
-            slope = torch.where(power > 0, torch.einsum("nsr,n->sr", seen, about) / power, 0.0)
-            predicted = target.mean() + slope * (unseen - middle)
-            predictions[held_out, start : start + size] = predicted.cpu().numpy()
-    return predictions
+    y, vectors = np.asarray(y, dtype=np.float64), vectors.float()
+    drawn = torch.randn(
+        vectors.shape[1], directions, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
+    )
+    drawn /= drawn.norm(dim=0)
+
+    def fitted(training: Booleans) -> Floats:
+        rows, target = torch.from_numpy(np.flatnonzero(training)), torch.from_numpy(y[training]).float()
+        spread, mean = torch.std_mean(vectors[rows], dim=0, correction=0)
+        # A number that is the same in all training tasks has an SD of rounding, which must not be divided by.
+        scale = torch.where(spread > 1e-6 * mean.abs(), spread, 1.0)
+        projections = ((vectors - mean) / scale) @ drawn
+        away = projections - projections[rows].mean(dim=0)
+        power = away[rows].square().sum(dim=0)
+        slope = torch.where(power > 0, (target - target.mean()) @ away[rows] / power, 0.0)
+        return (target.mean() + slope * away).double().numpy()
+
+    return _held_out(y, folds, vectors, fitted, (directions,))
 
 
-def _splits(y: Floats, folds: np.ndarray) -> Iterator[tuple[Booleans, Booleans]]:
-    """Which tasks train and which are held out, fold by fold, where any can be trained on."""
-    observed = np.isfinite(y)
+def _held_out(
+    y: Floats,
+    folds: ArrayLike,
+    known: Sequence[str] | np.ndarray | torch.Tensor,
+    fitted: Callable[[Booleans], Floats],
+    shape: tuple[int, ...] = (),
+) -> Floats:
+    """[n, *shape]: each fold's tasks as predicted by a fit to the others that have a target, NaN where there is none.
+
+    ``fitted`` gives predictions of all tasks by a fit to some.
+
+    Raises
+    ------
+    ValueError
+        If targets, folds and what is known are not of as many tasks.
+    """
+    folds = np.asarray(folds)
+    if not len(y) == len(folds) == len(known):
+        got = f"{len(y)} targets, {len(folds)} folds, {len(known)} to predict from"
+        raise ValueError(f"got {got}: give one of each a task")
+    predictions = np.full((len(y), *shape), np.nan)
     for fold in np.unique(folds):
-        training = observed & (folds != fold)
+        training = np.isfinite(y) & (folds != fold)
         if training.any():
-            yield training, folds == fold
+            predictions[folds == fold] = fitted(training)[folds == fold]
+    return predictions
 
 
 def _ridge(known: Floats | sparse.csr_array, y: Floats, training: Booleans, seed: int = 0) -> Floats:
@@ -212,17 +195,4 @@ def _ridge(known: Floats | sparse.csr_array, y: Floats, training: Booleans, seed
     large = sparse.issparse(known) and count > MOST_LEFT_OUT
     inner = ShuffleSplit(1, test_size=0.2, random_state=seed) if large else None
     scoring = "neg_mean_squared_error" if large else None
-    fitted = RidgeCV(PENALTIES, cv=inner, scoring=scoring).fit(known[training], y[training])
-    return fitted.predict(known)
-
-
-def _checked(
-    y: ArrayLike, folds: ArrayLike, **beside: Sequence[str] | np.ndarray | torch.Tensor
-) -> tuple[Floats, np.ndarray]:
-    """y as float64 and folds, both [n] as what is beside them."""
-    y, folds = np.asarray(y, dtype=np.float64), np.asarray(folds)
-    counts = {"targets": len(y), "folds": len(folds)} | {name: len(each) for name, each in beside.items()}
-    if len(set(counts.values())) > 1:
-        got = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise ValueError(f"got {got}: give one of each a task")
-    return y, folds
+    return RidgeCV(PENALTIES, cv=inner, scoring=scoring).fit(known[training], y[training]).predict(known)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import lightning
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, logsigmoid, softplus
+from torch.utils.data import DataLoader
 
+from prefs.config import ProbeConfig
 from prefs.probes.bank import ProbeBank
-from prefs.probes.data import Moments, ProbeBatch
-from prefs.probes.folds import Splits
-from prefs.probes.probe import Site
+from prefs.probes.data import ProbeBatch, ProbeData
 
 # No option's share starts nearer to 0 or 1 than this, where a logit has no bounds.
 LEAST_SHARE = 1e-3
@@ -22,72 +18,66 @@ LEAST_SHARE = 1e-3
 FARTHEST = 1e12
 
 
-@dataclass(frozen=True)
-class Descent:
-    """How a bank descends. ``optimizer`` is ``adamw`` or ``sgd``; penalties are decoupled weight decay (Loshchilov and
-    Hutter 2019). A probe that has not become better by ``min_delta`` for ``patience`` epochs is done."""
-
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    momentum: float = 0.9
-    patience: int = 10
-    min_delta: float = 0.0
-    hidden: int = 32
-    seed: int = 0
-
-
 class DescentBank(ProbeBank):
     """A bank whose probes learn by gradient descent on standardised features, on all tasks a fit may see but its
     validation tasks; these tell when to stop, and choose among penalties and sites.
 
-    Losses are summed over the bank, so that no probe's gradient depends on another's. Weights are [F, S, P, T, ...].
+    Penalties are decoupled weight decay (Loshchilov and Hutter 2019). A probe that has not become better by
+    ``min_delta`` for ``patience`` epochs is done. Losses are summed over the bank, so that no probe's gradient depends
+    on another's. Weights are [F, S, P, T, ...].
+
+    Attributes
+    ----------
+    diverged
+        [F, S, P, T] bool: the probes that had a loss which is not finite.
+    decayed
+        Which parameters the penalty pulls to 0.
     """
 
-    penalties: torch.Tensor
-    center: torch.Tensor
-    spread: torch.Tensor
-    stale: torch.Tensor
-    # [F, S, P, T] bool: the probes that had a loss which is not finite.
-    diverged: torch.Tensor
-    # Which parameters the penalty pulls to 0.
+    precision = "32-true"
     decayed: tuple[str, ...] = ("weight",)
+    decay: torch.Tensor
+    stale: torch.Tensor
+    diverged: torch.Tensor
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        d_model: int,
-        targets: torch.Tensor,
-        splits: Splits,
-        penalties: Sequence[float],
-        moments: Moments,
-        descent: Descent,
-    ) -> None:
-        super().__init__(sites, d_model, targets.shape[1], splits, len(penalties))
-        if not penalties or any(not 0 <= penalty < float("inf") for penalty in penalties):
-            raise ValueError(f"penalties {list(penalties)}: give at least one, and each 0 or more")
-        self.descent = descent
-        self.d_model = d_model
-        self.shape = (splits.fits, len(sites), len(penalties), self.targets)
-        self.register_buffer("penalties", torch.tensor(penalties, dtype=torch.get_default_dtype()))
-        self.standardise(moments)
-        center, spread = self._target_units(targets)
-        self.register_buffer("center", center)
-        self.register_buffer("spread", spread)
-        self.parts = torch.nn.ParameterDict(self.initial(targets, torch.Generator().manual_seed(descent.seed)))
+    def __init__(self, data: ProbeData, config: ProbeConfig) -> None:
+        super().__init__(data, config)
+        self.shape = self.criterion.shape
+        self.standardise(data.moments())
+        self.parts = torch.nn.ParameterDict(self.initial(torch.Generator().manual_seed(config.seed)))
         self.best = torch.nn.ParameterDict(
             {name: torch.nn.Parameter(part.detach().clone(), requires_grad=False) for name, part in self.parts.items()}
         )
-        self.register_buffer("stale", torch.zeros(self.shape, dtype=torch.long))
-        self.register_buffer("diverged", torch.zeros(self.shape, dtype=torch.bool))
-        self._total: torch.Tensor | None = None
-        self._count: torch.Tensor | None = None
+        self._buffers_of(
+            decay=torch.tensor(self.penalties, dtype=self.number),
+            stale=torch.zeros(self.shape, dtype=torch.long),
+            diverged=torch.zeros(self.shape, dtype=torch.bool),
+        )
+        self._total, self._count = torch.empty(0), torch.empty(0)
 
-    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    @classmethod
+    def penalties_of(cls, config: ProbeConfig) -> tuple[float, ...]:
+        if not config.penalties or any(not 0 <= penalty < float("inf") for penalty in config.penalties):
+            raise ValueError(f"penalties {list(config.penalties)}: give at least one, and each 0 or more")
+        return tuple(config.penalties)
+
+    @classmethod
+    def numbers(cls, n: int, d_model: int, fits: int, targets: int, config: ProbeConfig) -> int:
+        # The parameters, their gradients, the optimiser's two moments, and the best.
+        parameters = fits * len(config.penalties) * targets * cls.inputs(d_model, config)
+        return 6 * parameters + 2 * config.batch_size * d_model
+
+    @classmethod
+    def inputs(cls, d_model: int, config: ProbeConfig) -> int:
+        """About how many parameters one probe has."""
+        return d_model + 8
+
+    def initial(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Where the parameters start: at what predicts the mean of a fit's training tasks, whatever the features.
 
         What is random is the same for all probes, so that none depends on which others there are.
         """
-        return {"weight": torch.zeros(*self.shape, self.d_model), "bias": torch.zeros(self.shape)}
+        return {"weight": torch.zeros(*self.shape, self.data.d_model), "bias": torch.zeros(self.shape)}
 
     def _training_means(self, targets: torch.Tensor) -> torch.Tensor:
         """[F, T] (or [F, T, V]) means of each fit's training tasks."""
@@ -101,10 +91,6 @@ class DescentBank(ProbeBank):
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Losses [F, b, S, P, T] of outputs and targets [b, T] (or [b, T, V])."""
         raise NotImplementedError
-
-    def _target_units(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What targets are centred on and divided by while training, [F, 1, 1, T] each."""
-        return torch.zeros(self.splits.fits, 1, 1, self.targets), torch.ones(self.splits.fits, 1, 1, self.targets)
 
     def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and scale [S, d] that a batch is standardised with: of the fit in which a feature spreads least.
@@ -159,7 +145,7 @@ class DescentBank(ProbeBank):
         Between gradient and step, as in AdamW itself.
         """
         # A decay beyond 0 would swing ever wider.
-        keep = (1 - self.descent.learning_rate * self.penalties).clamp(min=0)
+        keep = (1 - self.settings.learning_rate * self.decay).clamp(min=0)
         for name in self.decayed:
             part = self.parts[name]
             part.mul_(keep.reshape(1, 1, -1, *[1] * (part.ndim - 3)))
@@ -167,9 +153,14 @@ class DescentBank(ProbeBank):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW or SGD, without their own decay."""
         parts = list(self.parts.values())
-        if self.descent.optimizer == "sgd":
-            return torch.optim.SGD(parts, lr=self.descent.learning_rate, momentum=self.descent.momentum)
-        return torch.optim.AdamW(parts, lr=self.descent.learning_rate, weight_decay=0.0)
+        if self.settings.optimizer == "sgd":
+            return torch.optim.SGD(parts, lr=self.settings.learning_rate, momentum=self.settings.momentum)
+        return torch.optim.AdamW(parts, lr=self.settings.learning_rate, weight_decay=0.0)
+
+    def val_dataloader(self) -> DataLoader[ProbeBatch]:
+        """The validation tasks."""
+        order = self.data.features.order
+        return self.data.in_order(order[self.splits.validation[order]])
 
     def on_validation_epoch_start(self) -> None:
         self._total = torch.zeros(self.shape, device=self.device, dtype=self.mean.dtype)
@@ -177,22 +168,18 @@ class DescentBank(ProbeBank):
 
     def validation_step(self, batch: ProbeBatch, batch_idx: int) -> None:
         """Add up each probe's loss on its fit's validation tasks."""
-        assert self._total is not None
-        assert self._count is not None
         seen = self._seen(batch, validation=True)
         self._total += self._losses(batch, seen).sum(1)
         self._count += seen.sum(1)
 
     def on_validation_epoch_end(self) -> None:
         """Keep what has become better."""
-        assert self._total is not None
-        assert self._count is not None
         strategy = self.trainer.strategy
         total, count = (strategy.reduce(part, reduce_op="sum") for part in (self._total, self._count))
         loss = total / count[:, None, None, None]
         self.diverged = self.diverged | ~loss.isfinite()
         # What has stopped stays so, however long others go on.
-        better = (loss < self.criterion - self.descent.min_delta) & ~self.stopped()
+        better = (loss < self.criterion - self.settings.min_delta) & ~self.stopped()
         self.criterion = torch.where(better, loss, self.criterion)
         self.stale = torch.where(better, 0, self.stale + 1)
         for name, part in self.parts.items():
@@ -203,130 +190,61 @@ class DescentBank(ProbeBank):
 
     def stopped(self) -> torch.Tensor:
         """[F, S, P, T] bool: the probes whose patience has run out."""
-        return self.stale >= self.descent.patience
+        return self.stale >= self.settings.patience
+
+    def on_train_epoch_end(self) -> None:
+        """End the training when every probe has run out of patience."""
+        if bool(self.stopped().all()):
+            self.trainer.should_stop = True
 
     def on_train_end(self) -> None:
         """Choose each fit's penalty."""
         self.chosen = self.criterion.argmin(2)
 
-    def _best(self, fit: int) -> dict[str, torch.Tensor]:
+    def tensors(self, fit: int) -> dict[str, torch.Tensor]:
         """The best parameters of one fit's chosen penalties, each [S, T, ...]."""
         site = torch.arange(len(self.sites), device=self.device)[:, None]
         target = torch.arange(self.targets, device=self.device)[None]
         return {name: part.detach()[fit][site, self.chosen[fit], target] for name, part in self.best.items()}
 
 
-class EachStopsAlone(lightning.Callback):
-    """Ends the training when every probe of a bank has run out of patience."""
+class LinearBank(DescentBank):
+    """Linear probes; squared error of targets in units of their SD over the training tasks."""
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, DescentBank)
-        if bool(pl_module.stopped().all()):
-            trainer.should_stop = True
+    last = "weight"
+    center: torch.Tensor
+    spread: torch.Tensor
 
-
-class _Regression(DescentBank):
-    """Squared error of targets in units of their SD over the training tasks."""
-
-    def _target_units(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        center = self._training_means(targets)
-        spread = (self._training_means(targets.double().square()) - center.square()).clamp(min=0).sqrt()
+    def __init__(self, data: ProbeData, config: ProbeConfig) -> None:
+        super().__init__(data, config)
+        center = self._training_means(data.targets)
+        spread = (self._training_means(data.targets.double().square()) - center.square()).clamp(min=0).sqrt()
         spread = torch.where(spread > 1e-9 * center.abs(), spread, 1.0)
-        return center[:, None, None].to(self.mean), spread[:, None, None].to(self.mean)
+        self._buffers_of(center=center[:, None, None].to(self.mean), spread=spread[:, None, None].to(self.mean))
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         wanted = (targets.to(outputs)[None, :, None, None] - self.center[:, None]) / self.spread[:, None]
         return (outputs - wanted).square()
 
-    def _rescaled(self, weight: torch.Tensor, bias: torch.Tensor, fit: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last-layer weight [S, T, k] and bias [S, T] in units of the rating."""
-        return weight * self.spread[fit, 0, :, :, None], bias * self.spread[fit, 0] + self.center[fit, 0]
+    def tensors(self, fit: int) -> dict[str, torch.Tensor]:
+        best, spread = super().tensors(fit), self.spread[fit, 0]
+        bias = best["bias"] * spread + self.center[fit, 0]
+        return best | {self.last: best[self.last] * spread[:, :, None], "bias": bias}  # in units of the rating
 
 
-class LinearBank(_Regression):
-    """Linear probes; squared error."""
-
-    form = "linear"
-
-    def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
-        best = self._best(fit)
-        weight, bias = self._rescaled(best["weight"], best["bias"], fit)
-        return {"weight": weight, "bias": bias}
-
-
-class LogisticBank(DescentBank):
-    """Logistic regression of a target that is 0 or 1; cross-entropy."""
-
-    form = "logistic"
-
-    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        start = super().initial(targets, generator)
-        odds = self._training_means(targets).clamp(LEAST_SHARE, 1 - LEAST_SHARE).logit()
-        return start | {"bias": odds[:, None, None].expand(self.shape).to(self.mean).clone()}
-
-    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        wanted = targets.to(outputs)[None, :, None, None].expand_as(outputs)
-        return binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
-
-    def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
-        return self._best(fit)
-
-
-class OrdinalBank(DescentBank):
-    """Cumulative-logit probes of V ordered options; McCullagh (1980), "Regression models for ordinal data".
-
-    A target is the share of each option: all of it on one for a single rating, the exact distribution, or how often it
-    was given over seeds. The loss is cross-entropy with it.
-
-    Parameters
-    ----------
-    values
-        [V] what the options are worth, rising.
-    """
-
-    form = "ordinal"
-    values: torch.Tensor
-
-    def __init__(self, *args: Any, values: torch.Tensor, **kwargs: Any) -> None:
-        self._options = len(values)
-        super().__init__(*args, **kwargs)
-        self.register_buffer("values", values.to(self.mean))
-
-    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        # Thresholds are the first and the softplus of the steps from one to the next, so that they rise.
-        below = self._training_means(targets).cumsum(-1)[..., :-1]
-        thresholds = below.clamp(LEAST_SHARE, 1 - LEAST_SHARE).logit()
-        steps = thresholds.diff(dim=-1).clamp(min=LEAST_SHARE)
-        steps = steps + (-(-steps).expm1()).log()  # softplus, turned round
-        first = thresholds[:, None, None, :, 0].expand(self.shape)
-        return {
-            "weight": torch.zeros(*self.shape, self.d_model),
-            "first": first.to(self.mean).clone(),
-            "steps": steps[:, None, None].expand(*self.shape, -1).to(self.mean).clone(),
-        }
-
-    def outputs(self, z: torch.Tensor) -> torch.Tensor:
-        return self._product(z, self.parts["weight"])
-
-    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        thresholds = _rising(self.parts["first"], self.parts["steps"])[:, None]
-        return -(targets.to(outputs)[None, :, None, None] * log_probabilities(outputs, thresholds)).sum(-1)
-
-    def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
-        best = self._best(fit)
-        thresholds = _rising(best["first"], best["steps"])
-        values = self.values.expand(*thresholds.shape[:-1], self._options)
-        return {"weight": best["weight"], "thresholds": thresholds, "values": values}
-
-
-class MlpBank(_Regression):
+class MlpBank(LinearBank):
     """Perceptrons with one hidden layer (GELU); squared error."""
 
     form = "mlp"
+    last = "out_weight"
     decayed = ("hidden_weight", "out_weight")
 
-    def initial(self, targets: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        h, d = self.descent.hidden, self.d_model
+    @classmethod
+    def inputs(cls, d_model: int, config: ProbeConfig) -> int:
+        return config.hidden * (d_model + 2)
+
+    def initial(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        h, d = self.settings.hidden, self.data.d_model
         return {
             "hidden_weight": (torch.randn(h, d, generator=generator) / math.sqrt(d)).repeat(*self.shape, 1, 1),
             "hidden_bias": torch.zeros(*self.shape, h),
@@ -342,10 +260,56 @@ class MlpBank(_Regression):
         hidden = gelu(hidden + parts["hidden_bias"][:, None])
         return (hidden * parts["out_weight"][:, None]).sum(-1) + parts["bias"][:, None]
 
-    def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
-        best = self._best(fit)
-        out_weight, bias = self._rescaled(best["out_weight"], best["bias"], fit)
-        return {**best, "out_weight": out_weight, "bias": bias}
+
+class LogisticBank(DescentBank):
+    """Logistic regression of a target that is 0 or 1; cross-entropy."""
+
+    form = "logistic"
+
+    def initial(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        odds = self._training_means(self.data.targets).clamp(LEAST_SHARE, 1 - LEAST_SHARE).logit()
+        bias = odds[:, None, None].expand(self.shape).to(self.mean).clone()
+        return super().initial(generator) | {"bias": bias}
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        wanted = targets.to(outputs)[None, :, None, None].expand_as(outputs)
+        return binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
+
+
+class OrdinalBank(DescentBank):
+    """Cumulative-logit probes of V ordered options; McCullagh (1980), "Regression models for ordinal data".
+
+    A target is the share of each option: all of it on one for a single rating, the exact distribution, or how often it
+    was given over seeds. The loss is cross-entropy with it.
+    """
+
+    form = "ordinal"
+    on_shares = True
+
+    def initial(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        # Thresholds are the first and the softplus of the steps from one to the next, so that they rise.
+        below = self._training_means(self.data.targets).cumsum(-1)[..., :-1]
+        thresholds = below.clamp(LEAST_SHARE, 1 - LEAST_SHARE).logit()
+        steps = thresholds.diff(dim=-1).clamp(min=LEAST_SHARE)
+        steps = steps + (-(-steps).expm1()).log()  # softplus, turned round
+        return {
+            "weight": torch.zeros(*self.shape, self.data.d_model),
+            "first": thresholds[:, None, None, :, 0].expand(self.shape).to(self.mean).clone(),
+            "steps": steps[:, None, None].expand(*self.shape, -1).to(self.mean).clone(),
+        }
+
+    def outputs(self, z: torch.Tensor) -> torch.Tensor:
+        return self._product(z, self.parts["weight"])
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        thresholds = _rising(self.parts["first"], self.parts["steps"])[:, None]
+        return -(targets.to(outputs)[None, :, None, None] * log_probabilities(outputs, thresholds)).sum(-1)
+
+    def tensors(self, fit: int) -> dict[str, torch.Tensor]:
+        best = super().tensors(fit)
+        thresholds = _rising(best["first"], best["steps"])
+        values = torch.tensor(self.data.values, dtype=torch.float32).to(thresholds).expand(*thresholds.shape[:-1], -1)
+        return {"weight": best["weight"], "thresholds": thresholds, "values": values}
 
 
 def log_probabilities(score: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from sklearn.model_selection import KFold, StratifiedKFold
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +32,7 @@ class Splits:
     validation: np.ndarray
 
     @classmethod
-    def of(cls, group: np.ndarray, seed: int) -> Splits:
+    def draw(cls, group: np.ndarray, seed: int) -> Splits:
         """Splits by these groups, with a share of each for validation, drawn by the seed.
 
         Raises
@@ -52,7 +48,7 @@ class Splits:
             raise ValueError(f"groups must be numbered 0, 1, ... with a task in each and 2 or more; got {present}")
         validation = np.zeros(len(group), dtype=bool)
         rng = np.random.default_rng(seed)
-        members = [np.flatnonzero(group == each) for each in present]
+        members = [np.flatnonzero(group == number) for number in present]
         # Groups of one have no share to give: together they are as one more group.
         alone = np.concatenate([np.zeros(0, dtype=np.int64), *(rows for rows in members if len(rows) == 1)])
         for some in (*(rows for rows in members if len(rows) > 1), alone):
@@ -73,20 +69,19 @@ class Splits:
     def n(self) -> int:
         return len(self.group)
 
-    @property
-    def validates(self) -> bool:
-        """Whether every fit has tasks to validate with, and others to train on."""
-        return all(
-            0 < self.validation[training].sum() < training.sum() for training in map(self.training, range(self.fits))
-        )
-
     def training(self, fit: int) -> np.ndarray:
         """[n] bool: the tasks that a fit does not hold out; its validation tasks are among them."""
         return self.group != fit
 
+    @property
+    def validates(self) -> bool:
+        """Whether every fit has tasks to validate with, and others to train on."""
+        fits = map(self.training, range(self.fits))
+        return all(0 < self.validation[training].sum() < training.sum() for training in fits)
+
 
 def assign_folds(keys: Sequence[str], strata: Sequence[str], folds: int, seed: int) -> np.ndarray:
-    """Give every task a fold.
+    """Give every task a fold, [n] int64 from 0 to folds - 1.
 
     A task's fold depends on the set of tasks and the seed, never on their order. Rows that share a key are one task
     and share its fold, so that a task is never both trained on and held out.
@@ -103,16 +98,14 @@ def assign_folds(keys: Sequence[str], strata: Sequence[str], folds: int, seed: i
     seed
         Of the shuffle.
 
-    Returns
-    -------
-    numpy.ndarray
-        [n] int64, from 0 to folds - 1.
-
     Raises
     ------
     ValueError
         If there are fewer than 2 folds, fewer tasks than folds, or a task has two origins.
     """
+    # Imported only now: it takes a quarter of a second, and a job that finds its probes cuts no folds.
+    from sklearn.model_selection import KFold, StratifiedKFold
+
     if len(keys) != len(strata):
         raise ValueError(f"every task needs one origin: got {len(keys)} tasks and {len(strata)} origins")
     if folds < 2:
@@ -123,21 +116,15 @@ def assign_folds(keys: Sequence[str], strata: Sequence[str], folds: int, seed: i
     for key, origin in zip(keys, strata, strict=True):
         if origin_of[key] != origin:
             raise ValueError(f"task {key!r} has two origins, {origin!r} and {origin_of[key]!r}: give each task one")
-
     tasks = sorted(origin_of)
     origins = [origin_of[task] for task in tasks]
-    fold_of: dict[str, int] = {}
-    for fold, (_, held_out) in enumerate(_splitter(origins, folds, seed).split(np.zeros(len(tasks)), origins)):
-        fold_of.update((tasks[at], fold) for at in held_out)
-    return np.array([fold_of[key] for key in keys], dtype=np.int64)
-
-
-def _splitter(origins: Sequence[str], folds: int, seed: int) -> StratifiedKFold | KFold:
-    # Imported only now: it takes a quarter of a second, and a job that finds its probes cuts no folds.
-    from sklearn.model_selection import KFold, StratifiedKFold
-
     rarest, count = min(sorted(Counter(origins).items()), key=lambda item: item[1])
-    if count >= folds:
-        return StratifiedKFold(folds, shuffle=True, random_state=seed)
-    log.warning("folds are not stratified by origin: %s has %d tasks, fewer than %d folds", rarest, count, folds)
-    return KFold(folds, shuffle=True, random_state=seed)
+    if count < folds:
+        log.warning("folds are not stratified by origin: %s has %d tasks, fewer than %d folds", rarest, count, folds)
+    splitter = (StratifiedKFold if count >= folds else KFold)(folds, shuffle=True, random_state=seed)
+    fold_of = {
+        tasks[row]: fold
+        for fold, (_, held_out) in enumerate(splitter.split(np.zeros(len(tasks)), origins))
+        for row in held_out
+    }
+    return np.array([fold_of[key] for key in keys], dtype=np.int64)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
+from prefs.config import ProbeConfig
 from prefs.probes.bank import ProbeBank
-from prefs.probes.data import Moments, ProbeBatch
-from prefs.probes.folds import Splits
-from prefs.probes.probe import Site
+from prefs.probes.data import ProbeBatch, ProbeData
 
 
 class MeanDifferenceBank(ProbeBank):
@@ -20,29 +19,29 @@ class MeanDifferenceBank(ProbeBank):
     slope * projection by least squares. The squared error on the validation tasks compares sites.
     """
 
-    form = "linear"
-    number = torch.float64
-    middle: torch.Tensor
+    epochs = 2
+    median: torch.Tensor
 
-    def __init__(
-        self, sites: Sequence[Site], d_model: int, targets: torch.Tensor, splits: Splits, moments: Moments
-    ) -> None:
-        super().__init__(sites, d_model, targets.shape[1], splits, 1)
-        self.automatic_optimization = False
-        self.standardise(moments)
-        fits, count = splits.fits, len(sites)
-        rows = [torch.as_tensor(splits.training(fit) & ~splits.validation) for fit in range(fits)]
-        # NumPy's, as PyTorch takes quantiles of 2^24 numbers at most.
-        middle = [torch.from_numpy(np.median(targets[mine].double().numpy(), axis=0)) for mine in rows]
-        # What lies on the median is low, unless nothing is higher: a target of 0 and 1 is cut between them.
-        middle = [
-            torch.where((targets[mine] > m).any(0), m, m - torch.finfo(torch.float64).eps * m.abs().clamp(min=1))
-            for mine, m in zip(rows, middle, strict=True)
-        ]
-        self.register_buffer("middle", torch.stack(middle))
-        self.weight = torch.nn.Parameter(torch.zeros(fits, count, self.targets, d_model, dtype=self.number))
+    def __init__(self, data: ProbeData, config: ProbeConfig) -> None:
+        super().__init__(data, config)
+        self.standardise(data.moments())
+        fits, count, d = self.mean.shape
+        medians = []
+        for fit in range(fits):
+            y = data.targets[torch.as_tensor(self.splits.training(fit) & ~self.splits.validation)].double()
+            # NumPy's, as PyTorch takes quantiles of 2^24 numbers at most.
+            median = torch.from_numpy(np.median(y.numpy(), axis=0))
+            # What lies on the median is low, unless nothing is higher: a target of 0 and 1 is cut between them.
+            below = median - torch.finfo(torch.float64).eps * median.abs().clamp(min=1)
+            medians.append(torch.where((y > median).any(0), median, below))
+        self._buffers_of(median=torch.stack(medians))
+        self.weight = torch.nn.Parameter(torch.zeros(fits, count, self.targets, d, dtype=self.number))
         self.bias = torch.nn.Parameter(torch.zeros(fits, count, self.targets, dtype=self.number))
         self._sums: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def numbers(cls, n: int, d_model: int, fits: int, targets: int, config: ProbeConfig) -> int:
+        return 4 * fits * targets * d_model
 
     def tensors(self, fit: int) -> Mapping[str, torch.Tensor]:
         return {"weight": self.weight[fit], "bias": self.bias[fit]}
@@ -57,22 +56,20 @@ class MeanDifferenceBank(ProbeBank):
 
     @torch.no_grad()
     def training_step(self, batch: ProbeBatch, batch_idx: int) -> None:
-        """Add a batch to the sums."""
-        y = batch.targets.to(self.mean)
+        """Add a batch to the sums: of low and high tasks, then of projections of training and validation tasks."""
         for fit in range(self.splits.fits):
-            seen = self.group[batch.rows] != fit
-            left_out = self.validation[batch.rows]
+            seen, left_out = self.group[batch.rows] != fit, self.validation[batch.rows]
             z = (batch.features.to(self.mean) - self.mean[fit]) / self.scale[fit]
             if self.trainer.current_epoch == 0:
-                high = batch.targets.double() > self.middle[fit]
+                high = batch.targets.double() > self.median[fit]
                 for side, chosen in enumerate((~high, high)):
                     mine = (chosen & (seen & ~left_out)[:, None]).to(z)
                     self._sums["n"][fit, side] += mine.sum(0)
                     self._sums["x"][fit, side] += torch.einsum("bsd,bt->std", z, mine)
                 continue
             p = torch.einsum("bsd,std->bst", z, self.weight[fit])
-            wide = y[:, None].expand_as(p)
-            parts = torch.stack([torch.ones_like(p), p, wide, p * p, p * wide, wide * wide])
+            y = batch.targets.to(self.mean)[:, None].expand_as(p)
+            parts = torch.stack([torch.ones_like(p), p, y, p * p, p * y, y * y])
             for part, mine in enumerate((seen & ~left_out, seen & left_out)):
                 self._sums["moments"][fit, part] += parts[:, mine].sum(1)
 
@@ -83,8 +80,7 @@ class MeanDifferenceBank(ProbeBank):
         if self.trainer.current_epoch == 0:
             means = sums["x"] / sums["n"].clamp(min=1)[:, :, None, :, None]
             # Where all tasks are alike, a difference would be the rounding of a mean that is 0.
-            both = (sums["n"] > 0).all(1)[:, None, :, None]
-            self.weight.copy_((means[:, 1] - means[:, 0]) * both)
+            self.weight.copy_((means[:, 1] - means[:, 0]) * (sums["n"] > 0).all(1)[:, None, :, None])
             return
         n, p, y, pp, py, _ = sums["moments"][:, 0].unbind(1)
         spread = n * pp - p * p

@@ -5,6 +5,7 @@ Everything here takes predictions of tasks that a probe did not train on, and kn
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from prefs.statistics.estimates import Estimate, Floats, Resamples, excess, pearson_of_sums, ratio, resampling
-
-Booleans = NDArray[np.bool_]
 
 # A spread below this share of the values' size is rounding, not variance.
 ROUNDING = 1e-9
@@ -78,28 +77,19 @@ def score(predictions: ArrayLike, y: ArrayLike, draws: Resamples | None, *, bina
         _check_binary(y)
     draws = resampling(draws, len(y))
     kept = np.isfinite(predictions) & np.isfinite(y)[:, None]
-
     # Columns that leave out the same tasks are scored together; nearly always that is all of them.
     same: dict[bytes, list[int]] = {}
     for column in range(predictions.shape[1]):
-        same.setdefault(np.packbits(kept[:, column]).tobytes(), []).append(column)
+        same.setdefault(kept[:, column].tobytes(), []).append(column)
     scores: dict[int, Scores] = {}
     width = max(1, BLOCK_ENTRIES // (8 * max(1, len(y))))
     for columns in same.values():
         rows = kept[:, columns[0]]
-        of_rows = draws if rows.all() else Resamples(draws.times[:, rows])
+        drawn = draws if rows.all() else Resamples(draws.times[:, rows])
         for start in range(0, len(columns), width):
             block = columns[start : start + width]
-            scores |= zip(block, _score(predictions[rows][:, block], y[rows], of_rows, binary), strict=True)
+            scores |= zip(block, _score(predictions[rows][:, block], y[rows], drawn, binary), strict=True)
     return [scores[column] for column in range(predictions.shape[1])]
-
-
-def r2_of(predictions: ArrayLike, y: ArrayLike) -> Floats:
-    """R² [C] of predictions [n, C] of one target [n], as `score` gives it but without intervals; NaN if undefined."""
-    predictions, y = np.asarray(predictions), np.asarray(y)
-    if predictions.ndim != 2 or y.shape != predictions.shape[:1]:
-        raise ValueError(f"predictions {list(predictions.shape)} do not fit targets {list(y.shape)}: give [n, C], [n]")
-    return r2_columns(predictions[:, :, None], y[:, None])[:, 0]
 
 
 def r2_columns(predictions: ArrayLike, y: ArrayLike) -> Floats:
@@ -108,9 +98,9 @@ def r2_columns(predictions: ArrayLike, y: ArrayLike) -> Floats:
     Parameters
     ----------
     predictions
-        [n, S, T]: of target t by the probe of site s that was trained on t. NaN where there is none.
+        [n, S, T]: of target t by the probe of site s that was trained on t.
     y
-        [n, T], NaN for tasks without.
+        [n, T].
 
     Returns
     -------
@@ -118,24 +108,22 @@ def r2_columns(predictions: ArrayLike, y: ArrayLike) -> Floats:
         [S, T], NaN where R² is not defined: fewer than 3 tasks, or a constant target.
     """
     predictions, y = _checked_columns(predictions, y)
-    target = y[:, None, :]
     scores = np.full(predictions.shape[1:], np.nan)
+    if len(y) < 3:
+        return scores
+    away = y - y.mean(axis=0)
+    varies = np.ptp(y, axis=0) > ROUNDING * np.abs(y).max(axis=0)
+    total = np.where(varies, np.einsum("nt,nt->t", away, away), 0.0)
     for sites in _site_blocks(predictions):
-        predicted = predictions[:, sites].astype(np.float64)
-        kept = _kept(predicted, target)
-        count = kept.sum(axis=0)
-        mean = ratio(np.where(kept, target, 0.0).sum(axis=0), count)
-        total = np.where(kept, target - mean, 0.0)
-        error = np.where(kept, target - predicted, 0.0)
-        total, error = (np.einsum("nst,nst->st", each, each) for each in (total, error))
-        scores[sites] = 1 - ratio(error, np.where(_varies(target, kept, count), total, 0.0))
+        error = y[:, None] - predictions[:, sites].astype(np.float64)
+        scores[sites] = 1 - ratio(np.einsum("nst,nst->st", error, error), total)
     return scores
 
 
 def auc_columns(predictions: ArrayLike, y: ArrayLike) -> Floats:
     """AUC of many binary targets at many sites, without intervals.
 
-    From the ranks of the positives, the Mann-Whitney statistic. Shapes and NaN are as for `r2_columns`.
+    From the ranks of the positives, the Mann-Whitney statistic. Shapes are as for `r2_columns`.
 
     Returns
     -------
@@ -149,17 +137,12 @@ def auc_columns(predictions: ArrayLike, y: ArrayLike) -> Floats:
     """
     predictions, y = _checked_columns(predictions, y)
     _check_binary(y)
-    target = y[:, None, :]
+    positives = y.sum(axis=0)
+    pairs = positives * (len(y) - positives) * (len(y) >= 3)
     scores = np.full(predictions.shape[1:], np.nan)
     for sites in _site_blocks(predictions):
-        predicted = predictions[:, sites].astype(np.float64)
-        kept = _kept(predicted, target)
-        # Above all that are kept, whose ranks are then those among themselves.
-        ranks = np.asarray(rankdata(np.where(kept, predicted, np.inf), axis=0))
-        positive = kept & (target == 1)
-        positives, count = positive.sum(axis=0), kept.sum(axis=0)
-        above = np.where(positive, ranks, 0.0).sum(axis=0) - positives * (positives + 1) / 2
-        pairs = positives * (count - positives) * (count >= 3)
+        ranks = np.asarray(rankdata(predictions[:, sites].astype(np.float64), axis=0))
+        above = np.einsum("nst,nt->st", ranks, y) - positives * (positives + 1) / 2
         scores[sites] = ratio(above, pairs)
     return scores
 
@@ -185,16 +168,18 @@ def permutation_p(observed: float, null: ArrayLike) -> float:
     return float((1 + (null >= observed - ROUNDING * abs(observed)).sum()) / (1 + len(null)))
 
 
+def p_value(score: Estimate, null: np.ndarray) -> float | None:
+    """The `permutation_p` of a score; None where there is no score, or nothing shuffled."""
+    return None if score.value is None or not len(null) else permutation_p(score.value, null)
+
+
 def _score(predictions: Floats, y: Floats, draws: Resamples, binary: bool) -> list[Scores]:
     """`score` of columns [n, C] and a target [n] without NaN."""
     n, columns = predictions.shape
-    few = f"fewer than 3 tasks ({n})" if n < 3 else None
-    if few is not None:
-        gone = Estimate.missing(few, n)
-        return [
-            Scores(r2=gone, pearson=gone, spearman=gone, mae=gone, auc=gone if binary else _not_binary(n))
-        ] * columns
-
+    no_auc = Estimate.missing("the target is not binary", n)
+    if n < 3:
+        few = Estimate.missing(f"fewer than 3 tasks ({n})", n)
+        return [Scores(few, few, few, few, few if binary else no_auc)] * columns
     error = y[:, None] - predictions
     # One-pass sums cancel unless their terms are near zero.
     of_y = np.stack([y - y.mean(), rankdata(y) - (n + 1) / 2], axis=1)
@@ -214,57 +199,50 @@ def _score(predictions: Floats, y: Floats, draws: Resamples, binary: bool) -> li
     r = pearson_of_sums(count[:, :, None], by[:, :, None], bp, byy[:, :, None], bpp, bxy)
     auc = _auc(predictions, y == 1, draws) if binary else None
 
-    flat = "the target is constant" if _constant(y) else None
-    scores = []
-    for at in range(columns):
-        no_r = flat or ("the prediction is constant" if _constant(predictions[:, at]) else None)
-        scores.append(
-            Scores(
-                r2=_estimate(r2[:, at], n, flat, "the target is constant"),
-                pearson=_estimate(r[:, 0, at], n, no_r, "the prediction is constant"),
-                spearman=_estimate(r[:, 1, at], n, no_r, "the prediction is constant"),
-                mae=Estimate.of(mae[:, at], n, "no error is defined"),
-                auc=_not_binary(n) if auc is None else Estimate.of(auc[:, at], n, "the target has one class only"),
-            )
+    flat = Estimate.missing("the target is constant", n) if _constant(y) else None
+
+    def correlated(values: Floats, column: int) -> Estimate:
+        if _constant(predictions[:, column]):
+            return flat or Estimate.missing("the prediction is constant", n)
+        return flat or Estimate.of(values[:, column], n, "the prediction is constant")
+
+    return [
+        Scores(
+            r2=flat or Estimate.of(r2[:, column], n, "the target is constant"),
+            pearson=correlated(r[:, 0], column),
+            spearman=correlated(r[:, 1], column),
+            mae=Estimate.of(mae[:, column], n, "no error is defined"),
+            auc=no_auc if auc is None else Estimate.of(auc[:, column], n, "the target has one class only"),
         )
-    return scores
+        for column in range(columns)
+    ]
 
 
-def _estimate(values: Floats, n: int, reason: str | None, undefined: str) -> Estimate:
-    return Estimate.missing(reason, n) if reason else Estimate.of(values, n, undefined)
-
-
-def _not_binary(n: int) -> Estimate:
-    return Estimate.missing("the target is not binary", n)
-
-
-def _auc(predictions: Floats, positive: Booleans, draws: Resamples) -> Floats:
+def _auc(predictions: Floats, positive: NDArray[np.bool_], draws: Resamples) -> Floats:
     """AUC [1 + B, C] of predictions [n, C] in each resample; NaN in those with one class only.
 
     A column is sorted once. In every resample the count of drawn negatives below each positive is then a cumulative
     sum in that order; where predictions tie, the mean of those below and those up to it counts ties by half.
     """
     n, columns = predictions.shape
-    # For each column: its negatives in order, and where the positives stand among them.
-    sorted_negatives, places = [], []
-    negative_rows = np.flatnonzero(~positive)
-    for column in predictions.T:
-        order = negative_rows[np.argsort(column[negative_rows])]
-        sorted_negatives.append(order)
-        places.append([np.searchsorted(column[order], column[positive], side) for side in ("left", "right")])
-    resamples = len(draws.times)
-    auc = np.empty((resamples, columns))
+    negative = np.flatnonzero(~positive)
+    orders = [negative[np.argsort(column[negative])] for column in predictions.T]
+    # Where the positives stand among the negatives in order.
+    ranks = [
+        [np.searchsorted(column[order], column[positive], side) for side in ("left", "right")]
+        for column, order in zip(predictions.T, orders, strict=True)
+    ]
+    auc = np.empty((len(draws.times), columns))
     size = max(1, SORTED_ENTRIES // max(1, n))
-    for start in range(0, resamples, size):
+    for start in range(0, len(auc), size):
         # Tasks first, so that a task's counts in all of these resamples lie together.
         times = np.ascontiguousarray(draws.times[start : start + size].T, dtype=np.float64)
-        of_positives = times[positive]
-        pairs = of_positives.sum(axis=0) * times[~positive].sum(axis=0)
-        below = np.zeros((len(negative_rows) + 1, times.shape[1]))
-        for column, (order, (left, right)) in enumerate(zip(sorted_negatives, places, strict=True)):
+        pairs = times[positive].sum(axis=0) * times[negative].sum(axis=0)
+        below = np.zeros((len(negative) + 1, times.shape[1]))
+        for column, (order, (left, right)) in enumerate(zip(orders, ranks, strict=True)):
             np.cumsum(times[order], axis=0, out=below[1:])
             won = below[left] if np.array_equal(left, right) else (below[left] + below[right]) / 2
-            auc[start : start + size, column] = ratio(np.einsum("nb,nb->b", of_positives, won), pairs)
+            auc[start : start + size, column] = ratio(np.einsum("nb,nb->b", times[positive], won), pairs)
     return auc
 
 
@@ -272,23 +250,10 @@ def _constant(values: Floats) -> bool:
     return bool(np.ptp(values) <= ROUNDING * np.abs(values).max())
 
 
-def _varies(target: Floats, kept: Booleans, count: NDArray[np.int64]) -> Booleans:
-    """Whether there are 3 tasks or more and they differ by more than rounding, [S or 1, T]."""
-    high = np.where(kept, target, -np.inf).max(axis=0, initial=-np.inf)
-    low = np.where(kept, target, np.inf).min(axis=0, initial=np.inf)
-    return (count >= 3) & (high - low > ROUNDING * np.maximum(np.abs(low), np.abs(high)))
-
-
-def _kept(predicted: Floats, target: Floats) -> Booleans:
-    """Which tasks have both: [n, 1, T] where every prediction is there, else [n, S, T]."""
-    has_target, predicts = np.isfinite(target), np.isfinite(predicted)
-    return has_target if predicts.all() else has_target & predicts
-
-
-def _site_blocks(predictions: NDArray[np.floating]) -> list[slice]:
+def _site_blocks(predictions: NDArray[np.floating]) -> Iterator[slice]:
     n, sites, targets = predictions.shape
     size = max(1, BLOCK_ENTRIES // max(1, n * targets))
-    return [slice(start, start + size) for start in range(0, sites, size)]
+    return (slice(start, start + size) for start in range(0, sites, size))
 
 
 def _checked_columns(predictions: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.floating], Floats]:

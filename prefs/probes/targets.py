@@ -50,11 +50,6 @@ class Target:
         """The score that matters for it: AUC of a yes and no, R² of numbers."""
         return scores.auc if self.binary else scores.r2
 
-    @property
-    def constant(self) -> bool:
-        """Whether all tasks have the same value, so that there is nothing to predict."""
-        return alike(self.values[self.observed])
-
 
 def alike(values: np.ndarray) -> bool:
     """Whether finite values are the same but for rounding, or there are none."""

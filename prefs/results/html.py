@@ -1,14 +1,13 @@
-"""The report of a sweep: one HTML file with figures, tables and examples, which needs nothing else to be read."""
+"""Results as a page: one HTML file with figures, tables, remarks and examples, which needs nothing else to be read."""
 
 from __future__ import annotations
 
 import base64
 import io
-import itertools
 import math
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 
 from prefs.data.task import ALL
 from prefs.errors import UserError
+from prefs.results.result import Excerpt, Result
 from prefs.results.terminal import MISSING, number
 from prefs.store.files import write_durably
 
@@ -33,37 +33,6 @@ WIDE = 2
 # Characters of a prompt that its line in the list of examples shows; the page cuts what does not fit.
 START = 200
 VERDICTS = {True: "refused", False: "not refused", None: "not judged"}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A PNG file, which is copied into the report."""
-
-    title: str
-    path: Path
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with its columns as they are, but for two kinds that are folded into the column they are about.
-
-    Beside a column X, ``X_low`` and ``X_high`` are shown as its interval, and ``X_reason`` where X is missing. No two
-    columns have the same name. The frame's index is not shown.
-    """
-
-    title: str
-    frame: pd.DataFrame
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """Figures and tables about one question."""
-
-    title: str
-    note: str
-    figures: tuple[Figure, ...]
-    tables: tuple[Table, ...]
 
 
 @dataclass(frozen=True)
@@ -99,37 +68,49 @@ class Example:
     ratings: tuple[Rated, ...]
 
 
-@dataclass(frozen=True)
-class Config:
-    """A job's config."""
-
-    name: str
-    yaml: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
-    """All that a report says, in its order."""
+    """All that a page says, in its order.
+
+    Attributes
+    ----------
+    results
+        A section each, where it has a title; all remarks stand together above.
+    figures
+        The files of the results' figures, by name; they are copied into the page.
+    configs
+        Of jobs, as YAML by name.
+    """
 
     title: str
     when: str
     command: str
-    remarks: tuple[str, ...]
-    sections: tuple[Section, ...]
-    examples: tuple[Example, ...]
-    examples_note: str
-    configs: tuple[Config, ...]
+    results: Sequence[Result]
+    figures: Mapping[str, Path]
+    examples: Sequence[Example] = ()
+    examples_note: str = ""
+    configs: Sequence[tuple[str, str]] = ()
 
 
 def write_report(path: Path, report: Report) -> Path:
-    """Write the report, whole or not at all.
+    """Write the page, whole or not at all.
 
     Raises
     ------
     UserError
         If a figure cannot be read or the disk refuses.
     """
-    page = _environment().get_template("report.html.jinja").render(report=report, nonce=secrets.token_urlsafe(16))
+    environment = page_environment("prefs.results")
+    environment.filters |= {
+        "image": _image,
+        "columns": _columns,
+        "totals": _totals,
+        "excerpts": _excerpts,
+        "answers": _answers,
+        "start": _start,
+    }
+    environment.globals["verdicts"] = VERDICTS
+    page = environment.get_template("report.html.jinja").render(report=report, nonce=secrets.token_urlsafe(16))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, page.encode())
@@ -150,49 +131,42 @@ def page_environment(package: str) -> jinja2.Environment:
     )
 
 
-def _environment() -> jinja2.Environment:
-    environment = page_environment("prefs")
-    environment.filters |= {"image": _image, "grid": _grid, "answers": _answers, "start": _start}
-    environment.globals["verdicts"] = VERDICTS
-    return environment
-
-
 def printable(value: Any) -> Any:
     """Show what HTML cannot hold: ␀ for NUL, � for what has no picture. Applied to all that the template prints."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return UNPRINTABLE.sub(lambda found: _picture(ord(found[0])), value)
+    return UNPRINTABLE.sub(lambda match: _picture(ord(match[0])), value)
 
 
 def _picture(code: int) -> str:
     return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "�"
 
 
-@dataclass(frozen=True)
-class _Image:
-    source: str
-    width: int
-    height: int
+def _excerpts(result: Result) -> list[Excerpt]:
+    """What the page shows of a result's tables."""
+    return [
+        excerpt
+        for table in result.tables
+        if not table.large
+        for excerpt in table.excerpts or [Excerpt(table.title or table.name.replace("_", " "), table.frame, table.note)]
+    ]
 
-    @property
-    def wide(self) -> bool:
-        return self.width > WIDE * self.height
 
-
-def _image(path: Path) -> _Image:
-    """A figure as a data: URI."""
+def _image(path: Path) -> dict[str, Any]:
+    """A figure as a data: URI, and its size."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             width, height = image.size
     except OSError as error:
         raise UserError(f"cannot read figure {path}: {error.strerror or error}") from None
-    return _Image(f"data:image/png;base64,{base64.b64encode(content).decode()}", width, height)
+    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return {"source": source, "width": width, "height": height, "wide": width > WIDE * height}
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One row's place in a column: what is printed, and what it is sorted by (empty: missing)."""
+    """One row's entry in a column: what is printed, and what it is sorted by (empty: missing)."""
 
     text: str
     key: str
@@ -204,106 +178,75 @@ class _Entry:
 class _Column:
     name: str
     numeric: bool
-    entries: tuple[_Entry, ...]
+    entries: Sequence[_Entry]
 
     @property
     def intervals(self) -> bool:
         return any(entry.interval for entry in self.entries)
 
 
-@dataclass(frozen=True)
-class _Grid:
-    columns: tuple[_Column, ...]
+def _columns(frame: pd.DataFrame) -> list[_Column]:
+    """A table as it is printed: with intervals and reasons folded into the columns that they are about.
 
-    @property
-    def rows(self) -> list[tuple[_Entry, ...]]:
-        return list(zip(*(column.entries for column in self.columns), strict=True))
-
-    @property
-    def totals(self) -> set[int]:
-        """The rows over all origins, where others are over one."""
-        totals = {at for at, row in enumerate(self.rows) if any(entry.text == ALL for entry in row)}
-        return totals if len(totals) < len(self.rows) else set()
-
-
-def _grid(frame: pd.DataFrame) -> _Grid:
-    """A table as it is printed: with intervals and reasons folded into the columns that they are about."""
+    No two columns have the same name; the index is not shown.
+    """
     values = {str(name): list(frame[name]) for name in frame}
-    ends = {
-        name: list(zip(values[name + LOW], values[name + HIGH], strict=True))
-        for name in values
-        if name + LOW in values and name + HIGH in values
-    }
-    reasons = {name: values[name + REASON] for name in values if name + REASON in values}
-    folded = {name + end for name in ends for end in (LOW, HIGH)} | {name + REASON for name in reasons}
-
-    def digits(name: str) -> int:
-        if name.removesuffix(SD) in values:
-            name = name.removesuffix(SD)
-        about = [*values[name], *itertools.chain(*ends.get(name, []))]
-        return _digits(about, estimate=name in ends or name in reasons or name + SD in values)
-
-    return _Grid(
-        tuple(
-            _numbers(name, values[name], ends.get(name, []), reasons.get(name, []), digits(name))
-            if _are_numbers(values[name])
-            else _words(name, values[name], reasons.get(name, []))
-            for name in values
-            if name not in folded
-        )
-    )
+    nothing = [None] * len(frame)
+    columns = []
+    for name, own in values.items():
+        bounded = name + LOW in values and name + HIGH in values
+        low, high = (values[name + end] if bounded else nothing for end in (LOW, HIGH))
+        reasons = values.get(name + REASON, nothing)
+        numeric = all(isinstance(value, Real) and not isinstance(value, bool) for value in own if not pd.isna(value))
+        digits = _digits(name, values) if numeric else None
+        rows = zip(own, low, high, reasons, strict=True)
+        columns.append(_Column(name, numeric, [_entry(*row, digits) for row in rows]))
+    intervals = {name for name in values if name + LOW in values and name + HIGH in values}
+    folded = {name + end for name in intervals for end in (LOW, HIGH)} | {name + REASON for name in values}
+    return [column for column in columns if column.name not in folded]
 
 
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, Real) and not isinstance(value, bool) for value in values if not pd.isna(value))
+def _entry(value: Any, low: Any, high: Any, reason: Any, digits: int | None) -> _Entry:
+    """`digits` is None in a column of words."""
+    if pd.isna(value):
+        return _Entry(MISSING, "", reason="" if pd.isna(reason) else str(reason))
+    if digits is None:
+        text = ("no", "yes")[value] if isinstance(value, bool) else str(value)
+        return _Entry(text, text)
+    known = not (pd.isna(low) and pd.isna(high))
+    interval = f"[{_number(low, digits)}, {_number(high, digits)}]" if known else ""
+    return _Entry(_number(value, digits), f"{float(value)!r}".replace("inf", "Infinity"), interval)
 
 
-def _numbers(
-    name: str, values: Sequence[Any], ends: Sequence[tuple[Any, Any]], reasons: Sequence[Any], digits: int
-) -> _Column:
-    entries = []
-    for value, pair, reason in itertools.zip_longest(values, ends, reasons):
-        if pd.isna(value):
-            entries.append(_missing(reason))
-            continue
-        known = any(not pd.isna(end) for end in pair or ())
-        interval = f"[{', '.join(_number(end, digits) for end in pair or ())}]" if known else ""
-        entries.append(_Entry(_number(value, digits), f"{float(value)!r}".replace("inf", "Infinity"), interval))
-    return _Column(name, True, tuple(entries))
-
-
-def _words(name: str, values: Sequence[Any], reasons: Sequence[Any]) -> _Column:
-    entries = []
-    for value, reason in itertools.zip_longest(values, reasons):
-        if pd.isna(value):
-            entries.append(_missing(reason))
-        else:
-            text = ("no", "yes")[value] if isinstance(value, bool) else str(value)
-            entries.append(_Entry(text, text))
-    return _Column(name, False, tuple(entries))
-
-
-def _missing(reason: Any) -> _Entry:
-    return _Entry(MISSING, "", reason="" if pd.isna(reason) else str(reason))
-
-
-def _digits(values: Sequence[Any], estimate: bool) -> int:
+def _digits(name: str, values: Mapping[str, Sequence[Any]]) -> int:
     """Decimals for a column of numbers and their intervals: none for counts, two for what papers print with two.
 
     What is integral by chance, such as a correlation of 1, is not a count: an estimate up to 1 keeps its decimals. A
-    column of small numbers only, such as variances on a scale from 0 to 1, gets up to two more.
+    column of small numbers only, such as variances on a scale from 0 to 1, gets up to two more. A deviation has the
+    decimals of what it is of.
     """
-    sizes = [abs(float(value)) for value in values if isinstance(value, Real) and math.isfinite(value)]
+    name = name.removesuffix(SD) if name.removesuffix(SD) in values else name
+    bounds = [values[name + end] for end in (LOW, HIGH)] if name + LOW in values and name + HIGH in values else []
+    estimate = bool(bounds) or name + REASON in values or name + SD in values
+    numbers = (value for column in (values[name], *bounds) for value in column if isinstance(value, Real))
+    sizes = [abs(float(value)) for value in numbers if math.isfinite(value)]
     largest = max(sizes, default=0.0)
     if all(size.is_integer() for size in sizes) and (largest > 1 or not estimate):
         return 0
     return 2 if largest == 0 else min(max(2, 1 - math.floor(math.log10(largest))), 4)
 
 
-def _number(value: float, digits: int) -> str:
+def _number(value: Any, digits: int) -> str:
     if digits == 0 and not pd.isna(value) and math.isfinite(value):
         return f"{int(value):,}".replace("-", "−")
-    return number(float(value), digits)
+    return number(float("nan" if value is None else value), digits)
+
+
+def _totals(columns: Sequence[_Column]) -> set[int]:
+    """The rows over all origins, where others are over one."""
+    rows = list(zip(*(column.entries for column in columns), strict=True))
+    totals = {row for row, entries in enumerate(rows) if any(entry.text == ALL for entry in entries)}
+    return totals if len(totals) < len(rows) else set()
 
 
 def _start(prompt: str) -> str:

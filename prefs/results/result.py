@@ -8,30 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.table import Column
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class View:
-    """How a table is printed in the terminal: every cell as text, the first column names the rows.
+    """What the terminal prints of some table: every cell as text, the first column names the rows.
 
     Attributes
     ----------
     title
         What stands above it.
     columns
-        Headings; the first is left-aligned, the others right-aligned.
+        Headings; the first is left-aligned and the others right-aligned, but for what is a `rich.table.Column`.
     rows
-        Texts, one a column.
-    bold
-        Numbers of the rows that stand out (the whole, a heading).
+        Texts, one a column; a row that is shorter leaves the others empty.
+    bold, dim
+        Numbers of the rows that stand out (the whole, a heading), and of those that do not count.
+    gaps
+        Numbers of the rows below which there is a gap.
+    tight
+        Whether columns are close to each other.
     """
 
     title: str
-    columns: Sequence[str]
+    columns: Sequence[str | Column]
     rows: Sequence[Sequence[str]]
     bold: frozenset[int] = frozenset()
+    dim: frozenset[int] = frozenset()
+    gaps: frozenset[int] = frozenset()
+    tight: bool = False
 
     @classmethod
     def of(
@@ -52,8 +60,17 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
+class Excerpt:
+    """Some rows or columns of a table, as HTML shows them."""
+
+    title: str
+    frame: pd.DataFrame
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Table:
-    """A table: whole in files, W&B and HTML; printed only where it has a `view`.
+    """A table, whole in files, W&B and HTML; what the terminal shows of it is a `View`.
 
     Attributes
     ----------
@@ -63,18 +80,18 @@ class Table:
         Beside a column X, ``X_low`` and ``X_high`` are its interval, and ``X_reason`` says why X is missing.
     title, note
         Its heading in HTML, and what there is to know about its columns.
-    view
-        How the terminal prints it; None: it does not.
     large
         Whether it is left out of W&B and HTML (one row a task and more): it is in the run's folder.
+    excerpts
+        What HTML shows in place of the whole; empty: the whole.
     """
 
     name: str
     frame: pd.DataFrame
     title: str = ""
     note: str = ""
-    view: View | None = None
     large: bool = False
+    excerpts: tuple[Excerpt, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +128,9 @@ class Result:
     Attributes
     ----------
     title, note
-        Of its section in HTML.
+        Of its section in HTML; without a title there is none.
+    views
+        What the terminal prints of the tables, in this order.
     remarks
         What to be careful about, in plain words; a sentence each.
     metrics
@@ -121,6 +140,7 @@ class Result:
     title: str = ""
     note: str = ""
     tables: tuple[Table, ...] = ()
+    views: tuple[View, ...] = ()
     figures: tuple[Figure, ...] = ()
     remarks: tuple[str, ...] = ()
     metrics: Mapping[str, float | None] = field(default_factory=dict)
@@ -145,6 +165,7 @@ def joined(results: Iterable[Result], title: str = "", note: str = "") -> Result
         title,
         note,
         tuple(table for result in results for table in result.tables),
+        tuple(view for result in results for view in result.views),
         tuple(figure for result in results for figure in result.figures),
         tuple(remark for result in results for remark in result.remarks),
         {name: value for result in results for name, value in result.metrics.items()},

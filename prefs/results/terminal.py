@@ -1,20 +1,27 @@
-"""How results are printed: numbers, tables, and where everything is."""
+"""How results are printed: numbers, views and remarks, and where everything is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from prefs.results.job_record import Spent, Work
+from prefs.job import ModelUsage, StageCounts
+from prefs.results.result import Result, View
 
 MISSING = "–"
+
+
+def console() -> Console:
+    """What results are printed to. Task ids and origins are the user's text: nothing in them is markup."""
+    return Console(markup=False, highlight=False, emoji=False)
 
 
 def number(value: object, digits: int = 2) -> str:
@@ -31,50 +38,65 @@ def number(value: object, digits: int = 2) -> str:
 
 def with_interval(row: Mapping[Any, Any], name: str) -> str:
     """A number of a table's row with its interval, where it has one: .87 [.80, .91]."""
-    value, low, high = (number(row[each]) for each in (name, f"{name}_low", f"{name}_high"))
+    value, low, high = (number(row[column]) for column in (name, f"{name}_low", f"{name}_high"))
     return value if low == MISSING else f"{value} [{low}, {high}]"
-
-
-def new_table(title: str, first: str = "origin") -> Table:
-    """An empty table whose first column names the rows."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    return table
-
-
-def show(
-    console: Console,
-    *,
-    title: str,
-    tables: Sequence[Table],
-    said: Sequence[str],
-) -> None:
-    """Print tables under a title, and what there is to say about them."""
-    console.print()
-    console.rule(Text(title, style="bold"), align="left")
-    for table in tables:
-        console.print(table)
-    for remark in said:
-        console.print(f"• {remark}")
-
-
-def show_files(
-    console: Console, done: Sequence[Work | Spent], folder: Path | None, store: Path | None, wandb: Mapping[str, Path]
-) -> None:
-    """Print what was reused, computed and spent, and where everything is."""
-    console.print()
-    for each in done:
-        console.print(f"{each}")
-    if folder is not None:
-        console.print(f"tables and figures  {folder}", soft_wrap=True)
-    if store is not None:
-        console.print(f"store               {store}", soft_wrap=True)
-    for name, path in wandb.items():
-        console.print(f"W&B, offline        wandb sync {path}    ({name})", soft_wrap=True)
 
 
 def spaced_layers(layers: Sequence[int], most: int) -> list[int]:
     """All layers, or so many of them evenly spaced, the first and last among them."""
     if len(layers) <= most:
         return list(layers)
-    return [layers[round(at * (len(layers) - 1) / (most - 1))] for at in range(most)]
+    return [layers[round(step * (len(layers) - 1) / (most - 1))] for step in range(most)]
+
+
+def show(console: Console, result: Result, *, title: str) -> None:
+    """Print the views of a result under a title, and its remarks."""
+    console.print()
+    console.rule(Text(title, style="bold"), align="left")
+    for view in result.views:
+        console.print(_table(view))
+    for remark in result.remarks:
+        console.print(f"• {remark}")
+
+
+def _table(view: View) -> Table:
+    columns = [
+        # A copy, since a column keeps what is printed in it.
+        column.copy()
+        if isinstance(column, Column)
+        else Column(column, justify="right" if place else "left", no_wrap=not place)
+        for place, column in enumerate(view.columns)
+    ]
+    table = Table(
+        *columns,
+        title=view.title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0) if view.tight else (0, 1),
+    )
+    for row, texts in enumerate(view.rows):
+        style = "bold" if row in view.bold else "dim" if row in view.dim else None
+        table.add_row(*texts, style=style, end_section=row in view.gaps)
+    return table
+
+
+def show_files(
+    console: Console,
+    counts: Iterable[StageCounts | ModelUsage],
+    *,
+    folder: Path | None = None,
+    store: Path | None = None,
+    wandb: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
+    """Print what was reused, computed and spent, and where everything is."""
+    console.print()
+    for line in counts:
+        console.print(f"{line}")
+    if folder is not None:
+        console.print(f"tables and figures  {folder}", soft_wrap=True)
+    if store is not None:
+        console.print(f"store               {store}", soft_wrap=True)
+    for name, path in wandb.items():
+        console.print(f"W&B, offline        wandb sync {path}    ({name})", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import secrets
@@ -16,6 +17,8 @@ from typing import Any
 import pandas as pd
 
 from prefs.config import WandbConfig
+from prefs.results.files import Written
+from prefs.results.result import Result
 
 log = logging.getLogger(__name__)
 
@@ -32,37 +35,40 @@ class Tracker:
         """The folder of the run's files; for an offline run this is what ``wandb sync`` takes."""
         return None if self.run is None else Path(self.run.dir).parent
 
+    def log(self, result: Result, written: Written) -> None:
+        """Log a result with the files that were written of it: its metrics as summary, and all else as it is."""
+        if self.run is None:
+            return
+        import wandb
+
+        self.metrics(result.metrics)
+        for series in result.series:
+            self.run.define_metric(series.step)
+            for name in series.frame.columns.drop(series.step):
+                self.run.define_metric(name, step_metric=series.step)
+            for row in series.frame.to_dict("records"):
+                self.run.log({str(name): value for name, value in row.items() if pd.notna(value)})
+        for table in result.tables:
+            if not table.large:
+                plain = table.frame.astype(object).where(table.frame.notna(), None)
+                # Row by row: of a data frame W&B asks for each cell by itself.
+                rows = plain.to_numpy(dtype=object).tolist()
+                names: list[str | int] = [str(column) for column in plain.columns]
+                self.run.log({f"tables/{table.name}": wandb.Table(columns=names, data=rows, allow_mixed_types=True)})
+        for name, path in written.figures.items():
+            self.run.log({f"figures/{name}": wandb.Image(str(path))})
+        for artifact, paths in written.artifacts:
+            plain_name = re.sub(r"[^\w.-]", "-", artifact.name, flags=re.ASCII)[:128]
+            logged = wandb.Artifact(plain_name, type=artifact.kind, metadata=dict(artifact.metadata))
+            for path in paths:
+                logged.add_file(str(path))
+            self.run.log_artifact(logged)
+
     def metrics(self, values: Mapping[str, float | None]) -> None:
         """Set summary metrics; a missing statistic is left out, never written as 0."""
         if self.run is not None:
-            self.run.summary.update({name: value for name, value in values.items() if value is not None})
-
-    def series(self, step: str, rows: pd.DataFrame) -> None:
-        """Log metrics over a step of their own (say the layer): one row a step, the step in column ``step``."""
-        if self.run is not None:
-            self.run.define_metric(step)
-            for name in rows.columns.drop(step):
-                self.run.define_metric(name, step_metric=step)
-            for row in rows.to_dict("records"):
-                self.run.log({str(name): value for name, value in row.items() if pd.notna(value)})
-
-    def table(self, name: str, frame: pd.DataFrame) -> None:
-        """Log a table."""
-        if self.run is not None:
-            import wandb
-
-            plain = frame.astype(object).where(frame.notna(), None)
-            # Row by row: of a data frame W&B asks for each cell by itself.
-            rows = plain.to_numpy(dtype=object).tolist()
-            names: list[str | int] = [str(column) for column in frame.columns]
-            self.run.log({f"tables/{name}": wandb.Table(columns=names, data=rows, allow_mixed_types=True)})
-
-    def figure(self, name: str, path: Path) -> None:
-        """Log a PNG."""
-        if self.run is not None:
-            import wandb
-
-            self.run.log({f"figures/{name}": wandb.Image(str(path))})
+            known = {name: value for name, value in values.items() if value is not None and not math.isnan(value)}
+            self.run.summary.update(known)
 
     def page(self, name: str, path: Path) -> None:
         """Log an HTML page."""
@@ -70,16 +76,6 @@ class Tracker:
             import wandb
 
             self.run.log({name: wandb.Html(path.read_text(), inject=False)})
-
-    def artifact(self, name: str, kind: str, paths: list[Path], metadata: dict[str, Any]) -> None:
-        """Log files as an artifact."""
-        if self.run is not None:
-            import wandb
-
-            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:128], type=kind, metadata=metadata)
-            for path in paths:
-                artifact.add_file(str(path))
-            self.run.log_artifact(artifact)
 
 
 @contextmanager
@@ -95,16 +91,26 @@ def tracker(
 ) -> Iterator[Tracker]:
     """Open a W&B run for the time of the block; marked as failed if the block raises.
 
-    `another` says that it is not the job's first.
-
-    With a key that W&B refuses, or no network, the run goes on offline and a warning says so.
+    `another` says that it is not the job's first: an agent of a W&B sweep names one run for the job, and its second
+    template needs a run of its own. With a key that W&B refuses, or no network, the run goes on offline and a warning
+    says so.
     """
-    if config.mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
+    mode = os.environ.get("WANDB_MODE") or config.mode
+    if "disabled" in (config.mode, mode):
         yield Tracker(None, offline=False)
         return
-    run, offline = _start(
-        config, name=name, group=group, folder=folder, run_config=run_config, job_type=job_type, another=another
-    )
+    arguments = {
+        "id": secrets.token_hex(4) if another and os.environ.get("WANDB_RUN_ID") else None,
+        "project": config.project,
+        "entity": config.entity,
+        "group": config.group or group,
+        "name": name,
+        "job_type": job_type,
+        "tags": config.tags or None,
+        "dir": str(folder),
+        "config": dict(run_config),
+    }
+    run, offline = _start(mode, arguments)
     try:
         yield Tracker(run, offline)
     except BaseException:
@@ -113,43 +119,21 @@ def tracker(
     run.finish()
 
 
-def _start(
-    config: WandbConfig,
-    *,
-    name: str,
-    group: str | None,
-    folder: Path,
-    run_config: Mapping[str, Any],
-    job_type: str,
-    another: bool,
-) -> tuple[Any, bool]:
+def _start(mode: str, arguments: Mapping[str, Any]) -> tuple[Any, bool]:
+    """A run, and whether it is offline."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the library, at import
         import wandb
         from wandb.errors import Error as WandbError
 
-    mode = os.environ.get("WANDB_MODE") or config.mode
     if mode == "auto":
-        mode = "online" if _has_key() else "offline"
+        # A key can be in the environment or in the user's netrc.
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False)
+        mode = "online" if has_key else "offline"
+    settings = wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True)
 
-    # An agent of a W&B sweep names one run for the job; its second template needs a run of its own.
-    run_id = secrets.token_hex(4) if another and os.environ.get("WANDB_RUN_ID") else None
-
-    def start(mode: str) -> Any:
-        return wandb.init(
-            id=run_id,
-            project=config.project,
-            entity=config.entity,
-            group=config.group or group,
-            name=name,
-            job_type=job_type,
-            tags=config.tags or None,
-            dir=str(folder),
-            config=dict(run_config),
-            mode=mode,  # type: ignore[arg-type]
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True),
-        )
+    def start(mode: Any) -> Any:
+        return wandb.init(**arguments, mode=mode, reinit="create_new", settings=settings)
 
     if mode == "online":
         try:
@@ -157,10 +141,3 @@ def _start(
         except (WandbError, ValueError) as error:
             log.warning("W&B cannot be reached (%s); logging offline", " ".join(str(error).split())[:200])
     return start("offline"), True
-
-
-def _has_key() -> bool:
-    """Whether a key is at hand, in the environment or in the user's netrc."""
-    import wandb
-
-    return bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False)

@@ -3,101 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 
-from prefs.concepts.card import SavedVectors
 from prefs.concepts.difference import shuffled_vector
+from prefs.concepts.export import SavedVectors, check_model, load_vectors
 from prefs.concepts.extract import Concept
-from prefs.config import CoherenceConfig, SteeringConfig
+from prefs.config import CoherenceConfig, Config, SteeringConfig
 from prefs.errors import UserError
+from prefs.job import JobCounts
+from prefs.models.architecture import Architecture
+from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.types import Sampling
 from prefs.probes.probe import Site
-from prefs.results.summary import columns, numeric
+from prefs.results import figures
+from prefs.results.result import Figure, Result, Table, View
+from prefs.results.tables import columns, numeric
+from prefs.results.terminal import MISSING, number, with_interval
 from prefs.stages.probe import ProbeReport
-from prefs.stages.records import Completion
-from prefs.stages.steer import Arrow, Responses
+from prefs.stages.records import Completion, Ratings
+from prefs.stages.steer import Arrow, Place, Responses, steer
 from prefs.statistics.dose import mean_of, slope
 from prefs.statistics.estimates import Estimate, Resamples
 from prefs.statistics.exact import exact_summary
+from prefs.store.table import Store
+
+if TYPE_CHECKING:
+    from prefs.stages.context import CellContext
 
 UNSTEERED = "unsteered"
 WORDS = ("vector", "control", "reason", "coherent", "task", "origin")
-
-
-def arrows(
-    config: SteeringConfig,
-    layers: Sequence[int],
-    saved: SavedVectors,
-    concept: Concept | None,
-    probes: ProbeReport | None,
-) -> tuple[list[Arrow], list[str]]:
-    """The vector and its controls at each layer, all of the same norm; and what controls there are not, and why.
-
-    Random directions are normal deviates; a shuffled vector is the difference of means of labels exchanged within
-    half of the tasks; a probe's direction is that of the highest exact rating (or of its first target), at ``rating``
-    where it was probed there.
-
-    Raises
-    ------
-    UserError
-        If there is no vector at a layer, or it is zero.
-    """
-    found: list[Arrow] = []
-    without: list[str] = []
-    for layer in layers:
-        site = Site(layer, config.position)
-        vector, activation_norm = saved.at(site)
-        if not bool(vector.any()):
-            raise UserError(f"the vector of {saved.concept} at {site} is zero: its two conditions do not differ there")
-        vector = vector if config.unit == "vector" else vector / vector.norm() * activation_norm
-        length = float(vector.norm())
-        relative = length / activation_norm if activation_norm else math.nan
-
-        def like(other: torch.Tensor, length: float = length) -> torch.Tensor:
-            return other.float() / other.float().norm() * length
-
-        found.append(Arrow(saved.concept, "concept", layer, vector.float(), relative))
-        for at in range(config.controls.random):
-            generator = torch.Generator().manual_seed(_seed(config.seed, layer, at))
-            found.append(
-                Arrow(f"random {at}", "random", layer, like(torch.randn(len(vector), generator=generator)), relative)
-            )
-        for at in range(config.controls.shuffled if concept is not None else 0):
-            assert concept is not None
-            other = shuffled_vector(concept.first, concept.second, site, _seed(config.seed, layer, at))
-            if bool(other.any()):
-                found.append(Arrow(f"shuffled labels {at}", "shuffled", layer, like(other), relative))
-        of_probe = _probe_direction(probes, layer, config.position) if config.controls.probes else None
-        if of_probe is not None:
-            found.append(Arrow(of_probe[0], "probe", layer, like(of_probe[1]), relative))
-        if config.controls.ablation:
-            found.append(Arrow("ablation", "ablation", layer, vector.float(), relative))
-    if config.controls.shuffled and concept is None:
-        without.append("No control by shuffled labels: the vectors came from files, without the activations.")
-    if config.controls.probes and not any(arrow.control == "probe" for arrow in found):
-        without.append("No control by a probe's direction: no probe of this job has one at a steered layer.")
-    return found, without
-
-
-def _seed(*parts: int) -> int:
-    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
-
-
-def _probe_direction(report: ProbeReport | None, layer: int, position: str) -> tuple[str, torch.Tensor] | None:
-    if report is None:
-        return None
-    results = sorted(report.results, key=lambda result: result.target.key != "exact")
-    for result in results:
-        for site in (Site(layer, "rating"), Site(layer, position)):
-            if result.final_directions is not None and site in report.features.sites:
-                direction = result.final_directions[report.features.sites.index(site)]
-                if bool(direction.any()):
-                    return f"probe on {result.target.name}, {site.position}", direction
-    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,29 +66,173 @@ class DoseResponse:
     ratings: pd.DataFrame
     remarks: Sequence[str]
 
-    @property
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """The tables by file name."""
-        return {"steering_doses": self.doses, "steering_slopes": self.slopes, "steering_ratings": self.ratings}
-
     def curves(self) -> pd.DataFrame:
         """Doses as `prefs.results.figures.dose_response` draws them: a panel a layer and a line a vector, all
         through the unsteered model. An ablation is no curve."""
         before = self.doses.loc[self.doses["control"] == UNSTEERED, :]
-        parts = []
-        for layer in dict.fromkeys(int(each) for each in self.doses["layer"].dropna()):
-            rows = self.doses.loc[(self.doses["layer"] == layer) & (self.doses["control"] != "ablation"), :]
-            for vector in dict.fromkeys(rows["vector"]):
-                line = pd.concat([before, rows.loc[rows["vector"] == vector, :]], ignore_index=True)
-                parts.append(line.assign(panel=f"layer {layer}", line=vector))
-        return pd.concat(parts, ignore_index=True)
+        steered = self.doses.loc[~self.doses["control"].isin([UNSTEERED, "ablation"]), :]
+        curves = [
+            pd.concat([before, rows], ignore_index=True).assign(panel=f"layer {int(layer)}", line=vector)
+            for layer, of_layer in steered.groupby("layer", sort=False)
+            for vector, rows in of_layer.groupby("vector", sort=False)
+        ]
+        return pd.concat(curves, ignore_index=True)
+
+
+def check_saved(config: Config, rater: ModelSpec, layers: Sequence[int], architecture: Architecture) -> None:
+    """Refuse saved vectors that do not fit the model, before it is loaded.
+
+    Raises
+    ------
+    UserError
+        If they are of another model, or lack a layer or the position.
+    """
+    if config.steering.vector in ("none", "concept"):
+        return
+    saved = load_vectors(config.steering.vector)
+    check_model(saved, identity(rater), rater.name)
+    if (width := saved.vectors.shape[-1]) != architecture.d_model:
+        raise UserError(f"the vectors of {saved.concept} have {width} numbers; {rater.name} has {architecture.d_model}")
+    for layer in layers:
+        saved.vector(Site(layer, config.steering.position))
+
+
+def steer_cell(cell: CellContext) -> Result:
+    """The cell's ratings under steering, which the config wants."""
+    unit = "vector" if cell.config.steering.unit == "vector" else "activation norm"
+    with cell.job.noting_usage():
+        doses = steered(cell)
+    return dose_result(doses, cell.title, f"multiples of the {unit}")
+
+
+def steered(cell: CellContext) -> DoseResponse | str:
+    """One cell's ratings under steering; or why there are none, in words."""
+    config, job, ratings = cell.config, cell.job, cell.ratings
+    steering, concept = config.steering, None
+    if steering.vector == "concept":
+        key, concept = next(iter(job.concepts.items()))
+        if isinstance(concept, str):
+            return f"No steering, since there are no vectors of concept {key}."
+    saved = load_vectors(steering.vector) if concept is None else concept.saved({})
+    probes = cell.probed if isinstance(cell.probed, ProbeReport) else None
+    vectors, without = arrows(steering, job.sites.steered, saved, concept, probes)
+    responses = steered_along(config, vectors, ratings, job.roles.rater, job.store, job.models, job.counts)
+    if not responses.asked.any():
+        return "No steering: no task has a completion that the question fits behind."
+    return dose_response(
+        ratings.completions,
+        responses,
+        ratings.template.values,
+        vectors,
+        at=steering.at,
+        coherence=steering.coherence,
+        bootstrap=config.stats.bootstrap,
+        seed=config.stats.seed,
+        without=without,
+    )
+
+
+def steered_along(
+    config: Config,
+    vectors: Sequence[Arrow],
+    ratings: Ratings,
+    rater: ModelSpec,
+    store: Store,
+    models: Models,
+    counts: JobCounts,
+) -> Responses:
+    """One cell's completions rated under every dose of these vectors."""
+    steering = config.steering
+    responses, work = steer(
+        ratings.completions,
+        rater,
+        ratings.template,
+        vectors,
+        steering.coefficients,
+        Sampling.from_config(config.rating),
+        at=cast(Place, steering.at),
+        seeds=steering.seeds,
+        system_prompt=config.rating.system_prompt,
+        store=store,
+        models=models,
+    )
+    counts.add([work])
+    return responses
+
+
+def arrows(
+    config: SteeringConfig,
+    layers: Sequence[int],
+    saved: SavedVectors,
+    concept: Concept | None,
+    probes: ProbeReport | None,
+) -> tuple[list[Arrow], list[str]]:
+    """The vector and its controls at each layer, all of the same norm; and what controls there are not, and why.
+
+    Random directions are normal deviates; a shuffled vector is the difference of means of labels exchanged within
+    half of the tasks; a probe's direction is that of the highest exact rating (or of its first target), at ``rating``
+    where it was probed there.
+
+    Raises
+    ------
+    UserError
+        If there is no vector at a layer, or it is zero.
+    """
+    controls = config.controls
+    vectors: list[Arrow] = []
+    for layer in layers:
+        site = Site(layer, config.position)
+        vector, activation_norm = saved.vector(site)
+        if not bool(vector.any()):
+            raise UserError(f"the vector of {saved.concept} at {site} is zero: its two conditions do not differ there")
+        vector = vector if config.unit == "vector" else vector / vector.norm() * activation_norm
+        length = float(vector.norm())
+        relative = length / activation_norm if activation_norm else math.nan
+        others: list[tuple[str, Any, torch.Tensor]] = []
+        for count in range(controls.random):
+            generator = torch.Generator().manual_seed(_seed(config.seed, layer, count))
+            others.append((f"random {count}", "random", torch.randn(len(vector), generator=generator)))
+        if concept is not None:
+            for count in range(controls.shuffled):
+                shuffled = shuffled_vector(concept.first, concept.second, site, _seed(config.seed, layer, count))
+                if bool(shuffled.any()):
+                    others.append((f"shuffled labels {count}", "shuffled", shuffled))
+        if controls.probes and probes is not None:
+            others += [(name, "probe", direction) for name, direction in _probe_direction(probes, site)]
+        vectors.append(Arrow(saved.concept, "concept", layer, vector.float(), relative))
+        for name, control, other in others:
+            vectors.append(Arrow(name, control, layer, other.float() / other.float().norm() * length, relative))
+        if controls.ablation:
+            vectors.append(Arrow("ablation", "ablation", layer, vector.float(), relative))
+    without = []
+    if controls.shuffled and concept is None:
+        without.append("No control by shuffled labels: the vectors came from files, without the activations.")
+    if controls.probes and not any(arrow.control == "probe" for arrow in vectors):
+        without.append("No control by a probe's direction: no probe of this job has one at a steered layer.")
+    return vectors, without
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
+
+
+def _probe_direction(report: ProbeReport, site: Site) -> list[tuple[str, torch.Tensor]]:
+    """The direction of one probe at a site or, at its layer, at ``rating``; none where none was probed there."""
+    sites = report.features.sites
+    for result in sorted(report.results, key=lambda result: result.target.key != "exact"):
+        for probed in (Site(site.layer, "rating"), site):
+            if result.final_directions is not None and probed in sites:
+                direction = result.final_directions[sites.index(probed)]
+                if bool(direction.any()):
+                    return [(f"probe on {result.target.name}, {probed.position}", direction)]
+    return []
 
 
 def dose_response(
     completions: Sequence[Completion],
     responses: Responses,
     values: Sequence[float],
-    found: Sequence[Arrow],
+    vectors: Sequence[Arrow],
     *,
     at: str,
     coherence: CoherenceConfig,
@@ -159,84 +244,63 @@ def dose_response(
     tasks = np.flatnonzero(responses.asked)
     draws = Resamples.draw(len(tasks), bootstrap, seed)
     ratings = np.stack([exact_summary(mass[tasks], values).mean for mass in responses.mass])
-    states = [_State.of(responses, dose, tasks, coherence, draws) for dose in range(len(responses.doses))]
-    doses = pd.DataFrame(
-        [
-            {**_named(responses, dose), **_dose(ratings, dose, draws), **states[dose].cells}
-            for dose in range(len(responses.doses))
-        ]
-    )
-    doses = numeric(doses, words=WORDS)
-    slopes = numeric(pd.DataFrame([_slope(arrow, responses, ratings, states, draws) for arrow in found]), words=WORDS)
+    numbers = range(len(responses.doses))
+    names = [_named(responses, dose) for dose in numbers]
+    states = [_state(responses, dose, tasks, coherence, draws) for dose in numbers]
+    effects = []
+    for rating in ratings:
+        mean, delta = mean_of(rating, draws), mean_of(rating - ratings[0], draws)
+        effects.append({"n": mean.n} | columns("mean", mean) | columns("delta", delta))
+    rows = [name | effect | state for name, effect, state in zip(names, effects, states, strict=True)]
+    doses = numeric(pd.DataFrame(rows), words=WORDS)
+    slopes = numeric(pd.DataFrame([_slope(arrow, responses, ratings, states, draws) for arrow in vectors]), words=WORDS)
+
+    per_task = pd.DataFrame(names).loc[np.repeat(numbers, len(tasks))].reset_index(drop=True)
+    asked = [completions[row].task for row in tasks.tolist()]
+    per_task["task"] = [task.id for task in asked] * len(numbers)
+    per_task["origin"] = [task.origin for task in asked] * len(numbers)
+    per_task["mean"] = ratings.ravel()
+    per_task["valid_mass"] = responses.mass[:, tasks].sum(axis=-1).ravel()
+    per_task["nll"] = responses.nll[:, tasks].ravel()
+
     remarks = [*_remarks(doses, slopes, len(completions) - len(tasks), at), *without]
-    return DoseResponse(at, doses, slopes, _per_task(completions, responses, ratings, tasks), remarks)
+    return DoseResponse(at, doses, slopes, numeric(per_task, words=WORDS), remarks)
 
 
-def _per_task(
-    completions: Sequence[Completion], responses: Responses, ratings: np.ndarray, tasks: np.ndarray
-) -> pd.DataFrame:
-    """One row a dose and task."""
-    named = pd.DataFrame([_named(responses, dose) for dose in range(len(responses.doses))])
-    table = named.loc[named.index.repeat(len(tasks))].reset_index(drop=True)
-    of_tasks = [completions[row].task for row in tasks.tolist()]
-    table["task"] = [task.id for task in of_tasks] * len(named)
-    table["origin"] = [task.origin for task in of_tasks] * len(named)
-    table["mean"] = ratings.ravel()
-    table["valid_mass"] = responses.mass[:, tasks].sum(axis=-1).ravel()
-    table["nll"] = responses.nll[:, tasks].ravel()
-    return numeric(table, words=WORDS)
-
-
-def _named(responses: Responses, dose: int) -> dict[str, object]:
-    each = responses.doses[dose]
-    if each.arrow is None:
+def _named(responses: Responses, number: int) -> dict[str, object]:
+    dose = responses.doses[number]
+    if dose.arrow is None:
         return {"vector": UNSTEERED, "control": UNSTEERED, "layer": None, "coefficient": 0.0, "norm_multiple": 0.0}
-    arrow = each.arrow
-    multiple = None if arrow.control == "ablation" else each.coefficient * arrow.relative
+    arrow = dose.arrow
+    multiple = None if arrow.control == "ablation" else dose.coefficient * arrow.relative
     named: dict[str, object] = {"vector": arrow.name, "control": arrow.control, "layer": arrow.layer}
-    return named | {"coefficient": each.coefficient, "norm_multiple": multiple}
+    return named | {"coefficient": dose.coefficient, "norm_multiple": multiple}
 
 
-def _dose(ratings: np.ndarray, dose: int, draws: Resamples) -> dict[str, object]:
-    mean, delta = mean_of(ratings[dose], draws), mean_of(ratings[dose] - ratings[0], draws)
-    return {"n": mean.n} | columns("mean", mean) | columns("delta", delta)
-
-
-@dataclass(frozen=True)
-class _State:
+def _state(
+    responses: Responses, dose: int, tasks: np.ndarray, allowed: CoherenceConfig, draws: Resamples
+) -> dict[str, object]:
     """What a dose left of the model: numbers for the table, and whether it still counts."""
-
-    cells: dict[str, object]
-
-    @property
-    def coherent(self) -> bool:
-        return bool(self.cells["coherent"])
-
-    @classmethod
-    def of(
-        cls, responses: Responses, dose: int, tasks: np.ndarray, allowed: CoherenceConfig, draws: Resamples
-    ) -> _State:
-        valid = responses.mass[:, tasks].sum(axis=-1)
-        mass, mass_before = _mean(valid[dose]), _mean(valid[0])
-        ratio = math.exp(min(_mean(responses.nll[dose, tasks] - responses.nll[0, tasks]), 700.0))
-        shares = np.isnan(responses.sampled[:, tasks]).mean(axis=-1) if responses.sampled.size else None
-        more = (
-            Estimate.missing("nothing was sampled", 0) if shares is None else mean_of(shares[dose] - shares[0], draws)
-        )
-        invalid = math.nan if shares is None else float(shares[dose].mean())
-        reasons = []
-        if broken := int((~responses.finite[dose, tasks]).sum()):
-            reasons.append(f"logits are not finite for {broken} of {len(tasks)} tasks")
-        else:
-            if mass < allowed.valid_mass * mass_before:
-                reasons.append(f"valid mass {mass:.2f}, unsteered {mass_before:.2f}")
-            if ratio > allowed.perplexity:
-                reasons.append(f"perplexity × {ratio:.3g}")
-            # Of few sampled answers a fifth is soon invalid by chance: its interval must lie above none, too.
-            if more.value is not None and more.value > allowed.invalid and (more.low is None or more.low > 0):
-                reasons.append(f"{more.value:.0%} more of the sampled answers invalid")
-        cells: dict[str, object] = {"valid_mass": mass, "perplexity_ratio": ratio, "invalid": invalid}
-        return cls(cells | {"coherent": not reasons, "reason": "; ".join(reasons) or None})
+    valid = responses.mass[:, tasks].sum(axis=-1)
+    mass, mass_before = _mean(valid[dose]), _mean(valid[0])
+    ratio = math.exp(min(_mean(responses.nll[dose, tasks] - responses.nll[0, tasks]), 700.0))
+    invalid, more = math.nan, Estimate.missing("nothing was sampled", 0)
+    if responses.sampled.size:
+        shares = np.isnan(responses.sampled[:, tasks]).mean(axis=-1)
+        invalid, more = float(shares[dose].mean()), mean_of(shares[dose] - shares[0], draws)
+    reasons = []
+    if broken := int((~responses.finite[dose, tasks]).sum()):
+        reasons.append(f"logits are not finite for {broken} of {len(tasks)} tasks")
+    else:
+        if mass < allowed.valid_mass * mass_before:
+            reasons.append(f"valid mass {mass:.2f}, unsteered {mass_before:.2f}")
+        if ratio > allowed.perplexity:
+            reasons.append(f"perplexity × {ratio:.3g}")
+        # Of few sampled answers a fifth is soon invalid by chance: its interval must lie above none, too.
+        if more.value is not None and more.value > allowed.invalid and (more.low is None or more.low > 0):
+            reasons.append(f"{more.value:.0%} more of the sampled answers invalid")
+    state: dict[str, object] = {"valid_mass": mass, "perplexity_ratio": ratio, "invalid": invalid}
+    return state | {"coherent": not reasons, "reason": "; ".join(reasons) or None}
 
 
 def _mean(values: np.ndarray) -> float:
@@ -244,66 +308,137 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _slope(
-    arrow: Arrow, responses: Responses, ratings: np.ndarray, states: Sequence[_State], draws: Resamples
+    arrow: Arrow,
+    responses: Responses,
+    ratings: np.ndarray,
+    states: Sequence[Mapping[str, object]],
+    draws: Resamples,
 ) -> dict[str, object]:
-    mine = {each.coefficient: at for at, each in enumerate(responses.doses) if each.arrow is arrow}
-    named: dict[str, object] = {"vector": arrow.name, "control": arrow.control, "layer": arrow.layer}
-    if arrow.control == "ablation":
-        # No curve: the direction is there or not.
-        at = mine[1.0]
-        delta = mean_of(ratings[at] - ratings[0], draws)
-        none = Estimate.missing("an ablation has no coefficient", delta.n)
-        plus = delta if states[at].coherent else Estimate.missing(str(states[at].cells["reason"]), delta.n)
-        found = {"n": delta.n, "doses": 1} | columns("slope", none)
-        return named | {"relative": None} | found | columns("delta_minus", none) | columns("delta_plus", plus)
-    mine[0.0] = 0
-    kept = {x: at for x, at in sorted(mine.items()) if states[at].coherent}
-    estimate = slope(ratings[list(kept.values())].T, np.array(list(kept)), draws)
-    row = named | {"relative": arrow.relative, "n": estimate.n, "doses": len(kept)} | columns("slope", estimate)
+    """How far a vector moves the rating a unit of its coefficient, over the doses that leave a coherent model."""
+    given = {0.0: 0} | {dose.coefficient: row for row, dose in enumerate(responses.doses) if dose.arrow is arrow}
+    kept = {coefficient: row for coefficient, row in sorted(given.items()) if states[row]["coherent"]}
+    n = ratings.shape[1]
+    deltas = {}
     for name, coefficient in (("delta_minus", -1.0), ("delta_plus", 1.0)):
         if coefficient in kept:
-            delta = mean_of(ratings[kept[coefficient]] - ratings[0], draws)
+            deltas[name] = mean_of(ratings[kept[coefficient]] - ratings[0], draws)
         else:
-            why = "not coherent" if coefficient in mine else "was not given (steering.coefficients)"
-            delta = Estimate.missing(f"coefficient {coefficient:g} {why}", len(ratings[0]))
-        row |= columns(name, delta)
-    return row
+            why = "not coherent" if coefficient in given else "was not given (steering.coefficients)"
+            deltas[name] = Estimate.missing(f"coefficient {coefficient:g} {why}", n)
+    relative, doses, estimate = arrow.relative, len(kept), slope(ratings[list(kept.values())].T, list(kept), draws)
+    if arrow.control == "ablation":  # no curve: the direction is there or not
+        n = int(np.isfinite(ratings[given[1.0]] - ratings[0]).sum())
+        relative, doses, estimate = None, 1, Estimate.missing("an ablation has no coefficient", n)
+        deltas["delta_minus"] = estimate
+        if 1.0 not in kept:
+            deltas["delta_plus"] = Estimate.missing(str(states[given[1.0]]["reason"]), n)
+    row = {"vector": arrow.name, "control": arrow.control, "layer": arrow.layer, "relative": relative}
+    row |= {"n": estimate.n, "doses": doses} | columns("slope", estimate)
+    return row | columns("delta_minus", deltas["delta_minus"]) | columns("delta_plus", deltas["delta_plus"])
 
 
 def _remarks(doses: pd.DataFrame, slopes: pd.DataFrame, left_out: int, at: str) -> list[str]:
-    said = []
+    remarks = []
     if left_out:
-        said.append(
+        remarks.append(
             f"Steering: tasks without a completion, or that the question does not fit behind: {left_out} left out."
         )
     broken = doses.loc[~doses["coherent"].astype(bool), :]
-    for _, rows in broken.groupby(["vector", "layer"], sort=False):
-        vector, layer = rows["vector"].iloc[0], int(rows["layer"].iloc[0])
+    for (vector, layer), rows in broken.groupby(["vector", "layer"], sort=False):
+        worst = rows["reason"].iloc[int(np.argmax(np.abs(rows["coefficient"].to_numpy(dtype=float))))]
         if rows["control"].iloc[0] == "ablation":
-            said.append(
-                f"Projecting the vector out at layer {layer} leaves no coherent model ({rows['reason'].iloc[0]})."
-            )
+            remarks.append(f"Projecting the vector out at layer {int(layer)} leaves no coherent model ({worst}).")
             continue
         numbers = ", ".join(f"{value:g}".replace("-", "−") for value in rows["coefficient"])
-        worst = rows["reason"].iloc[int(np.argmax(np.abs(rows["coefficient"].to_numpy(dtype=float))))]
-        said.append(
-            f"Steering by {vector} at layer {layer}: coefficients {numbers} leave no coherent model ({worst}), and"
+        remarks.append(
+            f"Steering by {vector} at layer {int(layer)}: coefficients {numbers} leave no coherent model ({worst}), and"
             " are in no slope."
         )
     if at in ("last", "question"):
-        said.append(
+        remarks.append(
             f"Steering at {at} begins after the completion, so its perplexity cannot change and checks nothing."
         )
-    for layer in dict.fromkeys(slopes["layer"].astype(int)):
-        rows = slopes.loc[slopes["layer"] == layer, :]
+    for layer, rows in slopes.groupby("layer", sort=False):
         own = rows.loc[rows["control"] == "concept", :].iloc[0]
         others = rows.loc[rows["control"].isin(["random", "shuffled"]), "slope"].abs().dropna()
-        if pd.isna(own["slope"]) or others.empty:
-            continue
-        steeper = int((others >= abs(own["slope"])).sum())
-        if steeper:
-            said.append(
+        if pd.notna(own["slope"]) and (steeper := int((others >= abs(own["slope"])).sum())):
+            remarks.append(
                 f"Layer {layer}: {steeper} of {len(others)} random and shuffled vectors of the same norm move the"
                 f" rating at least as much as {own['vector']}, so its slope says nothing about the concept."
             )
-    return said
+    return remarks
+
+
+def dose_result(doses: DoseResponse | str, title: str, unit: str) -> Result:
+    """What steering did, for every medium; `unit` says what a coefficient counts ("multiples of the vector")."""
+    if isinstance(doses, str):
+        return Result(remarks=(doses,))
+    position = "all tokens" if doses.at == "all" else doses.at
+    draw = partial(
+        figures.dose_response,
+        title=f"Steering at {position}: {title}",
+        table=doses.curves(),
+        dose=f"coefficient ({unit})",
+        label="mean exact rating",
+    )
+    return Result(
+        "Steering",
+        tables=(
+            Table("steering_doses", doses.doses, "Steered ratings"),
+            Table("steering_slopes", doses.slopes, f"Rating points a unit ({unit})"),
+            Table("steering_ratings", doses.ratings, "Steered ratings of each task", large=True),
+        ),
+        views=(_slope_view(doses, unit), _dose_view(doses.doses)),
+        figures=(Figure("dose_response", draw, "Steered ratings"),),
+        remarks=tuple(doses.remarks),
+        metrics={
+            f"steering/slope/{row['vector']}/{row['layer']}": row["slope"] for row in doses.slopes.to_dict("records")
+        },
+    )
+
+
+def _slope_view(doses: DoseResponse, unit: str) -> View:
+    """How far each vector moves the rating, beside its controls."""
+    view = View.of(
+        f"Steering at {doses.at}: rating points a unit ({unit})",
+        doses.slopes,
+        {
+            "layer, vector": lambda row: f"{int(row['layer'])}, {row['vector']}",
+            "slope [95 %]": lambda row: with_interval(row, "slope"),
+            "Δ at −1": lambda row: number(row["delta_minus"]),
+            "Δ at +1": lambda row: number(row["delta_plus"]),
+            "doses": lambda row: str(int(row["doses"])),
+        },
+        bold=lambda row: row["control"] == "concept",
+    )
+    return replace(view, gaps=_layer_ends(doses.slopes))
+
+
+def _dose_view(doses: pd.DataFrame) -> View:
+    """The concept's own curve, and what it leaves of the model, a row a layer and coefficient."""
+    before = doses.loc[doses["control"] == UNSTEERED, :]
+    own = doses.loc[doses["control"] == "concept", :]
+    curves = [pd.concat([before.assign(layer=layer), rows]) for layer, rows in own.groupby("layer")]
+    table = pd.concat(curves).sort_values(["layer", "coefficient"], kind="stable")
+    view = View.of(
+        "Doses of the vector, and what they leave of the model",
+        table,
+        {
+            "layer, dose": lambda row: f"{int(row['layer'])}, {row['coefficient']:g}".replace("-", "−"),
+            "× norm": lambda row: number(row["norm_multiple"]),
+            "rating": lambda row: number(row["mean"]),
+            "Δ [95 %]": lambda row: MISSING if row["coefficient"] == 0 else with_interval(row, "delta"),
+            "mass": lambda row: number(row["valid_mass"]),
+            "perpl.": lambda row: MISSING if pd.isna(row["perplexity_ratio"]) else f"× {row['perplexity_ratio']:.2g}",
+            "inv.": lambda row: MISSING if pd.isna(row["invalid"]) else f"{row['invalid']:.0%}",
+            "kept": lambda row: "yes" if row["coherent"] else "no",
+        },
+    )
+    dim = frozenset(np.flatnonzero(~table["coherent"].to_numpy(dtype=bool)).tolist())
+    return replace(view, dim=dim, gaps=_layer_ends(table), tight=True)
+
+
+def _layer_ends(table: pd.DataFrame) -> frozenset[int]:
+    """Numbers of the rows that are the last of their layer."""
+    layers = table["layer"].to_numpy(dtype=float)
+    return frozenset(np.flatnonzero(np.append(layers[1:] != layers[:-1], True)).tolist())

@@ -15,7 +15,7 @@ from prefs.models.loading import Models, ModelSpec, model_folder
 from prefs.models.types import Sampling
 from prefs.results.job_record import Doings
 from prefs.stages.complete import complete
-from prefs.stages.concept import check_saved
+from prefs.stages.dose_response import check_saved
 from prefs.stages.judge import Judged, judge
 from prefs.stages.rate import CapturePlan, rate
 from prefs.stages.records import Completion, Rated

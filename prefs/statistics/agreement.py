@@ -5,11 +5,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prefs.statistics.estimates import ROUNDING, Estimate, Resamples, pearson_of_sums, ratio, resampling
+from prefs.statistics.estimates import (
+    MIN_TASKS,
+    NO_VARIANCE,
+    Estimate,
+    Resamples,
+    alike,
+    centred,
+    pearson_of_sums,
+    ratio,
+    resampling,
+)
 
-MIN_TASKS = 3
 FEW_TASKS = "fewer than 3 tasks with both"
-NO_VARIANCE = "no variance in ratings"
 NO_VERDICTS = "no task with two verdicts"
 ONE_VERDICT = "both judges give all tasks the same verdict"
 
@@ -32,9 +40,7 @@ def correlation(x: ArrayLike, y: ArrayLike, draws: Resamples | None = None) -> E
     ValueError
         If the shapes differ.
     """
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"measurements must be one-dimensional and alike, got {x.shape} and {y.shape}")
+    x, y = alike(x, y, "measurements")
     return correlations(x, y[:, None], draws)[0]
 
 
@@ -49,25 +55,20 @@ def correlations(x: ArrayLike, ys: ArrayLike, draws: Resamples | None = None) ->
     x, ys = np.asarray(x, dtype=np.float64), np.asarray(ys, dtype=np.float64)
     if x.ndim != 1 or ys.ndim != 2 or len(x) != len(ys):
         raise ValueError(f"measurements must be [tasks] and [tasks, columns], got {x.shape} and {ys.shape}")
-    found: dict[int, Estimate] = {}
-    parts: dict[int, np.ndarray] = {}
-    for column, y in enumerate(ys.T):
-        both = np.isfinite(x) & np.isfinite(y)
-        n = int(both.sum())
-        if n < MIN_TASKS:
-            found[column] = Estimate.missing(FEW_TASKS, n)
-            continue
-        a, b = _from_the_middle(x, both), _from_the_middle(y, both)
-        if a is None or b is None:
-            found[column] = Estimate.missing(NO_VARIANCE, n)
-        else:
-            parts[column] = np.stack([both.astype(np.float64), a, b, a * a, b * b, a * b], axis=1)
+    both = np.isfinite(x)[:, None] & np.isfinite(ys)
+    n = both.sum(axis=0)
+    estimates = [Estimate.missing(FEW_TASKS if count < MIN_TASKS else NO_VARIANCE, int(count)) for count in n]
+    parts = {}
+    for column in np.flatnonzero(n >= MIN_TASKS):
+        used = both[:, column]
+        a, b = centred(x, used), centred(ys[:, column], used)
+        if a.any() and b.any():
+            parts[column] = np.stack([used.astype(np.float64), a, b, a * a, b * b, a * b], axis=1)
     if parts:
         sums = resampling(draws, len(x)).sums(np.concatenate(list(parts.values()), axis=1))
-        for at, (column, each) in enumerate(parts.items()):
-            r = pearson_of_sums(*np.moveaxis(sums[:, 6 * at : 6 * at + 6], 1, 0))
-            found[column] = Estimate.of(r, int(each[:, 0].sum()), NO_VARIANCE)
-    return [found[column] for column in range(ys.shape[1])]
+        for column, own in zip(parts, np.split(sums, len(parts), axis=1), strict=True):
+            estimates[column] = Estimate.of(pearson_of_sums(*own.T), int(n[column]), NO_VARIANCE)
+    return estimates
 
 
 def cohen_kappa(a: ArrayLike, b: ArrayLike, draws: Resamples | None = None) -> Estimate:
@@ -88,26 +89,14 @@ def cohen_kappa(a: ArrayLike, b: ArrayLike, draws: Resamples | None = None) -> E
     ValueError
         If the shapes differ, or a verdict is not 0, 1 or NaN.
     """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.ndim != 1 or a.shape != b.shape:
-        raise ValueError(f"verdicts must be one-dimensional and alike, got {a.shape} and {b.shape}")
-    for verdicts in (a, b):
-        if not np.isin(verdicts[~np.isnan(verdicts)], (0, 1)).all():
-            raise ValueError("verdicts must be 0, 1 or NaN")
+    a, b = alike(a, b, "verdicts")
     both = np.isfinite(a) & np.isfinite(b)
-    n = int(both.sum())
-    if n == 0:
+    if not all(np.isin(verdicts[~np.isnan(verdicts)], (0, 1)).all() for verdicts in (a, b)):
+        raise ValueError("verdicts must be 0, 1 or NaN")
+    if not both.any():
         return Estimate.missing(NO_VERDICTS, 0)
-    yes, other = np.where(both, a, 0.0), np.where(both, b, 0.0)
-    parts = np.stack([both.astype(np.float64), yes, other, np.where(both, a == b, 0.0)], axis=1)
-    count, by_a, by_b, agreed = np.moveaxis(resampling(draws, len(a)).sums(parts), 1, 0)
+    count, by_a, by_b, agreed = resampling(draws, len(a)).totals(
+        both, both & (a == 1), both & (b == 1), both & (a == b)
+    )
     expected = by_a * by_b + (count - by_a) * (count - by_b)
-    return Estimate.of(ratio(agreed * count - expected, count * count - expected), n, ONE_VERDICT)
-
-
-def _from_the_middle(x: np.ndarray, used: np.ndarray) -> np.ndarray | None:
-    """x less its mean over the used tasks and 0 for the others; None where the values differ by rounding only."""
-    values = x[used]
-    if np.ptp(values) <= ROUNDING * np.abs(values).max():
-        return None
-    return np.where(used, x - values.mean(), 0.0)
+    return Estimate.of(ratio(agreed * count - expected, count * count - expected), int(both.sum()), ONE_VERDICT)

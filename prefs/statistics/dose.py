@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from prefs.statistics.estimates import Estimate, Floats, Resamples, known_mean
 
@@ -14,7 +15,7 @@ def mean_of(values: Floats, draws: Resamples) -> Estimate:
     return known_mean(values, draws, "no task has a rating")
 
 
-def slope(responses: Floats, coefficients: Floats, draws: Resamples) -> Estimate:
+def slope(responses: Floats, coefficients: ArrayLike, draws: Resamples) -> Estimate:
     """The mean over tasks of each task's least-squares slope of its ratings over the coefficients.
 
     With the same coefficients for every task that is the slope of the mean curve; its interval is over tasks, which

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 Floats = NDArray[np.float64]
+Booleans = NDArray[np.bool_]
 
 LEVEL = 0.95
+# Of fewer tasks nothing is said to vary, or to go with something else.
+MIN_TASKS = 3
+NO_VARIANCE = "no variance in ratings"
+NO_TASK_VARIANCE = "no variance between tasks"
 # A difference smaller than this share of what it is the difference of is rounding, and counts as zero.
 ROUNDING = 1e-12
 # Entries of one block of resamples, [block, tasks]: 16 MiB of float64, which stays near the processor.
@@ -132,9 +138,17 @@ class Resamples:
     def tasks(self) -> int:
         return self.times.shape[1]
 
+    def only(self, tasks: Booleans) -> Resamples:
+        """Of some tasks [T]: a resample is of as many of them as were drawn, and the others have no part in it."""
+        return Resamples(self.times[:, tasks])
+
     def sums(self, parts: Floats) -> Floats:
         """Sums over the drawn tasks, [1 + B, K], of what each task adds to them, [T, K]."""
         return np.concatenate([block.astype(np.float64) @ parts for block in self._blocks])
+
+    def totals(self, *parts: NDArray[Any]) -> Iterator[Floats]:
+        """The sum [1 + B] of each of the parts, [T]."""
+        return iter(self.sums(np.stack(parts, axis=1).astype(np.float64)).T)
 
     def tally(self, codes: NDArray[np.int64], size: int) -> Floats:
         """How often each code occurs among the drawn tasks.
@@ -209,8 +223,7 @@ def pearson_of_sums(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy:
 def known_mean(values: Floats, draws: Resamples, undefined: str) -> Estimate:
     """Mean of values [T] over the tasks for which they are known; missing, for the reason given, where none is."""
     known = np.isfinite(values)
-    parts = np.stack([known.astype(np.float64), np.where(known, values, 0.0)], axis=1)
-    count, total = np.moveaxis(draws.sums(parts), 1, 0)
+    count, total = draws.totals(known, np.where(known, values, 0.0))
     return Estimate.of(ratio(total, count), int(known.sum()), undefined)
 
 
@@ -218,3 +231,28 @@ def mean_of_defined(values: Floats) -> Floats:
     """Mean over the last axis without its NaN: [R] from [R, P]; NaN where there is nothing else."""
     defined = ~np.isnan(values)
     return ratio(np.where(defined, values, 0.0).sum(axis=-1), defined.sum(axis=-1).astype(np.float64))
+
+
+def centred(values: Floats, used: Booleans) -> Floats:
+    """Values [T] less their mean over the used tasks, which keeps sums of squares from cancelling; 0 for other tasks.
+
+    Values that differ by rounding only, as equal means of options may, are equal: 0 for all.
+    """
+    own = values[used]
+    if len(own) == 0 or np.ptp(own) <= ROUNDING * np.abs(own).max():
+        return np.zeros_like(values)
+    return np.where(used, values - own.mean(), 0.0)
+
+
+def alike(a: ArrayLike, b: ArrayLike, what: str) -> tuple[Floats, Floats]:
+    """Two measurements [T] of the same tasks.
+
+    Raises
+    ------
+    ValueError
+        If their shapes differ; `what` they are.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"{what} must be one-dimensional and alike, got {a.shape} and {b.shape}")
+    return a, b

@@ -9,22 +9,24 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from prefs.statistics.estimates import (
+    MIN_TASKS,
+    NO_TASK_VARIANCE,
+    NO_VARIANCE,
     ROUNDING,
     Estimate,
     Floats,
     Resamples,
+    alike,
+    centred,
     excess,
     known_mean,
     ratio,
     resampling,
 )
 
-MIN_TASKS = 3
 FEW_EXACT = "fewer than 3 tasks with an exact rating"
 NO_EXACT = "no task with an exact rating"
 ONE_EXACT = "one task with an exact rating"
-NO_VARIANCE = "no variance in ratings"
-NO_TASK_VARIANCE = "no variance between tasks"
 ONE_THOUGHT = "one thought a task: how much thoughts differ is not known (rating.thoughts=2 or more)"
 
 
@@ -102,9 +104,8 @@ def exact_summary(p: ArrayLike, values: ArrayLike) -> ExactSummary:
     ValueError
         If the shapes do not fit, or a probability is negative.
     """
-    p, v = _masses(p, values, "tasks")
-    mean, variance, mass = _moments(p, v)
-    return ExactSummary(mean, variance, mass, np.zeros(len(p)), np.zeros(len(p)))
+    mean, variance, mass = _moments(p, values, "tasks")
+    return ExactSummary(mean, variance, mass, np.zeros_like(mean), np.zeros_like(mean))
 
 
 def thought_summary(p: ArrayLike, values: ArrayLike) -> ExactSummary:
@@ -125,15 +126,9 @@ def thought_summary(p: ArrayLike, values: ArrayLike) -> ExactSummary:
         [T, K, V] probability of each option after each thought, NaN where there was none. `valid_mass` is over the
         thoughts that ended.
     values
-        [V] the options' numbers.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit, or a probability is negative.
+        [V], and errors, as for `exact_summary`.
     """
-    p, v = _masses(p, values, "tasks, thoughts")
-    m, w, mass = _moments(p, v)
+    m, w, mass = _moments(p, values, "tasks, thoughts")
     ended = np.isfinite(mass)
     s = np.where(np.isfinite(m), mass, 0.0)
     a = ratio(s, s.sum(axis=1, keepdims=True))
@@ -149,17 +144,13 @@ def thought_summary(p: ArrayLike, values: ArrayLike) -> ExactSummary:
     )
 
 
-def _masses(p: ArrayLike, values: ArrayLike, axes: str) -> tuple[Floats, Floats]:
+def _moments(p: ArrayLike, values: ArrayLike, axes: str) -> tuple[Floats, Floats, Floats]:
+    """Mean, variance and valid mass over the last axis of masses whose others are `axes`."""
     p, v = np.asarray(p, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if p.ndim != axes.count(",") + 2 or v.shape != p.shape[-1:]:
         raise ValueError(f"masses must be [{axes}, options] and values [options], got {p.shape} and {v.shape}")
     if (p < 0).any():
         raise ValueError("option masses must not be negative")
-    return p, v
-
-
-def _moments(p: Floats, v: Floats) -> tuple[Floats, Floats, Floats]:
-    """Mean, variance and valid mass over the last axis."""
     mass = p.sum(axis=-1)
     q = ratio(p, mass[..., None])
     mean = q @ v
@@ -184,11 +175,12 @@ def exact_moments(exact: ExactSummary, draws: Resamples | None = None) -> ExactM
     draws = resampling(draws, len(exact.mean))
     rated = np.isfinite(exact.mean)
     n = int(rated.sum())
-    count, total, squares = np.moveaxis(draws.sums(_moment_parts(exact.mean)), 1, 0)
-    centre = _centre(exact.mean[rated])
+    z = centred(exact.mean, rated)
+    count, total, squares = draws.totals(rated, z, z * z)
+    middle = float(exact.mean[rated].mean()) if n else 0.0
     unknown = ONE_THOUGHT if n else NO_EXACT
     return ExactMoments(
-        mean=Estimate.of(centre + ratio(total, count), n, NO_EXACT),
+        mean=Estimate.of(middle + ratio(total, count), n, NO_EXACT),
         sd=Estimate.of(np.sqrt(_spread(count, total, squares)), n, ONE_EXACT if n else NO_EXACT),
         noise=known_mean(exact.variance, draws, unknown),
         between=known_mean(np.where(rated, exact.between, np.nan), draws, unknown),
@@ -230,15 +222,15 @@ def predicted_r(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    m, w = _exact(m, w)
-    there = np.isfinite(m)
-    n = int(there.sum())
+    m, w = alike(m, w, "means and variances")
+    known = np.isfinite(m) & np.isfinite(w)
+    n = int(known.sum())
     if n < MIN_TASKS:
         return Estimate.missing(FEW_EXACT, n)
-    own = np.zeros_like(m) if uncertainty is None else np.where(there, np.asarray(uncertainty, dtype=np.float64), 0.0)
-    parts = np.concatenate([_moment_parts(m), np.stack([np.where(there, w, 0.0), own], axis=1)], axis=1)
-    count, total, squares, noise, owned = np.moveaxis(resampling(draws, len(m)).sums(parts), 1, 0)
-    signal = np.maximum(_spread(count, total, squares) - ratio(owned, count), 0.0)
+    own = np.zeros_like(m) if uncertainty is None else np.asarray(uncertainty, dtype=np.float64)
+    z, noise, own = centred(m, known), np.where(known, w, 0.0), np.where(known, own, 0.0)
+    count, total, squares, noise, own = resampling(draws, len(m)).totals(known, z, z * z, noise, own)
+    signal = np.maximum(_spread(count, total, squares) - ratio(own, count), 0.0)
     return Estimate.of(ratio(signal, signal + ratio(noise, count) / k), n, NO_VARIANCE)
 
 
@@ -247,11 +239,13 @@ def reliability(exact: ExactSummary) -> Estimate:
 
     The share of Var(m) that is not the means' own variance.
     """
+    rated = int(np.isfinite(exact.mean).sum())
     if not exact.between.any():
-        return Estimate(1.0, None, None, n=int(np.isfinite(exact.mean).sum()))
-    found = predicted_r(exact.mean, exact.uncertainty, uncertainty=exact.uncertainty)
-    thoughts_unknown = found.value is None and np.isfinite(exact.mean).sum() >= MIN_TASKS
-    return Estimate.missing(ONE_THOUGHT, found.n) if thoughts_unknown else found
+        return Estimate(1.0, None, None, n=rated)
+    share = predicted_r(exact.mean, exact.uncertainty, uncertainty=exact.uncertainty)
+    if share.value is None and rated >= MIN_TASKS:
+        return Estimate.missing(ONE_THOUGHT, share.n)
+    return share
 
 
 def seeds_needed(
@@ -268,14 +262,10 @@ def seeds_needed(
 
     Parameters
     ----------
-    m, w
-        [T] exact means and variances; tasks where either is NaN are left out.
+    m, w, draws, uncertainty
+        As for `predicted_r`.
     target_r
         The wanted correlation, between 0 and 1, both excluded.
-    draws
-        Of the T tasks, for the interval.
-    uncertainty
-        As for `predicted_r`.
 
     Raises
     ------
@@ -315,32 +305,6 @@ def ceiling(reliability: Estimate) -> NoiseCeiling:
     """
     r2 = reliability.map(lambda value: min(max(value, 0.0), 1.0))
     return NoiseCeiling(r=r2.map(math.sqrt), r2=r2)
-
-
-def _exact(m: ArrayLike, w: ArrayLike) -> tuple[Floats, Floats]:
-    """Means and variances, both NaN where either is."""
-    m, w = np.asarray(m, dtype=np.float64), np.asarray(w, dtype=np.float64)
-    if m.ndim != 1 or m.shape != w.shape:
-        raise ValueError(f"means and variances must be one-dimensional and alike, got {m.shape} and {w.shape}")
-    there = np.isfinite(m) & np.isfinite(w)
-    return np.where(there, m, np.nan), np.where(there, w, np.nan)
-
-
-def _centre(m: Floats) -> float:
-    """The middle of the means: sums of squares are taken from there, which keeps them from cancelling."""
-    return float(m.mean()) if len(m) else 0.0
-
-
-def _moment_parts(m: Floats) -> Floats:
-    """[T, 3] per task: 1, z, z², with z the mean from the middle; zeros for tasks without an exact rating.
-
-    Means that differ by rounding only, as equal means of options may, are equal.
-    """
-    there = np.isfinite(m)
-    rated = m[there]
-    alike = len(rated) == 0 or np.ptp(rated) <= ROUNDING * np.abs(rated).max()
-    z = np.zeros_like(m) if alike else np.where(there, m - _centre(rated), 0.0)
-    return np.stack([there.astype(np.float64), z, z * z], axis=1)
 
 
 def _spread(count: Floats, total: Floats, squares: Floats) -> Floats:

@@ -13,9 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prefs.statistics.estimates import ROUNDING, Estimate, Floats, Resamples, excess, ratio, resampling
+from prefs.statistics.estimates import (
+    MIN_TASKS,
+    ROUNDING,
+    Booleans,
+    Estimate,
+    Floats,
+    Resamples,
+    excess,
+    ratio,
+    resampling,
+)
 
-MIN_TASKS = 3
 FEW_COMPLETE = "fewer than 3 tasks with all their ratings"
 NEVER_BESIDE = "no level of the other factor has ratings at both levels"
 INCOMPLETE = "a cell of the design has no ratings"
@@ -110,122 +119,103 @@ def factorial(y: ArrayLike, draws: Resamples | None = None) -> Factorial:
     draws = resampling(draws, len(y))
     finite = np.isfinite(y)
     present = np.asarray(finite.any(axis=0))
-    complete = (finite | ~present).all(axis=(1, 2)) & present.any()
-    n, left_out = int(complete.sum()), int((~complete).sum())
-    # Tasks left out have no part in a resample, which then is of as many of the others as were drawn.
-    y, draws = y[complete], Resamples(draws.times[:, complete])
-    within = _Within(y, present, draws)
-    _, levels_first, levels_second = y.shape
-    first = [within.main(pair, axis=0) for pair in itertools.combinations(range(levels_first), 2)]
-    second = [within.main(pair, axis=1) for pair in itertools.combinations(range(levels_second), 2)]
-    outer = (0, levels_first - 1), (0, levels_second - 1)
-    crossed = levels_first > 1 and levels_second > 1
+    complete = np.asarray((finite | ~present).all(axis=(1, 2)) & present.any())
+    design = _Design(y[complete], present, draws.only(complete))
+    levels = present.shape
+    crossed = min(levels) > 1
+    outer = [(0, count - 1) for count in levels]
+    first, second = (
+        tuple(design.main(pair, axis) for pair in itertools.combinations(range(levels[axis]), 2)) for axis in (0, 1)
+    )
     return Factorial(
-        first=tuple(first),
-        second=tuple(second),
-        interaction=within.interaction(*outer) if crossed else None,
-        shares=within.shares(),
-        second_over_first=within.second_over_first(*outer) if crossed else Estimate.missing(ONE_LEVEL, n),
-        n=n,
-        left_out=left_out,
+        first=first,
+        second=second,
+        interaction=design.interaction(*outer) if crossed else None,
+        shares=design.shares(),
+        second_over_first=design.second_over_first(*outer) if crossed else Estimate.missing(ONE_LEVEL, design.n),
+        n=design.n,
+        left_out=len(y) - design.n,
     )
 
 
-class _Within:
+class _Design:
     """Values [n, C, R] of complete tasks less each task's mean, and their resamples; absent cells count as 0."""
 
-    def __init__(self, y: Floats, present: np.ndarray, draws: Resamples) -> None:
-        self.present, self.n, self.shape = present, len(y), y.shape
-        there = np.where(present, y, 0.0)
-        count = max(int(present.sum()), 1)
-        z = np.where(present, y - there.sum(axis=(1, 2), keepdims=True) / count, 0.0)
+    def __init__(self, y: Floats, present: Booleans, draws: Resamples) -> None:
+        self.n, self.present, self.draws = len(y), present, draws
+        y = np.where(present, y, 0.0)
+        z = np.where(present, y - y.sum(axis=(1, 2), keepdims=True) / max(int(present.sum()), 1), 0.0)
         # Exact ratings that are the same come out of sums that round differently.
-        self.z = np.where(np.abs(z) > ROUNDING * np.abs(there).max(initial=0.0), z, 0.0)
-        self.draws = draws
+        self.z = np.where(np.abs(z) > ROUNDING * np.abs(y).max(initial=0.0), z, 0.0)
         self.tasks = draws.times.sum(axis=1).astype(np.float64)
-        sums = draws.sums(self.z.reshape(len(y), present.size))
-        self.means = ratio(sums, self.tasks[:, None]).reshape(-1, *present.shape)
-        self.sd = np.sqrt(self._variances(there).mean(axis=1, where=present.ravel())) if present.any() else None
-
-    def _variances(self, y: Floats) -> Floats:
-        """[1 + B, C·R] variance over tasks of each cell."""
-        flat = y.reshape(self.n, self.present.size)
-        flat = flat - (flat.mean(axis=0) if self.n else 0.0)  # near the mean, which keeps the sums from cancelling
-        sums, squares = self.draws.sums(flat), self.draws.sums(flat**2)
         n = self.tasks[:, None]
-        return ratio(excess(n * squares, sums**2), n * (n - 1))
+        self.means = ratio(draws.sums(self.z.reshape(self.n, present.size)), n).reshape(-1, *present.shape)
+        # The root of the mean over cells of the variance over tasks; near the mean, sums of squares do not cancel.
+        flat = y.reshape(self.n, present.size)
+        flat = flat - (flat.mean(axis=0) if self.n else 0.0)
+        variances = ratio(excess(n * draws.sums(flat**2), draws.sums(flat) ** 2), n * (n - 1))
+        kept = variances[:, present.ravel()]
+        self.sd = np.sqrt(variances.mean(axis=1, where=present.ravel())) if kept.size else np.full(len(n), np.nan)
 
     def main(self, pair: Pair, axis: int) -> Contrast:
         weights = self._main_weights(pair, axis)
         others = tuple(int(level) for level in np.flatnonzero(weights.any(axis=axis)))
-        levels = (pair, others) if axis == 0 else (others, pair)
-        return Contrast(*levels, *self._estimates(self._values(weights), NEVER_BESIDE))
+        return self._contrast(*((pair, others) if axis == 0 else (others, pair)), weights, NEVER_BESIDE)
 
     def interaction(self, first: Pair, second: Pair) -> Contrast:
-        cells = np.ix_(first, second)
-        weights = np.zeros(self.shape[1:])
-        weights[cells] = [[1.0, -1.0], [-1.0, 1.0]]
-        values = self._values(weights if self.present[cells].all() else np.zeros_like(weights))
-        return Contrast(first, second, *self._estimates(values, INCOMPLETE))
+        cells, weights = np.ix_(first, second), np.zeros(self.present.shape)
+        if self.present[cells].all():
+            weights[cells] = [[1.0, -1.0], [-1.0, 1.0]]
+        return self._contrast(first, second, weights, INCOMPLETE)
 
     def second_over_first(self, first: Pair, second: Pair) -> Estimate:
-        of = [self._values(self._main_weights(pair, axis)) for axis, pair in enumerate((first, second))]
-        if self.n < MIN_TASKS:
-            return Estimate.missing(FEW_COMPLETE, self.n)
-        return Estimate.of(np.abs(of[1]) - np.abs(of[0]), self.n, NEVER_BESIDE)
+        sizes = [np.abs(self._values(self._main_weights(pair, axis))) for axis, pair in enumerate((first, second))]
+        return self._estimate(sizes[1] - sizes[0], NEVER_BESIDE)
 
     def _main_weights(self, pair: Pair, axis: int) -> Floats:
         """[C, R] weights of a main effect; all 0 where no level of the other factor has both."""
         both = np.take(self.present, pair, axis=axis).all(axis=axis)
-        beside = both / max(int(both.sum()), 1)
         signs = np.zeros(self.present.shape[axis])
         signs[list(pair)] = 1.0, -1.0
+        beside = both / max(int(both.sum()), 1)
         return np.outer(signs, beside) if axis == 0 else np.outer(beside, signs)
 
     def _values(self, weights: Floats) -> Floats:
         """[1 + B] of a contrast; NaN where it has no weights."""
         return np.tensordot(self.means, weights, axes=2) if weights.any() else np.full(len(self.tasks), np.nan)
 
-    def _estimates(self, values: Floats, undefined: str) -> tuple[Estimate, Estimate]:
-        if self.n < MIN_TASKS or self.sd is None:
-            none = Estimate.missing(FEW_COMPLETE, self.n)
-            return none, none
+    def _contrast(self, first: tuple[int, ...], second: tuple[int, ...], weights: Floats, undefined: str) -> Contrast:
+        values = self._values(weights)
         unknown = undefined if np.isnan(values[0]) else ALL_ALIKE
-        return Estimate.of(values, self.n, undefined), Estimate.of(ratio(values, self.sd), self.n, unknown)
+        standardised = self._estimate(ratio(values, self.sd), unknown)
+        return Contrast(first, second, self._estimate(values, undefined), standardised)
+
+    def _estimate(self, values: Floats, undefined: str) -> Estimate:
+        if self.n < MIN_TASKS:
+            return Estimate.missing(FEW_COMPLETE, self.n)
+        return Estimate.of(values, self.n, undefined)
 
     def shares(self) -> Shares:
-        if self.n < MIN_TASKS:
-            return Shares(*[Estimate.missing(FEW_COMPLETE, self.n)] * 4)
-        if not self.present.all():
-            return Shares(*[Estimate.missing(INCOMPLETE, self.n)] * 4)
+        if self.n < MIN_TASKS or not self.present.all():
+            return Shares(*[Estimate.missing(FEW_COMPLETE if self.n < MIN_TASKS else INCOMPLETE, self.n)] * 4)
         whole, effects, by_task = _sums_of_squares(self.z, self.means, self.draws, self.tasks)
         # A task drawn twice is not two tasks: on average a resample has in each effect 1/n more of the effect's
         # interaction with tasks, and in that 1/n less.
         effects[1:] = np.maximum(effects[1:] - by_task[1:] / (self.n - 1), 0.0)
-        levels = np.array(self.shape[1:])
-        several = (levels[0] > 1, levels[1] > 1, bool((levels > 1).all()))
+        several = [count > 1 for count in self.present.shape]
         first, second, interaction = (
-            Estimate.of(ratio(part, whole), self.n, NO_VARIATION) if there else Estimate.missing(ONE_LEVEL, self.n)
-            for part, there in zip(effects.T, several, strict=True)
+            Estimate.of(ratio(part, whole), self.n, NO_VARIATION) if varies else Estimate.missing(ONE_LEVEL, self.n)
+            for part, varies in zip(effects.T, (*several, all(several)), strict=True)
         )
         residual = Estimate.of(ratio(excess(whole, effects.sum(axis=1)), whole), self.n, NO_VARIATION)
         return Shares(first, second, interaction, residual)
 
 
 def _sums_of_squares(z: Floats, means: Floats, draws: Resamples, tasks: Floats) -> tuple[Floats, Floats, Floats]:
-    """Sums of squares of the first factor, the second and their interaction, of values less each task's mean.
-
-    Returns
-    -------
-    whole
-        [1 + B] the sum of squares within tasks: all of the following.
-    effects
-        [1 + B, 3].
-    by_task
-        [1 + B, 3] of each effect's interaction with tasks.
+    """Of values less each task's mean: the sum of squares within tasks [1 + B], which is all of the following; those of
+    the first factor, the second and their interaction [1 + B, 3]; and those of each one's interaction with tasks.
     """
-    margins = _margins(means)
-    effects = tasks[:, None] * margins
+    effects = tasks[:, None] * _margins(means)
     per_task = draws.sums(np.concatenate([(z**2).sum(axis=(1, 2))[:, None], _margins(z)], axis=1))
     return per_task[:, 0], effects, np.maximum(per_task[:, 1:] - effects, 0.0)
 
@@ -234,8 +224,5 @@ def _margins(values: Floats) -> Floats:
     """[K, 3] from [K, C, R] of mean 0: squares of the first factor's, the second's and the interaction's deviations."""
     _, first, second = values.shape
     rows, columns = values.mean(axis=2, keepdims=True), values.mean(axis=1, keepdims=True)
-    within = values - rows - columns
-    return np.stack(
-        [second * (rows**2).sum(axis=(1, 2)), first * (columns**2).sum(axis=(1, 2)), (within**2).sum(axis=(1, 2))],
-        axis=1,
-    )
+    squares = [(part**2).sum(axis=(1, 2)) for part in (rows, columns, values - rows - columns)]
+    return np.stack([second * squares[0], first * squares[1], squares[2]], axis=1)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from prefs.statistics.agreement import correlation
-from prefs.statistics.estimates import Estimate, Floats, Resamples, ratio, resampling
+from prefs.statistics.estimates import MIN_TASKS, Booleans, Estimate, Resamples, alike, known_mean, resampling
 
 # A bootstrap over one or two refusals draws the same ones again and again, and looks far surer than it is.
 MIN_GROUP = 5
@@ -69,40 +69,30 @@ def refusal_rating(
     ValueError
         If the shapes differ.
     """
-    verdict = np.asarray(refused, dtype=np.float64)
-    x = np.asarray(rating, dtype=np.float64)
-    if verdict.ndim != 1 or verdict.shape != x.shape:
-        raise ValueError(f"refused and rating must be one-dimensional and alike, got {verdict.shape} and {x.shape}")
+    verdict, x = alike(np.asarray(refused, dtype=np.float64), rating, "refused and rating")
     rated, judged = np.isfinite(x), np.isfinite(verdict)
     used = rated & judged
     is_refused = used & (verdict != 0)
     is_not = used & ~is_refused
-    smaller = min(int(is_refused.sum()), int(is_not.sum()))
+    n, refusals = int(used.sum()), int(is_refused.sum())
+
+    def mean(chosen: Booleans, undefined: str) -> Estimate:
+        certain = draws if chosen.sum() >= MIN_GROUP else None
+        return known_mean(np.where(chosen, x, np.nan), resampling(certain, len(x)), undefined)
+
+    if n < MIN_TASKS:
+        r = Estimate.missing(FEW_TASKS, n)
+    elif refusals in (0, n):
+        r = Estimate.missing(ALL_REFUSED if refusals else NO_REFUSALS, n)
+    else:  # the point-biserial correlation is Pearson's with a variable of 0 and 1
+        certain = draws if min(refusals, n - refusals) >= MIN_GROUP else None
+        r = correlation(is_refused.astype(np.float64), np.where(used, x, np.nan), certain)
     return RefusalRating(
-        n=int(used.sum()),
-        refused=int(is_refused.sum()),
+        n=n,
+        refused=refusals,
         unrated=int((~rated).sum()),
         unjudged=int((rated & ~judged).sum()),
-        mean_refused=_mean(x, is_refused, draws, NO_REFUSALS),
-        mean_not_refused=_mean(x, is_not, draws, ALL_REFUSED),
-        r=_point_biserial(is_refused, x, used, draws if smaller >= MIN_GROUP else None),
+        mean_refused=mean(is_refused, NO_REFUSALS),
+        mean_not_refused=mean(is_not, ALL_REFUSED),
+        r=r,
     )
-
-
-def _mean(x: Floats, chosen: NDArray[np.bool_], draws: Resamples | None, undefined: str) -> Estimate:
-    n = int(chosen.sum())
-    parts = np.stack([np.where(chosen, x, 0.0), chosen.astype(np.float64)], axis=1)
-    total, count = np.moveaxis(resampling(draws if n >= MIN_GROUP else None, len(x)).sums(parts), 1, 0)
-    return Estimate.of(ratio(total, count), n, undefined)
-
-
-def _point_biserial(
-    is_refused: NDArray[np.bool_], x: Floats, used: NDArray[np.bool_], draws: Resamples | None
-) -> Estimate:
-    n, refusals = int(used.sum()), int(is_refused.sum())
-    if n < 3:
-        return Estimate.missing(FEW_TASKS, n)
-    if refusals in (0, n):
-        return Estimate.missing(ALL_REFUSED if refusals else NO_REFUSALS, n)
-    # The point-biserial correlation is Pearson's with a variable of 0 and 1.
-    return correlation(is_refused.astype(np.float64), np.where(used, x, np.nan), draws)

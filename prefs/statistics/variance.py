@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prefs.statistics.estimates import ROUNDING, Estimate, Floats, Resamples, ratio, resampling
+from prefs.statistics.estimates import MIN_TASKS, NO_VARIANCE, ROUNDING, Estimate, Floats, Resamples, ratio, resampling
 
 Effect = frozenset[str]
 
-MIN_TASKS = 3
 # The axes of ratings, in order.
 FACETS = {"t": "task", "c": "completion seed", "m": "template", "r": "rater"}
 # The effects in reading order, in which each comes after those it contains. Nested in tasks, c occurs only with t.
@@ -37,7 +36,6 @@ EFFECTS: dict[Effect, str] = {
 }
 RATING_SEED = "rating seed"
 FEW_COMPLETE = "fewer than 3 tasks with all their ratings"
-NO_VARIANCE = "no variance in ratings"
 NO_SAMPLING = "sampling variance not known"
 PARTLY_KNOWN = "sampling variance known in part only"
 
@@ -150,7 +148,7 @@ def variance_decomposition(
     if (sampling < 0).any() or (noise < 0).any():
         raise ValueError("variances must not be negative")
     draws = resampling(draws, len(y))
-    complete = np.isfinite(y).all(axis=(1, 2, 3)) & (y.size > 0)
+    complete = np.asarray(np.isfinite(y).all(axis=(1, 2, 3)) & (y.size > 0))
     n, left_out = int(complete.sum()), int((~complete).sum())
     counts = dict(zip(FACETS, (n, *y.shape[1:]), strict=True))
     levels = {FACETS[facet]: count for facet, count in counts.items()}
@@ -159,8 +157,7 @@ def variance_decomposition(
         components = tuple(Component(name, none, none) for name in (*EFFECTS.values(), RATING_SEED))
         return VarianceDecomposition(components, none, levels, n, left_out)
 
-    # Tasks left out have no part in a resample, which then is of as many of the others as were drawn.
-    y, sampling, noise, draws = y[complete], sampling[complete], noise[complete], Resamples(draws.times[:, complete])
+    y, sampling, noise, draws = y[complete], sampling[complete], noise[complete], draws.only(complete)
     effects = _effect_variances(y, draws)
     single, carried = _mean_of_known(sampling, draws), _mean_of_known(noise, draws)
     single_known, noise_known = not np.isnan(single[0]), not np.isnan(carried[0])
@@ -170,8 +167,6 @@ def variance_decomposition(
     one = frozenset(facet for facet, count in counts.items() if count == 1)
     variances = {EFFECTS[effect]: variance for effect, variance in effects.items()}
     holds = {EFFECTS[effect]: _not_told_apart(effect, one) for effect in effects}
-    missing = {name: " and ".join(f"one {FACETS[f]}" for f in FACETS if f in e & one) for e, name in EFFECTS.items()}
-    missing[RATING_SEED] = NO_SAMPLING
     if single_known:
         variances[RATING_SEED] = single
     if not noise_known:
@@ -181,20 +176,18 @@ def variance_decomposition(
     summed = (single_known and noise_known) or not known
     whole = sum((np.maximum(variance, 0.0) for variance in variances.values()), np.zeros(len(draws.times)))
 
-    def component(name: str) -> Component:
-        if name not in variances:
-            none = Estimate.missing(missing[name], n)
-            return Component(name, none, none)
-        share = Estimate.of(ratio(np.maximum(variances[name], 0.0), whole), n, NO_VARIANCE)
-        return Component(
-            name=name,
-            variance=Estimate.of(variances[name], n, missing[name]),
-            share=share if summed else Estimate.missing(PARTLY_KNOWN, n),
-            holds=holds.get(name, ()),
-        )
+    def share(part: Floats) -> Estimate:
+        return Estimate.of(part, n, NO_VARIANCE) if summed else Estimate.missing(PARTLY_KNOWN, n)
 
-    total = Estimate.of(whole, n, NO_VARIANCE) if summed else Estimate.missing(PARTLY_KNOWN, n)
-    return VarianceDecomposition(tuple(map(component, missing)), total, levels, n, left_out)
+    missing = {name: " and ".join(f"one {FACETS[f]}" for f in FACETS if f in e & one) for e, name in EFFECTS.items()}
+    components = []
+    for name, reason in (missing | {RATING_SEED: NO_SAMPLING}).items():
+        variance = of_whole = Estimate.missing(reason, n)
+        if name in variances:
+            variance = Estimate.of(variances[name], n, reason)
+            of_whole = share(ratio(np.maximum(variances[name], 0.0), whole))
+        components.append(Component(name, variance, of_whole, holds.get(name, ())))
+    return VarianceDecomposition(tuple(components), share(whole), levels, n, left_out)
 
 
 def _not_told_apart(effect: Effect, one: Effect) -> tuple[str, ...]:
@@ -252,8 +245,8 @@ def _mean_squares(y: Floats, draws: Resamples, levels: Mapping[str, Floats]) -> 
         within = [other for other in own if other < effect]
         own[effect] = squares[effect] - sum(own[other] for other in within)
         df[effect] = _count(effect, levels) - sum(df[other] for other in within)
-        there = own[effect] > ROUNDING * squares[effects[-1]]
-        mean_squares[effect] = ratio(np.where(there, own[effect], 0.0) * _count(FACETS, levels), df[effect])
+        beyond_rounding = own[effect] > ROUNDING * squares[effects[-1]]
+        mean_squares[effect] = ratio(np.where(beyond_rounding, own[effect], 0.0) * _count(FACETS, levels), df[effect])
 
     resampled = slice(1, None)
     for effect in effects:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 
 from prefs.errors import UserError
 from prefs.probes.probe import Site
+from prefs.store.files import appear
 from prefs.store.tensor_card import load_pair, save_pair
 
 TENSORS = "vectors.safetensors"
@@ -47,7 +45,7 @@ class SavedVectors:
     activation_norms: torch.Tensor
     card: Mapping[str, Any] = field(default_factory=dict)
 
-    def at(self, site: Site) -> tuple[torch.Tensor, float]:
+    def vector(self, site: Site) -> tuple[torch.Tensor, float]:
         """The vector [d] at a site, and the mean norm of the activations there.
 
         Raises
@@ -56,11 +54,11 @@ class SavedVectors:
             If there is none; it says where there are some.
         """
         if site not in self.sites:
-            positions = ", ".join(dict.fromkeys(each.position for each in self.sites))
-            layers = ", ".join(str(each) for each in dict.fromkeys(each.layer for each in self.sites))
+            positions = ", ".join(dict.fromkeys(position for _, position in self.sites))
+            layers = ", ".join(dict.fromkeys(str(layer) for layer, _ in self.sites))
             raise UserError(f"{self.concept} has no vector at {site}; it has {positions} at layers {layers}")
-        at = self.sites.index(site)
-        return self.vectors[at], float(self.activation_norms[at])
+        row = self.sites.index(site)
+        return self.vectors[row], float(self.activation_norms[row])
 
 
 def save_vectors(folder: str | Path, saved: SavedVectors) -> list[Path]:
@@ -94,11 +92,11 @@ def load_vectors(folder: str | Path) -> SavedVectors:
     UserError
         If a file is missing, damaged or of other vectors; it says what to do.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     wanted = {"concept": str, "d_model": int, "sites": list}
-    give = f"give a folder with {CARD}, such as RUN/concept/liking_math"
+    absent = f"give a folder with {CARD}, such as RUN/concept/liking_math"
     again = "extract the vectors again"
-    tensors, card = load_pair(folder / TENSORS, wanted, what="concept vector", absent=give, again=again)
+    tensors, card = load_pair(folder / TENSORS, wanted, what="concept vector", absent=absent, again=again)
     try:
         sites = tuple(Site(int(layer), str(position)) for layer, position in card["sites"])
         vectors, norms = tensors["vectors"], tensors["activation_norms"]
@@ -129,29 +127,29 @@ def export_gguf(path: Path, saved: SavedVectors, position: str, model_type: str)
     UserError
         If the disk refuses.
     """
-    rows = {site.layer: at for at, site in enumerate(saved.sites) if site.position == position and site.layer > 0}
+    rows = {site.layer: row for row, site in enumerate(saved.sites) if site.position == position and site.layer > 0}
     if not rows:
         return None
-    from gguf import GGUFWriter  # only here: most jobs write none
 
-    part = path.parent / f".part-{uuid.uuid4().hex}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(part, ARCHITECTURE)
+    def write(temporary: Path) -> Path:
+        from gguf import GGUFWriter  # only here: most jobs write none
+
+        writer = GGUFWriter(temporary, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_type)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(rows))
-        for layer, at in sorted(rows.items()):
-            writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(saved.vectors[at].float().numpy()))
+        for layer, row in sorted(rows.items()):
+            writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(saved.vectors[row].float().numpy()))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(part, path)
+        return path
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return appear(path.parent, write)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    return path
 
 
 def check_model(saved: SavedVectors, model: Mapping[str, Any], name: str) -> None:

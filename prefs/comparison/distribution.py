@@ -1,0 +1,31 @@
+"""How often each rating is given."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from prefs.comparison.cells import Sweep
+from prefs.comparison.show import table, whole
+from prefs.results import figures
+from prefs.results.result import Figure, Result
+from prefs.results.summary import distribution_table
+
+
+def distributions(sweep: Sweep) -> Result:
+    """One row a cell, origin and option; a figure a template."""
+    shares = sweep.stacked(lambda block, cell: distribution_table(cell.measured, block.groups))
+    drawn = []
+    named = [
+        row["rater"] + row["cell"].removeprefix(f"{row['rater']}-{row['template']}")
+        for row in shares[["cell", "rater", "template"]].to_dict("records")
+    ]
+    for template, rows in whole(shares.assign(named=named)).groupby("template", sort=False):
+        title = f"Ratings by rater: {template}"
+        draw = partial(figures.rating_distribution, title=title, table=rows, by="named")
+        drawn.append(Figure(f"ratings_{template}", draw))
+    return Result(
+        "Ratings",
+        "How often each rating is given: bars sampled, diamonds exact.",
+        (table("distribution", shares, "Shares of each rating"),),
+        figures=tuple(drawn),
+    )

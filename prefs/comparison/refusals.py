@@ -1,0 +1,47 @@
+"""Whether refused tasks are rated otherwise than the others."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from prefs.comparison.cells import Cell, Sweep
+from prefs.comparison.show import MOST_CELLS, table
+from prefs.results import figures
+from prefs.results.result import Figure, Result
+from prefs.results.summary import Group, distribution_table, refusal_table, refusals
+from prefs.statistics.estimates import Resamples
+
+
+def refusals_of_cells(sweep: Sweep) -> Result:
+    """One row a cell and origin: refusal × rating; a figure a cell."""
+    rows = sweep.stacked(lambda block, cell: refusal_table(refusals(cell.measured, block.groups)))
+    drawn = []
+    for cell in sweep.aligned[:MOST_CELLS]:
+        if (cell.measured.refused == 1).any():
+            title = f"Ratings of refused tasks and of the others: {cell.name}"
+            draw = partial(figures.refused_by_origin, title=title, table=_distribution(cell))
+            drawn.append(Figure(f"refused_{cell.name}", draw))
+    return Result(
+        "Refusals",
+        "Point-biserial r between being refused and the rating (the exact mean where there is one).",
+        (table("refusals", rows, "Refusal × rating"),),
+        figures=tuple(drawn),
+    )
+
+
+def _distribution(cell: Cell) -> pd.DataFrame:
+    """One row an origin, verdict and option: shares in the exact distribution, or else of the valid sampled ratings."""
+    measured = cell.measured
+    origins = np.array(measured.origins, dtype=object)
+    tables = []
+    for verdict in (1, 0):
+        groups = []
+        for origin in dict.fromkeys(measured.origins):
+            tasks = np.flatnonzero((measured.refused == verdict) & (origins == origin))
+            groups.append(Group(origin, tasks, Resamples.none(len(tasks))))
+        tables.append(distribution_table(measured, groups).assign(refused=verdict))
+    share = "sampled_share" if measured.exact is None else "exact_share"
+    return pd.concat(tables, ignore_index=True).rename(columns={share: "share"})

@@ -1,0 +1,139 @@
+"""What models said, one row a task or an answer: completions, sampled ratings, exact ratings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from prefs.data.template import Invalid
+from prefs.results.result import Result, Table
+from prefs.stages.records import Completion, Ratings
+from prefs.statistics.measured import Measured
+
+if TYPE_CHECKING:
+    from prefs.stages.context import CellContext, JobContext
+
+# Why a task may have no completion, and so is not rated.
+WITHOUT_COMPLETION = {
+    Invalid.too_long: "too long for the completer's context",
+    Invalid.thought_cut_off: "the completer's thought did not end: model.thinking.max_tokens",
+    Invalid.blocked: "blocked by the completer's server",
+}
+
+
+def completions(job: JobContext) -> Result:
+    """A job's completions and the verdicts on them."""
+    return Result(tables=(Table("completions", completions_table(job.completions, job.judged.refused), large=True),))
+
+
+def answers(cell: CellContext) -> Result:
+    """A cell's sampled and exact ratings, and the tasks that have none."""
+    ratings = cell.ratings
+    tables = [Table("ratings", answers_table(ratings))]
+    if cell.measured.exact is not None:
+        tables.append(Table("exact", exact_table(cell.measured)))
+    if ratings.thoughts is not None:
+        tables.append(Table("exact_by_thought", thoughts_table(ratings)))
+    return Result(tables=tuple(tables), remarks=tuple(_remarks(ratings)))
+
+
+def completions_table(completions: Sequence[Completion], refused: Sequence[bool | None]) -> pd.DataFrame:
+    """One row a task."""
+    tasks = [completion.task for completion in completions]
+    return pd.DataFrame(
+        {
+            "task": [task.id for task in tasks],
+            "origin": [task.origin for task in tasks],
+            "topic": [task.topic for task in tasks],
+            "prompt": [task.prompt for task in tasks],
+            "completion": [completion.text for completion in completions],
+            "finished": [completion.finished for completion in completions],
+            "invalid": [completion.invalid.value if completion.invalid else None for completion in completions],
+            "refused": pd.array(list(refused), dtype="boolean"),
+        }
+    )
+
+
+def answers_table(ratings: Ratings) -> pd.DataFrame:
+    """One row a task and rating seed: the answer as it was, the value read, or the reason why there is none."""
+    names = ["task", "origin", "seed", "answer", "value", "invalid", *(["thought"] if ratings.thinks else [])]
+    rows = [
+        {
+            "task": completion.task.id,
+            "origin": completion.task.origin,
+            "seed": answer.seed,
+            "answer": answer.text,
+            "value": answer.value,
+            "invalid": answer.invalid.value if answer.invalid else None,
+            "thought": answer.thought,
+        }
+        for completion, answers in zip(ratings.completions, ratings.answers, strict=True)
+        for answer in answers
+    ]
+    return pd.DataFrame(rows, columns=names)
+
+
+def exact_table(measured: Measured) -> pd.DataFrame:
+    """One row a task: each option's probability before renormalising, mean, variance and valid mass.
+
+    Of a rater that thinks they are of the mixture over its thoughts, with the part of the variance that is between
+    them.
+    """
+    assert measured.mass is not None
+    assert measured.exact is not None
+    table = pd.DataFrame({"task": measured.tasks, "origin": measured.origins})
+    for option, say in enumerate(measured.says):
+        table[f"p({say})"] = measured.mass[:, option]
+    table["mean"], table["variance"] = measured.exact.mean, measured.exact.variance
+    if measured.thinks:
+        table["between_thoughts"] = measured.exact.between
+    table["valid_mass"] = measured.exact.valid_mass
+    return table
+
+
+def thoughts_table(ratings: Ratings) -> pd.DataFrame:
+    """One row a task and thought: each option's probability after it, the thought, or why there is no rating."""
+    assert ratings.thoughts is not None
+    thoughts = ratings.thoughts
+    rows = [
+        {
+            "task": completion.task.id,
+            "origin": completion.task.origin,
+            "thought_seed": seed,
+            **{f"p({say})": thoughts.mass[row, k, option] for option, say in enumerate(ratings.template.says)},
+            "thought": thoughts.texts[row][k],
+            "invalid": reason.value if (reason := thoughts.invalid[row][k]) is not None else None,
+        }
+        for row, completion in enumerate(ratings.completions)
+        for k, seed in enumerate(thoughts.seeds)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _remarks(ratings: Ratings) -> list[str]:
+    remarks = []
+    for reason, why in WITHOUT_COMPLETION.items():
+        tasks = [completion.task.id for completion in ratings.completions if completion.invalid is reason]
+        if tasks:
+            remarks.append(f"{len(tasks)} task{'s' * (len(tasks) > 1)} without a completion ({why}): {_some(tasks)}.")
+    no_room = [
+        completion.task.id
+        for completion, answers in zip(ratings.completions, ratings.answers, strict=True)
+        if completion.invalid is None and any(answer.invalid is Invalid.too_long for answer in answers)
+    ]
+    if no_room:
+        remarks.append(
+            f"The question does not fit into the rater's context behind {len(no_room)} tasks: {_some(no_room)}."
+        )
+    invalid = ratings.invalid_counts()
+    if invalid:
+        counts = ", ".join(f"{count} {reason}" for reason, count in invalid.items())
+        asked = len(ratings.completions) * len(ratings.seeds)
+        remarks.append(f"{sum(invalid.values())} of {asked} sampled answers gave no rating: {counts}.")
+    return remarks
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
