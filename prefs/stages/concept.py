@@ -20,7 +20,7 @@ from prefs.data.task import Task
 from prefs.errors import UserError
 from prefs.models.architecture import Architecture
 from prefs.models.loading import Models, ModelSpec, identity
-from prefs.models.types import Sampling
+from prefs.models.types import Capture, Sampling
 from prefs.probes.outcome import NoProbe
 from prefs.probes.probe import Site
 from prefs.results import closing_concepts
@@ -28,7 +28,6 @@ from prefs.results import figures as plots
 from prefs.results.job_record import Doings
 from prefs.stages.dose_response import DoseResponse, arrows, dose_response
 from prefs.stages.probe import ProbeReport
-from prefs.stages.rate import CapturePlan
 from prefs.stages.records import Rated, Ratings
 from prefs.stages.steer import Arrow, Place, Responses, steer
 from prefs.statistics.measured import Measured
@@ -70,7 +69,7 @@ def extracted(
     tasks: Sequence[Task],
     completer: ModelSpec,
     rater: ModelSpec,
-    capture: CapturePlan | None,
+    capture: Capture | None,
     store: Store,
     models: Models,
     doings: Doings,
@@ -99,7 +98,7 @@ def extracted(
 
 
 def reader_of(
-    config: Config, completer: ModelSpec, rater: ModelSpec, capture: CapturePlan | None, store: Store, models: Models
+    config: Config, completer: ModelSpec, rater: ModelSpec, capture: Capture | None, store: Store, models: Models
 ) -> Reader | None:
     """What reads tasks under a job's conditions; None where it has no concept, or captures nothing in conversations."""
     positions = tuple(each for each in capture.positions if each in COMPLETION_POSITIONS) if capture else ()
@@ -113,6 +112,7 @@ def reader_of(
         capture=replace(capture, positions=positions),
         store=store,
         models=models,
+        dtype=config.capture.dtype.value,
     )
 
 

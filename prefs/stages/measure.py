@@ -13,12 +13,12 @@ from prefs.data.template import Template
 from prefs.errors import ConfigError
 from prefs.models.architecture import Architecture, architecture
 from prefs.models.loading import Models, ModelSpec, model_folder
-from prefs.models.types import Sampling
+from prefs.models.types import Capture, Sampling
 from prefs.results.job_record import Doings
 from prefs.stages.complete import complete
 from prefs.stages.concept import check_saved
 from prefs.stages.judge import Judged, judge
-from prefs.stages.rate import CapturePlan, rate
+from prefs.stages.rate import rate
 from prefs.stages.records import Completion, Rated
 from prefs.store.table import Store
 
@@ -66,7 +66,7 @@ def job_tasks(config: Config) -> list[Task]:
 class Sites:
     """What is captured, which layers are probed and steered, and the rater's architecture (None: nobody asked)."""
 
-    capture: CapturePlan | None
+    capture: Capture | None
     probed: tuple[int, ...]
     steered: tuple[int, ...]
     architecture: Architecture | None
@@ -91,8 +91,8 @@ def sites(config: Config, rater: ModelSpec) -> Sites:
     there = layers if steering.vector == "concept" else range(of.layers)
     steered = _numbered("steering.layers", steering.layers, of.layers, there, rater)
     check_saved(config, rater, steered, of)
-    plan = CapturePlan(layers, tuple(capture.positions), capture.dtype.value) if capture.positions else None
-    return Sites(plan, probed if config.probe.kind != "none" else (), steered, of)
+    captured = Capture(layers, tuple(capture.positions)) if capture.positions else None
+    return Sites(captured, probed if config.probe.kind != "none" else (), steered, of)
 
 
 def _numbered(key: str, wanted: Any, count: int, there: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ def measure(
     tasks: Sequence[Task],
     roles: Roles,
     templates: Mapping[str, Template],
-    capture: CapturePlan | None,
+    capture: Capture | None,
     store: Store,
     models: Models,
     doings: Doings,
@@ -137,6 +137,7 @@ def measure(
         exact=config.rating.exact,
         thoughts=config.rating.thoughts,
         capture=capture,
+        dtype=config.capture.dtype.value,
         system_prompt=config.rating.system_prompt,
         store=store,
         models=models,

@@ -30,8 +30,10 @@ from prefs.results.summary import columns, numeric
 from prefs.stages.records import Residuals
 from prefs.statistics.estimates import Resamples
 from prefs.statistics.measured import Measured
+from prefs.store.keys import digest
 from prefs.store.missing import share
-from prefs.store.table import Result, Store, digest
+from prefs.store.table import Store
+from prefs.store.vectors import StoredResult
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +181,7 @@ def probe(
 
 
 def _found_or_trained(
-    kept: Result, store: Store, train: Callable[[], Outcome | NoProbe]
+    kept: StoredResult, store: Store, train: Callable[[], Outcome | NoProbe]
 ) -> tuple[Outcome | NoProbe, bool]:
     """The outcome, and whether it was trained here; where jobs want the same at the same time, one of them trains."""
     found = _read(kept)
@@ -193,23 +195,23 @@ def _found_or_trained(
         nonlocal found
         found = found or _read(kept)
 
-    def compute(_: Result) -> None:
+    def compute(_: StoredResult) -> None:
         made.append(outcome := train())
         # What could not be had today may be there tomorrow.
         if isinstance(outcome, Outcome) and not outcome.without:
             kept.write(*taken_apart(outcome))
 
-    def lacking(_: Result) -> list[str]:
+    def lacking(_: StoredResult) -> list[str]:
         return [] if made or found is not None else [kept.key()]
 
-    share([kept], store.leases, lacking=lacking, compute=compute, refresh=refresh)
+    share([kept], store, leases=lacking, compute=compute, refresh=refresh)
     if found is not None:
         return found, False
     (outcome,) = made
     return outcome, True
 
 
-def _read(kept: Result) -> Outcome | None:
+def _read(kept: StoredResult) -> Outcome | None:
     content = kept.read()
     return None if content is None else put_together(*content)
 
