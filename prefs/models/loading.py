@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 from collections.abc import Iterable
@@ -18,9 +19,9 @@ from prefs.errors import ConfigError, UserError
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.openai.keys import key_of
 from prefs.models.tokens import Thinking
-from prefs.models.types import Backend, Usage
-from prefs.store.files import write_durably
-from prefs.store.table import canonical, digest, file_checksum
+from prefs.models.types import Engine, Usage
+from prefs.store.files import file_checksum, write_durably
+from prefs.store.keys import canonical, digest
 
 log = logging.getLogger(__name__)
 
@@ -115,18 +116,18 @@ class Models:
     Pickled, it is empty: a job that a cluster queues again, elsewhere and with what it was called with, loads its own.
     """
 
-    _loaded: dict[str, Backend] = field(default_factory=dict)
+    _loaded: dict[str, Engine] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[type[Models], tuple[()]]:
         return Models, ()
 
-    def get(self, spec: ModelSpec) -> Backend:
+    def get(self, spec: ModelSpec) -> Engine:
         """The engine of a spec, loaded now if it is not yet."""
         if spec.engine not in self._loaded:
             self._loaded[spec.engine] = self._load(spec)
         return self._loaded[spec.engine]
 
-    def _load(self, spec: ModelSpec) -> Backend:
+    def _load(self, spec: ModelSpec) -> Engine:
         return _load(spec)
 
     def usage(self) -> dict[str, Usage]:
@@ -140,20 +141,19 @@ class Models:
             self._loaded.pop(engine).close()
 
 
-def _load(spec: ModelSpec) -> Backend:
+# Where each back-end's engine is; imported when it is loaded.
+ENGINES = {
+    "transformer_lens": "prefs.models.local.engine.LocalEngine",
+    "vllm": "prefs.models.vllm.engine.VllmEngine",
+    "openai": "prefs.models.openai.engine.OpenAIEngine",
+}
+
+
+def _load(spec: ModelSpec) -> Engine:
     check_weights(spec)
     log.info("Loading %s (%s) with %s", spec.name, spec.dtype, spec.backend)
-    if spec.backend == "openai":
-        from prefs.models.openai.engine import OpenAIBackend
-
-        return OpenAIBackend.load(spec)
-    if spec.backend == "vllm":
-        from prefs.models.vllm.engine import VllmBackend
-
-        return VllmBackend.load(spec, model_folder(spec))
-    from prefs.models.local.engine import TransformerLensBackend
-
-    return TransformerLensBackend.load(spec, model_folder(spec))
+    module, name = ENGINES[spec.backend].rsplit(".", 1)
+    return getattr(importlib.import_module(module), name).load(spec, model_folder(spec))
 
 
 def has_weights(spec: ModelSpec) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -224,9 +224,9 @@ class Engine(Protocol):
     rows_apart: bool
 
     def tokens(self, request: Request) -> int:
-        """Number of tokens of a request's prompt: the conversation alone where it is only captured; with the
-        assistant's turn (and the question) opened where anything is drawn or scored, and then with those of a whole
-        thought, for a model that thinks. Without those of the answer.
+        """Number of tokens of a request's prompt: of the conversation alone where it is only captured; with the
+        assistant's turn opened for a completion or a choice; with the question and its longest option where there is
+        one. With those of a whole thought, for a model that thinks; without those of the answer.
 
         Where only a server tokenizes, a low estimate: it is the server that finds a prompt too long.
         """
