@@ -21,7 +21,7 @@ import pytest
 from conftest import template
 from fault_server import Asked, FaultServer, Say, chat, error, likeliest, serving
 
-from prefs.config import ApiConfig, ModelConfig
+from prefs.config import ApiConfig, ModelConfig, ThinkingConfig
 from prefs.data.task import Task
 from prefs.data.template import Invalid
 from prefs.errors import ConfigError, UserError
@@ -30,7 +30,6 @@ from prefs.models.openai import server as served
 from prefs.models.openai.engine import OpenAIEngine
 from prefs.models.openai.refusals import asked_wait
 from prefs.models.sampling import row_seed
-from prefs.models.tokens import Thinking
 from prefs.models.types import Capture, Message, Question, Reply, Request, Sample, Sampling, Score
 from prefs.stages.complete import complete
 from prefs.stages.rate import rate
@@ -42,7 +41,7 @@ SHORT = Sampling(1.0, 1.0, 5)
 SCALE = Question("How much, from 1 to 5?", ("1", "2", "3", "4", "5"))
 TO_TEN = Question("0 to 10?", tuple(str(value) for value in range(11)))
 VERDICT = ("refusal", "compliance")
-THINKS = Thinking(max_tokens=100)
+THINKS = ThinkingConfig(max_tokens=100)
 
 
 @pytest.fixture(autouse=True)
@@ -523,7 +522,7 @@ def test_a_refused_row_is_stored_with_its_reason(tmp_path):
     assert (again, work.computed) == (completions, 0)
 
 
-@pytest.mark.parametrize("thinking", [None, Thinking()])
+@pytest.mark.parametrize("thinking", [None, ThinkingConfig()])
 def test_a_question_that_a_server_refuses_has_its_reason_at_every_seed(thinking):
     def answer(asked: Asked) -> Say:
         if asked.body["messages"][0]["content"] == "long":
@@ -625,7 +624,7 @@ def test_an_opening_is_given_only_to_servers_that_go_on_with_it():
         assert body["messages"][-1] == {"role": "assistant", "content": "Answer: "}
         assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
     with (
-        serving_engine(echo, prefill=True, thinking=Thinking()) as (engine, _),
+        serving_engine(echo, prefill=True, thinking=ThinkingConfig()) as (engine, _),
         pytest.raises(ConfigError, match=r"thinks"),
     ):
         replies(engine, rows)
@@ -827,7 +826,7 @@ def test_log_probabilities_that_do_not_belong_to_the_answer():
 
 def test_a_server_ends_its_models_thoughts():
     with serving(echo) as server, pytest.raises(ConfigError, match=r"force_close"):
-        OpenAIEngine.load(spec_of(server, thinking=Thinking(force_close=True)))
+        OpenAIEngine.load(spec_of(server, thinking=ThinkingConfig(force_close=True)))
 
 
 def test_a_refusal_field_is_what_was_said():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 
+from prefs.config import ThinkingConfig
 from prefs.models.openai.engine import control_texts
 from prefs.models.openai.refusals import refusal_of_row, words
 from prefs.models.openai.replies import (
@@ -22,7 +23,6 @@ from prefs.models.openai.replies import (
     read_listing,
     read_usage,
 )
-from prefs.models.tokens import Thinking
 from prefs.models.types import Message, Usage
 
 JSON = st.recursive(
@@ -63,7 +63,7 @@ def test_an_answer_with_anything_in_any_place_is_read_or_malformed(path, value):
         return
     assert isinstance(answer.text, str)
     assert answer.tokens >= 0
-    for thinking in (None, Thinking()):
+    for thinking in (None, ThinkingConfig()):
         assert isinstance(part(answer, thinking), Parted)
     for position in answer.positions or ():
         assert all(0 <= p < math.inf for p in position.top.values())
@@ -113,17 +113,17 @@ def test_a_refusal_of_everything_is_not_taken_for_a_rows(status, message):
 @pytest.mark.parametrize(
     ("answer", "thinking", "parted"),
     [
-        (Answer("<think>a</think>\n\n4"), Thinking(), Parted("4", "a", True)),
-        (Answer("a</think>4</think>"), Thinking(), Parted("4</think>", "a", True)),
-        (Answer("\n<think>\na\n</think>\n4 "), Thinking(), Parted("4 ", "\na\n", True)),
-        (Answer("4"), Thinking(), Parted("4", None, True)),
-        (Answer("<think>a"), Thinking(), Parted("", "a", False)),
-        (Answer("a", finish="length"), Thinking(), Parted("", "a", False)),
-        (Answer("4 and", finish="length", hidden_tokens=3), Thinking(), Parted("4 and", None, True)),
-        (Answer("\n4", thought="a"), Thinking(), Parted("4", "a", True)),
-        (Answer("4 and", thought="a", finish="length"), Thinking(), Parted("4 and", "a", True)),
-        (Answer("", thought="a", finish="length"), Thinking(), Parted("", "a", False)),
-        (Answer("", thought="a", finish="stop"), Thinking(), Parted("", "a", True)),
+        (Answer("<think>a</think>\n\n4"), ThinkingConfig(), Parted("4", "a", True)),
+        (Answer("a</think>4</think>"), ThinkingConfig(), Parted("4</think>", "a", True)),
+        (Answer("\n<think>\na\n</think>\n4 "), ThinkingConfig(), Parted("4 ", "\na\n", True)),
+        (Answer("4"), ThinkingConfig(), Parted("4", None, True)),
+        (Answer("<think>a"), ThinkingConfig(), Parted("", "a", False)),
+        (Answer("a", finish="length"), ThinkingConfig(), Parted("", "a", False)),
+        (Answer("4 and", finish="length", hidden_tokens=3), ThinkingConfig(), Parted("4 and", None, True)),
+        (Answer("\n4", thought="a"), ThinkingConfig(), Parted("4", "a", True)),
+        (Answer("4 and", thought="a", finish="length"), ThinkingConfig(), Parted("4 and", "a", True)),
+        (Answer("", thought="a", finish="length"), ThinkingConfig(), Parted("", "a", False)),
+        (Answer("", thought="a", finish="stop"), ThinkingConfig(), Parted("", "a", True)),
         # Nobody thinks without being said to.
         (Answer("<think>a</think>4"), None, Parted("<think>a</think>4", None, True)),
         (Answer(" 4", finish="length"), None, Parted(" 4", None, True)),
@@ -138,8 +138,8 @@ def test_the_first_token_of_an_answer_that_is_empty_is_what_came_instead():
     body = chat("", logprobs=likeliest(("</think>", {}), ("<|im_end|>", end)))
     positions = read_answer(received(body)).positions
     assert positions is not None
-    assert first_of_answer(positions, "", Thinking()) == pytest.approx(end)
-    assert first_of_answer(positions[:1], "", Thinking()) == {}
+    assert first_of_answer(positions, "", ThinkingConfig()) == pytest.approx(end)
+    assert first_of_answer(positions[:1], "", ThinkingConfig()) == {}
 
 
 def test_what_looks_like_a_control_token():

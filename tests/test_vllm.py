@@ -18,16 +18,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATES, template
+from prefs.models.options import ask, option_masses
 from scipy.stats import chisquare
 
-from prefs.config import VllmConfig
+from prefs.config import ThinkingConfig, VllmConfig
 from prefs.data.task import Task
 from prefs.data.template import Invalid
 from prefs.errors import ConfigError, UserError
 from prefs.models.loading import Models
-from prefs.models.options import ask, option_masses
-from prefs.models.tokens import Message, Thinking
-from prefs.models.types import Ask, CaptureRequest, Question, Sampling
+from prefs.models.types import Ask, CaptureRequest, Message, Question, Sampling
 from prefs.stages.complete import complete
 from prefs.stages.rate import rate
 from prefs.store.table import Store
@@ -74,7 +73,7 @@ def thinker(engine, spec):
     """The same engine, with the embedded model's first sentence taken for a thought."""
 
     def make(max_tokens: int, force_close: bool):
-        thinking = Thinking(open="", close=".", gap=" ", max_tokens=max_tokens, force_close=force_close)
+        thinking = ThinkingConfig(open="", close=".", gap=" ", max_tokens=max_tokens, force_close=force_close)
         thoughtful = dataclasses.replace(spec, thinking=thinking)
         return type(engine)(lambda: engine._engines, engine.encoder.tokenizer, engine._stops, thoughtful)
 

@@ -18,7 +18,6 @@ from prefs.config import ApiConfig, ModelConfig, ThinkingConfig, VllmConfig
 from prefs.errors import ConfigError, UserError
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.openai.keys import key_of
-from prefs.models.tokens import Thinking
 from prefs.models.types import Engine, Usage
 from prefs.store.files import file_checksum, write_durably
 from prefs.store.keys import canonical, digest
@@ -51,7 +50,7 @@ class ModelSpec:
     batch_tokens: int = 8192
     prefill: str = ""
     chat_template_kwargs: str = "{}"
-    thinking: Thinking | None = None
+    thinking: ThinkingConfig | None = None
     vllm: VllmConfig = field(default_factory=VllmConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
 
@@ -80,7 +79,7 @@ class ModelSpec:
             batch_tokens=config.batch_tokens or BATCH_TOKENS[config.backend],
             prefill=config.prefill,
             chat_template_kwargs=json.dumps(config.chat_template_kwargs, sort_keys=True),
-            thinking=_thinking(config.thinking),
+            thinking=config.thinking if config.thinking.enabled else None,
             vllm=config.vllm,
             api=config.api,
         )
@@ -101,12 +100,6 @@ class ModelSpec:
         shared = [self.path, self.revision, self.dtype, self.device, self.max_context, self.chat_template_kwargs]
         thinking = None if self.thinking is None else asdict(self.thinking)
         return canonical([self.backend, *shared, thinking, own[self.backend]])
-
-
-def _thinking(config: ThinkingConfig) -> Thinking | None:
-    if not config.enabled:
-        return None
-    return Thinking(config.open, config.close, config.gap, config.max_tokens, config.force_close)
 
 
 @dataclass
@@ -223,7 +216,7 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
         if telling:
             known["engine"] = telling
     if spec.thinking is not None:
-        known["thinking"] = asdict(spec.thinking)
+        known["thinking"] = {key: value for key, value in asdict(spec.thinking).items() if key != "enabled"}
     if json.loads(spec.chat_template_kwargs):
         known["chat_template_kwargs"] = json.loads(spec.chat_template_kwargs)
     if spec.max_context is not None:

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 from tokenizers import Tokenizer
 
+from prefs.config import ThinkingConfig
 from prefs.errors import UserError
 from prefs.models.chat_template import PLACEHOLDER, ChatTemplate, placeholder
 from prefs.models.types import Message, as_dicts
@@ -27,17 +28,6 @@ if TYPE_CHECKING:  # it takes a second, and a job that finds everything in the s
 
 # The variable that turns thinking off in chat templates that know it (Qwen3's, SmolLM3's, GLM's).
 THINKING_SWITCH = "enable_thinking"
-
-
-@dataclass(frozen=True)
-class Thinking:
-    """How a model marks its thought, and how long it may think; see `prefs.config.ThinkingConfig`."""
-
-    open: str = "<think>"
-    close: str = "</think>"
-    gap: str = "\n\n"
-    max_tokens: int = 4096
-    force_close: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +52,7 @@ class ChatEncoder:
         self,
         tokenizer: PreTrainedTokenizerFast,
         template_kwargs: Mapping[str, Any] | None = None,
-        thinking: Thinking | None = None,
+        thinking: ThinkingConfig | None = None,
     ):
         if not tokenizer.is_fast:
             raise UserError(f"{tokenizer.name_or_path}: needs a fast tokenizer (a tokenizer.json)")

@@ -18,7 +18,7 @@ from prefs.models.openai.refusals import words
 from prefs.models.types import Usage
 
 if TYPE_CHECKING:
-    from prefs.models.tokens import Thinking
+    from prefs.config import ThinkingConfig
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Parted:
     closed: bool
 
 
-def part(answer: Answer, thinking: Thinking | None) -> Parted:
+def part(answer: Answer, thinking: ThinkingConfig | None) -> Parted:
     """The text and the thought of an answer.
 
     A server may send the thought in a field of its own, leave it in the text between its marks (without the opening
@@ -164,7 +164,7 @@ def part(answer: Answer, thinking: Thinking | None) -> Parted:
     return Parted(text.lstrip(), None, closed=True)
 
 
-def first_of_answer(positions: Sequence[Position], answer: str, thinking: Thinking | None) -> Mapping[str, float]:
+def first_of_answer(positions: Sequence[Position], answer: str, thinking: ThinkingConfig | None) -> Mapping[str, float]:
     """The likeliest tokens where the answer begins.
 
     Of a model that thinks, that is the first token after the thought's end that is not blank; or the first of all, if
