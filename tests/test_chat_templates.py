@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -388,7 +387,7 @@ def test_shipped_models_think_as_their_template_does(tokenizers, model, template
     with shipped_configs():
         config = typed(compose("config", overrides=[f"model={model}"])).model
     spec = ModelSpec.from_config(dataclasses.replace(config, device="cpu"))
-    encoder = ChatEncoder(tokenizers[template], json.loads(spec.chat_template_kwargs), spec.thinking)
+    encoder = ChatEncoder(tokenizers[template], spec.chat_template_kwargs, spec.thinking)
     assert not [note for note in encoder.notes(model) if "think" in note]
     opened = encoder.template.opened_turn()
     assert ("<think>" in opened) == (model in ("qwen32b_nothink", "qwen1_7b"))

@@ -553,7 +553,7 @@ def test_an_answer_that_the_servers_context_cut_short_is_too_long():
 
 def test_what_is_asked_for():
     extra = {"provider": {"sort": "price"}}
-    with serving_engine(echo, chat_template_kwargs='{"enable_thinking": false}', extra_body=extra) as (engine, server):
+    with serving_engine(echo, chat_template_kwargs={"enable_thinking": False}, extra_body=extra) as (engine, server):
         texts(engine, "p", "q", seed=7, sampling=Sampling(0.7, 0.9, 5))
     body = next(asked.body for asked in server.asked if asked.prompt == "p")
     assert body == {

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,19 @@ SERVED = "served"
 BATCH_TOKENS = {"transformer_lens": 8192, "vllm": 262_144, "openai": 65_536}
 # Of vLLM's own arguments, those that change what a model computes.
 VLLM_RESULTS = ("hf_overrides", "kv_cache_dtype", "quantization_config", "load_format", "disable_sliding_window")
+# Where each back-end's engine is, a class with `load(spec, folder)`; imported when it is needed.
+ENGINES = {
+    "transformer_lens": "prefs.models.local.engine.LocalEngine",
+    "vllm": "prefs.models.vllm.engine.VllmEngine",
+    "openai": "prefs.models.openai.engine.OpenAIEngine",
+}
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything needed to load a model, and nothing else; specs with the same `engine` share one loaded model."""
+    """What of a `ModelConfig` is needed to load the model, resolved for this machine: its precision, its batches, and
+    whether it thinks. Specs with the same `engine` share one loaded model."""
 
     name: str
     path: str
@@ -49,7 +55,7 @@ class ModelSpec:
     max_context: int | None = None
     batch_tokens: int = 8192
     prefill: str = ""
-    chat_template_kwargs: str = "{}"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     thinking: ThinkingConfig | None = None
     vllm: VllmConfig = field(default_factory=VllmConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
@@ -66,40 +72,18 @@ class ModelSpec:
         served = config.backend == "openai"
         if served:
             key_of(config.api)
-        return cls(
-            name=config.name,
-            path=config.path,
-            backend=config.backend,
-            revision=config.revision,
-            dtype=SERVED if served else resolve_dtype(config.dtype.value, resolve_device(config.device)),
-            device=config.device,
-            device_map=config.device_map,
-            attn_implementation=config.attn_implementation,
-            max_context=config.max_context,
-            batch_tokens=config.batch_tokens or BATCH_TOKENS[config.backend],
-            prefill=config.prefill,
-            chat_template_kwargs=json.dumps(config.chat_template_kwargs, sort_keys=True),
-            thinking=config.thinking if config.thinking.enabled else None,
-            vllm=config.vllm,
-            api=config.api,
-        )
-
-    @property
-    def rows_apart(self) -> bool:
-        """Whether a row's numbers do not depend on the rows beside it, so that only missing ones need be asked for."""
-        return self.backend != "transformer_lens"
+        resolved: dict[str, Any] = {
+            "dtype": SERVED if served else resolve_dtype(config.dtype.value, resolve_device(config.device)),
+            "batch_tokens": config.batch_tokens or BATCH_TOKENS[config.backend],
+            "thinking": config.thinking if config.thinking.enabled else None,
+        }
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__} | resolved)
 
     @property
     def engine(self) -> str:
         """What two specs must share to be served by one loaded model."""
-        own = {
-            "transformer_lens": [self.device_map, self.attn_implementation],
-            "vllm": asdict(self.vllm),
-            "openai": asdict(self.api),
-        }
-        shared = [self.path, self.revision, self.dtype, self.device, self.max_context, self.chat_template_kwargs]
-        thinking = None if self.thinking is None else asdict(self.thinking)
-        return canonical([self.backend, *shared, thinking, own[self.backend]])
+        apart = ("name", "prefill", "batch_tokens")
+        return canonical({key: value for key, value in asdict(self).items() if key not in apart})
 
 
 @dataclass
@@ -121,7 +105,11 @@ class Models:
         return self._loaded[spec.engine]
 
     def _load(self, spec: ModelSpec) -> Engine:
-        return _load(spec)
+        check_weights(spec)
+        log.info("Loading %s (%s) with %s", spec.name, spec.dtype, spec.backend)
+        module, name = ENGINES[spec.backend].rsplit(".", 1)
+        engine = getattr(importlib.import_module(module), name)
+        return engine.load(spec, None if spec.backend == "openai" else model_folder(spec))
 
     def usage(self) -> dict[str, Usage]:
         """What each loaded engine has spent so far, by `ModelSpec.engine`."""
@@ -132,21 +120,6 @@ class Models:
         wanted = {spec.engine for spec in specs}
         for engine in set(self._loaded) - wanted:
             self._loaded.pop(engine).close()
-
-
-# Where each back-end's engine is; imported when it is loaded.
-ENGINES = {
-    "transformer_lens": "prefs.models.local.engine.LocalEngine",
-    "vllm": "prefs.models.vllm.engine.VllmEngine",
-    "openai": "prefs.models.openai.engine.OpenAIEngine",
-}
-
-
-def _load(spec: ModelSpec) -> Engine:
-    check_weights(spec)
-    log.info("Loading %s (%s) with %s", spec.name, spec.dtype, spec.backend)
-    module, name = ENGINES[spec.backend].rsplit(".", 1)
-    return getattr(importlib.import_module(module), name).load(spec, model_folder(spec))
 
 
 def has_weights(spec: ModelSpec) -> bool:
@@ -217,8 +190,8 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
             known["engine"] = telling
     if spec.thinking is not None:
         known["thinking"] = {key: value for key, value in asdict(spec.thinking).items() if key != "enabled"}
-    if json.loads(spec.chat_template_kwargs):
-        known["chat_template_kwargs"] = json.loads(spec.chat_template_kwargs)
+    if spec.chat_template_kwargs:
+        known["chat_template_kwargs"] = dict(spec.chat_template_kwargs)
     if spec.max_context is not None:
         known["max_context"] = spec.max_context
     if spec.backend == "openai":

@@ -6,7 +6,6 @@ values are kept, and each question goes on from there.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -56,7 +55,7 @@ class LocalEngine:
     def __init__(self, bridge: Any, tokenizer: Any, spec: ModelSpec):
         self.bridge = bridge
         self.spec = spec
-        self.encoder = ChatEncoder(tokenizer, json.loads(spec.chat_template_kwargs), spec.thinking)
+        self.encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
         model = bridge.original_model
         self.d_model = int(bridge.cfg.d_model)
         self.max_context = spec.max_context or int(model.config.get_text_config().max_position_embeddings)

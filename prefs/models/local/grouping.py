@@ -131,7 +131,7 @@ def by_beginning(doses: Sequence[Steerings]) -> dict[str, list[int]]:
 
 
 def spans_of_answer(prompt: Prompt) -> dict[str, Span]:
-    """Token ranges, as `Steering.at` names them, of a conversation with a question and of what is generated after it."""
+    """Token ranges, as `Steering.at` names them, of a conversation with a question and of what comes after it."""
     return {
         "all": (0, OPEN),
         "last": (len(prompt.ids) - 1, OPEN),

@@ -7,7 +7,6 @@ where the answer begins (``top_logprobs``), as text.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -100,7 +99,7 @@ class OpenAIEngine:
         if spec.thinking is not None and spec.thinking.force_close:
             raise ConfigError("model.thinking.force_close", True, "false, since a server ends its model's thoughts")
         extra = dict(spec.api.extra_body)
-        if template := json.loads(spec.chat_template_kwargs):
+        if template := spec.chat_template_kwargs:
             extra["chat_template_kwargs"] = {**extra.get("chat_template_kwargs", {}), **template}
         server = Server(spec.path, spec.api, key_of(spec.api), extra)
         try:

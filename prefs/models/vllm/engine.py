@@ -7,7 +7,6 @@ the prefix cache makes the points after the first cheap.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +58,7 @@ class VllmEngine:
 
     def __init__(self, start: Callable[[], Workers], tokenizer: Any, stops: frozenset[int], spec: ModelSpec):
         self.spec = spec
-        self.encoder = ChatEncoder(tokenizer, json.loads(spec.chat_template_kwargs), spec.thinking)
+        self.encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
         self._stops = stops
         self._start = start
         self._workers = start()
