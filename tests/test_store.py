@@ -183,6 +183,12 @@ def test_rows_of_many_parts_are_found_each_by_its_key(store, monkeypatch):
         rows["nothing"]
 
 
+def test_rows_stored_before_there_was_a_column_are_read(store):
+    _, rows = fill(store)
+    wider = pa.schema([*SCHEMA, ("thought", pa.string())])
+    assert store.table("t", SPEC, wider).rows == {key: {**row, "thought": None} for key, row in rows.items()}
+
+
 def test_whoever_may_read_the_users_files_may_read_parts(store):
     before = os.umask(0o027)
     try:

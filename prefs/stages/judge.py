@@ -23,7 +23,7 @@ from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
 from prefs.store.table import Store
 
 VERDICTS = pa.schema([("verdict", pa.string()), ("invalid", pa.string())])
-JUDGES = {"phrases": "prefs.stages.judge.judged_by_phrases", "llm": "prefs.stages.judge.judged_by_model"}
+JUDGES = {"phrases": "prefs.stages.judge.judged_by_phrases", "llm": "prefs.stages.judge.judged_by_llm"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().replace("’", "'").split())
 
 
-def judged_by_model(config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models) -> Judged:
+def judged_by_llm(config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models) -> Judged:
     """A model is shown the task and the completion, and answers with one of two words and nothing else."""
     assert config.model is not None
     spec = ModelSpec.from_config(config.model)

@@ -83,27 +83,27 @@ def sites(config: Config, rater: ModelSpec) -> Sites:
     capture, steering = config.capture, config.steering
     if not capture.positions and steering.vector == "none":
         return Sites(None, (), (), None)
-    of = architecture(model_folder(rater), rater.revision)
+    shape = architecture(model_folder(rater), rater.revision)
     layers: tuple[int, ...] = ()
     if capture.positions:
-        layers = _numbered("capture.layers", capture.layers, of.layers, range(of.layers), rater)
-    probed = _numbered("probe.layers", config.probe.layers, of.layers, layers, rater)
-    there = layers if steering.vector == "concept" else range(of.layers)
-    steered = _numbered("steering.layers", steering.layers, of.layers, there, rater)
-    check_saved(config, rater, steered, of)
+        layers = _numbered("capture.layers", capture.layers, shape.layers, range(shape.layers), rater)
+    probed = _numbered("probe.layers", config.probe.layers, shape.layers, layers, rater)
+    steerable = layers if steering.vector == "concept" else range(shape.layers)
+    steered = _numbered("steering.layers", steering.layers, shape.layers, steerable, rater)
+    check_saved(config, rater, steered, shape)
     captured = Capture(layers, tuple(capture.positions)) if capture.positions else None
-    return Sites(captured, probed if config.probe.kind != "none" else (), steered, of)
+    return Sites(captured, probed if config.probe.kind != "none" else (), steered, shape)
 
 
-def _numbered(key: str, wanted: Any, count: int, there: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
-    """Layers by their numbers from 0, of those that are there."""
+def _numbered(key: str, wanted: Any, count: int, allowed: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
+    """Layers by their numbers from 0, of those that are allowed."""
     if wanted == "all":
-        return tuple(there)
+        return tuple(allowed)
     for layer in wanted:
         if not -count <= layer < count:
             raise ConfigError(key, layer, f"all, or from {-count} to {count - 1} ({rater.name})")
-        if layer % count not in there:
-            raise ConfigError(key, layer, f"a layer that is captured ({', '.join(map(str, there))})")
+        if layer % count not in allowed:
+            raise ConfigError(key, layer, f"a layer that is captured ({', '.join(map(str, allowed))})")
     return tuple(dict.fromkeys(layer % count for layer in wanted))
 
 
