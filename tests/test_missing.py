@@ -21,7 +21,8 @@ from prefs.errors import UserError
 from prefs.models.types import Capture, Message, Question, Reply, Request, Sample, Sampling, Score
 from prefs.stages.rate import ANSWERS, SCORES
 from prefs.stages.records import sample_row, score_row
-from prefs.store.missing import Record, ReplyTable, ReplyVectors, Unit, Wanted, batches, fill, share
+from prefs.store.leases import share
+from prefs.store.missing import Record, ReplyTable, ReplyVectors, Unit, Wanted, batches, fill
 from prefs.store.table import Store
 
 TERM_S = 1.0

@@ -31,7 +31,7 @@ from prefs.stages.records import Residuals
 from prefs.statistics.estimates import Resamples
 from prefs.statistics.measured import Measured
 from prefs.store.keys import digest
-from prefs.store.missing import share
+from prefs.store.leases import share
 from prefs.store.table import Store
 from prefs.store.vectors import StoredResult
 

@@ -2,42 +2,27 @@
 
 A stage says which conversations it has (`Unit`), what it wants of each (`Wanted`: a whole request, and the records
 that are parts of its reply), and where records are kept (`ReplyTable`, `ReplyVectors`). `fill` does the rest.
-
-Leases are files in the store's folder ``leases``, of hosts that share it without locks and without clocks that agree.
-Nothing depends on them but work saved: records are keyed by content and parts appear whole or not at all, so that a
-job that was taken for dead, and goes on beside its heir, writes the same records a second time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from filelock import SoftFileLease, Timeout
 
-from prefs.errors import UserError
 from prefs.progress import progress
+from prefs.store.leases import share
 from prefs.store.table import Store, Table
 from prefs.store.vectors import Vectors
 
 if TYPE_CHECKING:
     from prefs.models.types import Engine, Reply, Request
 
-log = logging.getLogger(__name__)
-
-LOOK_AGAIN_S = (0.05, 2.0)  # at first, and in the end
-# File systems that cannot exchange two files (NFS) leave a dead job's lease to be removed by whoever waits for so long.
-REMOVED_AFTER_TERMS = 1.25
 # A part of a reply: "samples" or "scores" with their seed, "residuals" with their position, "choice", or all of it.
 Part = tuple[str, int | str | None]
-Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +126,7 @@ class Wanted:
         if ("reply", None) in parts:
             return request
         capture = request.capture
-        positions = tuple(each for each in capture.positions if ("residuals", each) in parts) if capture else ()
+        positions = tuple(p for p in capture.positions if ("residuals", p) in parts) if capture else ()
         scored = {which for part, which in parts if part == "scores"}
         if "rating" in positions:
             scored.add(self.thought)
@@ -206,26 +191,26 @@ def fill(
     model = engine()
     batches = [part for batch in _cut(units, model, budget) for part in _parted(batch, at_once)]
     lacking = {unit.key: unit for unit in units if unit.lacking}
-    kept = {record.kept: None for unit in units for wanted in unit.wanted for record in wanted.records}
+    collections = {record.kept: None for record in _records(units)}
     with progress(label, len(lacking)) as advance:
 
         def leases(batch: Sequence[Unit]) -> list[str]:
             keys: dict[object, list[str]] = {}
             for record in _records(batch):
                 keys.setdefault(record.kept, []).append(record.key)
-            wanted = {record.kept for record in _records(batch) if record.lacking}
+            lacked = {record.kept for record in _records(batch) if record.lacking}
             done = [unit.key for unit in batch if unit.key in lacking and not lacking[unit.key].lacking]
             for key in done:
                 del lacking[key]
             advance(len(done))
-            return [hashlib.sha256("".join(keys[each]).encode()).hexdigest() for each in wanted]
+            return [hashlib.sha256("".join(keys[kept]).encode()).hexdigest() for kept in lacked]
 
         def compute(batch: Sequence[Unit]) -> None:
             _run(_narrowed(batch, model.rows_apart), model)
 
         def refresh() -> None:
-            for each in kept:
-                each.refresh()
+            for kept in collections:
+                kept.refresh()
 
         share(batches, store, leases=leases, compute=compute, refresh=refresh)
 
@@ -238,36 +223,39 @@ def _cut(units: Sequence[Unit], engine: Engine, budget: int) -> list[list[Unit]]
     """Batches of units of which the same fits into the engine's context; what does not is recorded as too long."""
     alike: dict[tuple[int, ...], dict[str, Unit]] = {}
     lengths: dict[str, int] = {}
-    too_long: dict[object, list[tuple[Record, None]]] = {}
+    too_long: dict[Any, list[tuple[Record, None]]] = {}
     for unit in units:
-        counted: dict[object, int] = {}  # of each question once, however many steerings it has
-
-        def tokens(request: Request, counted: dict[object, int] = counted) -> int:
-            counts = request.question, bool(request.seeds)
-            if counts not in counted:
-                counted[counts] = engine.tokens(request)
-            return counted[counts]
-
+        *tokens, length = _tokens([*(wanted.request for wanted in unit.wanted), unit.measured], engine)
         fitting = []
-        for wanted in unit.wanted:
-            free, fits = engine.max_context - tokens(wanted.request), []
+        for wanted, count in zip(unit.wanted, tokens, strict=True):
+            fits = []
             for record in wanted.records:
-                if record.room(wanted.request) <= free:
+                if count + record.room(wanted.request) <= engine.max_context:
                     fits.append(record)
                 elif record.lacking:
                     too_long.setdefault(record.kept, []).append((record, None))
             fitting.append(replace(wanted, records=tuple(fits)))
         shape = tuple(len(wanted.records) for wanted in fitting)
         if any(shape):
-            lengths[unit.key] = tokens(unit.measured) + unit.allowance
+            lengths[unit.key] = length + unit.allowance
             alike.setdefault(shape, {})[unit.key] = replace(unit, wanted=tuple(fitting))
-    for records in too_long.values():
-        records[0][0].kept.write(records)
+    for kept, records in too_long.items():
+        kept.write(records)
     return [
         [group[key] for key in batch]
         for group in alike.values()
         for batch in batches({key: lengths[key] for key in group}, budget)
     ]
+
+
+def _tokens(requests: Sequence[Request], engine: Engine) -> list[int]:
+    """Tokens of the requests of one conversation, counted once where they differ in their steering alone."""
+    counted: dict[object, int] = {}
+    for request in requests:
+        prompt = request.question, bool(request.seeds)
+        if prompt not in counted:
+            counted[prompt] = engine.tokens(request)
+    return [counted[request.question, bool(request.seeds)] for request in requests]
 
 
 def batches(lengths: Mapping[str, int], budget: int) -> list[list[str]]:
@@ -320,122 +308,3 @@ def _run(asked: Sequence[tuple[Wanted, Request]], engine: Engine) -> None:
                     brought.setdefault(record.kept, []).append((record, replies[number]))
         for kept, records in brought.items():
             kept.write(records)
-
-
-def share(
-    batches: Sequence[Batch],
-    store: Store,
-    *,
-    leases: Callable[[Batch], Collection[str]],
-    compute: Callable[[Batch], None],
-    refresh: Callable[[], None],
-) -> None:
-    """Have all batches computed, by this job or by others that are at the same ones.
-
-    A batch that another job holds is left until the others are done; then it is waited for, or taken over once that
-    job is dead.
-
-    Parameters
-    ----------
-    leases
-        The names of the leases that a batch needs, as far as is known. None: the store lacks nothing of it.
-    compute
-        Computes what is lacking of a batch and writes it to the store.
-    refresh
-        Reads what others have written since.
-
-    Raises
-    ------
-    UserError
-        If the store cannot be written to.
-    """
-    left, told, pause = list(batches), False, LOOK_AGAIN_S[0]
-    ours = _Leases(store.root / "leases", store.lease_s)
-    while left:
-        held = []
-        for batch in left:
-            names = leases(batch)
-            if not names:
-                continue
-            if not ours.take(names):
-                held.append(batch)
-                continue
-            try:
-                refresh()  # whoever held it before may have done it
-                if leases(batch):
-                    compute(batch)
-                    leases(batch)
-            finally:
-                ours.release()
-        if held and len(held) == len(left):
-            if not told:
-                log.info("Waiting for what other jobs are computing (%s)", ", ".join(sorted(ours.others())))
-                told = True
-            time.sleep(pause)
-            pause = min(2 * pause, LOOK_AGAIN_S[1])
-            refresh()
-        else:
-            pause = LOOK_AGAIN_S[0]
-        left = held
-
-
-@dataclass
-class _Leases:
-    """The leases that this job holds, and those of others that it waits for. With a term of 0 nothing is leased."""
-
-    folder: Path
-    term_s: float
-    held: list[SoftFileLease] = field(default_factory=list)
-    # By name, those that others hold; when each last changed, by this host's clock, tells whether its holder is alive.
-    waited_for: dict[str, SoftFileLease] = field(default_factory=dict)
-    changed: dict[str, tuple[object, float]] = field(default_factory=dict)
-
-    def take(self, names: Iterable[str]) -> bool:
-        """Take all of these leases, or none; in one order, so that of two jobs that want some of the same one gets all.
-
-        Raises
-        ------
-        UserError
-            If the store cannot be written to.
-        """
-        if not self.term_s:
-            return True
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in sorted(set(names)):
-                # All that contend for a lease must agree on its term.
-                path = self.folder / f"{name}-{self.term_s:g}"
-                lease = self.waited_for.pop(name, None) or SoftFileLease(path, lease_duration=self.term_s, timeout=0)
-                try:
-                    lease.acquire()
-                except Timeout:
-                    self.waited_for[name] = lease
-                    self._break_if_dead(name, path)
-                    self.release()
-                    return False
-                self.held.append(lease)
-        except OSError as error:
-            self.release()
-            raise UserError(f"cannot write to the store at {self.folder}: {error.strerror}") from None
-        return True
-
-    def _break_if_dead(self, name: str, path: Path) -> None:
-        with contextlib.suppress(OSError):
-            stat = path.stat()
-            state = stat.st_mtime_ns, stat.st_ino
-            before, since = self.changed.get(name, (None, 0.0))
-            if state != before:
-                self.changed[name] = state, time.monotonic()
-            elif time.monotonic() - since > REMOVED_AFTER_TERMS * self.term_s:
-                self.waited_for[name].break_lock()
-
-    def release(self) -> None:
-        """Let go of all that are held."""
-        while self.held:
-            with contextlib.suppress(OSError):
-                self.held.pop().release()
-
-    def others(self) -> set[str]:
-        """Who holds what is waited for, for people to read."""
-        owners = [lease.owner for lease in self.waited_for.values()]
-        return {f"process {owner.pid} on {owner.hostname}" for owner in owners if owner is not None}
