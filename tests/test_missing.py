@@ -238,13 +238,8 @@ def _hold(path: Path, ready) -> None:
     time.sleep(60)
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_a_job_that_gives_no_sign_of_life_is_taken_for_dead_after_a_term_and_not_before(
-    tmp_path, monkeypatch, exchanges
-):
-    """Stopped, it is there, but as if its host had lost power. Over NFS two files cannot be exchanged."""
-    if not exchanges:
-        monkeypatch.setattr("filelock._soft._exclusive._recovery.exchange_names", lambda *names: False)
+def test_a_job_that_gives_no_sign_of_life_is_taken_for_dead_after_a_term_and_not_before(tmp_path):
+    """Stopped, it is there, but as if its host had lost power."""
     (tmp_path / "leases").mkdir()
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
