@@ -39,7 +39,7 @@ from prefs.models.loading import BATCH_TOKENS, ModelSpec
 from prefs.models.options import unasked
 from prefs.models.tokens import ChatEncoder, Message
 from prefs.models.types import CaptureRequest, Conversation, Observation, Sampling
-from prefs.store.table import batches
+from prefs.store.missing import batches
 
 POSITIONS = ("last_prompt", "last_completion", "mean_completion")
 NOTHING_SAMPLED = Sampling(1.0, 1.0, 1)

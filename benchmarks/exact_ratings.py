@@ -40,7 +40,7 @@ from prefs.models.options import Asked, ask
 from prefs.models.tokens import Message
 from prefs.models.types import Ask, Conversation, Observation, Question, Sampling
 from prefs.statistics.exact import exact_summary
-from prefs.store.table import batches
+from prefs.store.missing import batches
 
 TEMPLATES = ("binary", "likert", "agreement", "stated", "anchored", "anchored_precise")
 

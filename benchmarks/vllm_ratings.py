@@ -24,7 +24,7 @@ from prefs.data.template import Template
 from prefs.models.loading import Models, ModelSpec
 from prefs.models.options import ask
 from prefs.models.types import Ask, Backend, Conversation, Question, Sampling
-from prefs.store.table import batches
+from prefs.store.missing import batches
 
 
 def main() -> None:

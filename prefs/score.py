@@ -180,18 +180,18 @@ def score(config: ScoreConfig, text: str, completion: str | None, folder: Path, 
     UserError
         If the probe, the model or the text is not what it has to be, or the disk refuses.
     """
-    from prefs.models.local.engine import TransformerLensBackend
+    from prefs.models.local.engine import LocalEngine
     from prefs.models.types import Sampling
     from prefs.probes.apply import apply
     from prefs.probes.card import load_probe
     from prefs.probes.source import Source
 
     saved = load_probe(Path(config.probe).expanduser())
-    source = Source.of(saved)
+    source = Source.read(saved)
     spec = source.rater(config.device, config.model_path)
     models.keep_only([spec])
     backend = models.get(spec)
-    assert isinstance(backend, TransformerLensBackend)
+    assert isinstance(backend, LocalEngine)
     sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens)
     applied = apply(saved.probe, source, backend, text, completion, sampling, config.seed)
     page = _write(folder, saved, source, applied)

@@ -23,7 +23,7 @@ from prefs.models.embedded import smollm2_folder
 # What loads torch is imported where it is used: the process that hands out the tests to the workers runs none.
 if TYPE_CHECKING:
     from prefs.models.loading import Models, ModelSpec
-    from prefs.models.local.engine import TransformerLensBackend
+    from prefs.models.local.engine import LocalEngine
     from prefs.models.tokens import ChatEncoder
 
 TEMPLATES = ("binary", "likert", "agreement", "stated", "anchored", "anchored_precise")
@@ -80,11 +80,11 @@ def models() -> Models:
 
 
 @pytest.fixture(scope="session")
-def backend(models: Models, smollm2_fp32: ModelSpec) -> TransformerLensBackend:
-    from prefs.models.local.engine import TransformerLensBackend
+def backend(models: Models, smollm2_fp32: ModelSpec) -> LocalEngine:
+    from prefs.models.local.engine import LocalEngine
 
     loaded = models.get(smollm2_fp32)
-    assert isinstance(loaded, TransformerLensBackend)
+    assert isinstance(loaded, LocalEngine)
     return loaded
 
 

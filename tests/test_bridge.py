@@ -8,24 +8,24 @@ import subprocess
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from engine_calls import observe
 from tiny_models import gemma2, gemma3, llama, plain_model, tiny_model
 from transformers import AutoTokenizer
 
 from prefs.errors import UserError
 from prefs.models.loading import Models
 from prefs.models.local.bridge import wrap
-from prefs.models.local.engine import TransformerLensBackend
+from prefs.models.local.engine import LocalEngine
+from prefs.models.local.grouping import spans_of_completion
 from prefs.models.local.residuals import Recorder
-from prefs.models.local.steering import Steered, places_of_completion
-from prefs.models.tokens import Message
-from prefs.models.types import Ask, CaptureRequest, Question, Sampling, Steering
+from prefs.models.local.steering import BatchSteering
+from prefs.models.types import Capture, Message, Question, Sampling, Steering
 
 CONVERSATIONS = [
     (Message("user", "Hi"), Message("assistant", "Hello. " * 9)),
     (Message("user", "Name a river. " * 6), Message("assistant", "Po.")),
 ]
-ASKS = [Ask(Question("Did you like it?", ("yes", "not at all")), seeds=(0, 1))]
-CAPTURE = CaptureRequest((0, 4), ("mean_completion", "rating"))
+QUESTION = Question("Did you like it?", ("yes", "not at all"))
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +38,18 @@ def tiny_gemma2(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("gemma2"), gemma2())
 
 
-def observe(spec):
-    backend = Models().get(spec)
-    return backend, backend.observe(CONVERSATIONS, ASKS, Sampling(1.0, 1.0, 3), CAPTURE)
+def answers(engine, conversations=CONVERSATIONS):
+    capture = Capture((0, 4), ("mean_completion", "rating"))
+    found = observe(engine, conversations, [QUESTION], Sampling(1.0, 1.0, 3), seeds=(0, 1), capture=capture)
+    return [reply for (reply,) in found]
 
 
-def same(one, other):
-    for first, second in zip(one, other, strict=True):
-        assert first.answers[0].samples == second.answers[0].samples
-        assert first.answers[0].scores[0].mass == pytest.approx(second.answers[0].scores[0].mass, rel=1e-4)
-        torch.testing.assert_close(first.answers[0].residual, second.answers[0].residual, atol=1e-4, rtol=1e-4)
+def same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one.samples == other.samples
+        assert one.scores[0].mass == pytest.approx(other.scores[0].mass, rel=1e-4)
+        for position in ("mean_completion", "rating"):
+            torch.testing.assert_close(one.residuals[position], other.residuals[position], atol=1e-4, rtol=1e-4)
 
 
 def attention(backend) -> str:
@@ -68,9 +70,9 @@ def test_sdpa_where_it_computes_what_the_model_means(tiny_llama, tiny_gemma2):
 
 
 def test_eager_attention_when_asked_for(tiny_llama):
-    backend, eager = observe(dataclasses.replace(tiny_llama, attn_implementation="eager"))
-    assert attention(backend) == "eager"
-    same(eager, observe(tiny_llama)[1])
+    eager = Models().get(dataclasses.replace(tiny_llama, attn_implementation="eager"))
+    assert attention(eager) == "eager"
+    same(answers(eager), answers(Models().get(tiny_llama)))
 
 
 @pytest.mark.parametrize(
@@ -92,10 +94,10 @@ def test_an_attention_that_is_not_there_is_one_line(request, model, changes, mes
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced"])
 def test_a_device_map_computes_the_same(tiny_llama, device_map):
-    backend, mapped = observe(dataclasses.replace(tiny_llama, device="auto", device_map=device_map))
+    mapped = Models().get(dataclasses.replace(tiny_llama, device="auto", device_map=device_map))
     if not torch.cuda.is_available():
-        assert backend.device.type == "cpu"
-    same(mapped, observe(tiny_llama)[1])
+        assert mapped.device.type == "cpu"
+    same(answers(mapped), answers(Models().get(tiny_llama)))
 
 
 @torch.inference_mode()
@@ -110,16 +112,17 @@ def test_a_model_on_two_devices(tiny_llama):
         module = model.get_submodule(name).to(device)
         add_hook_to_module(module, AlignDevicesHook(device, skip_keys="past_key_values"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama.path)
-    backend = TransformerLensBackend(wrap(model, tokenizer, tiny_llama, tiny_llama.path), tokenizer, tiny_llama)
-    assert backend.device == here
-    rows = [backend.encoder.encode(row).ids for row in CONVERSATIONS]
+    engine = LocalEngine(wrap(model, tokenizer, tiny_llama, tiny_llama.path), tokenizer, tiny_llama)
+    assert engine.device == here
+    rows = [engine.encoder.encode(row).ids for row in CONVERSATIONS]
     steering = [Steering(1, torch.ones(64)), Steering(3, torch.ones(64), at="last", kind="project_out")]
-    steered = Steered.of(steering, [places_of_completion(row) for row in rows], backend.device)
-    recorder = Recorder.of_last(range(5), [len(row) for row in rows], stops=False)
-    state, logits = backend.passes.start(rows, steered, [recorder])
+    steered = BatchSteering.build(steering, [spans_of_completion(row) for row in rows], engine.device)
+    last = [{"rating": (len(row) - 1, len(row))} for row in rows]
+    recorder = Recorder(range(5), last, [len(row) for row in rows], stops=False)
+    state, logits = engine.passes.start(rows, steered, [recorder])
     assert logits.device == there
     assert [kept.device for kept in recorder._kept] == [here, here, there, there, there]
-    _, logits = backend.passes.extend(state.fork().select(torch.tensor([1, 0, 1])), [(5,), (6, 7), (8,)])
+    _, logits = engine.passes.extend(state.fork().select(torch.tensor([1, 0, 1])), [(5,), (6, 7), (8,)])
     assert logits.shape == (3, 1, 49152)
 
 
@@ -127,8 +130,6 @@ def test_a_model_that_also_sees_is_read_as_text_and_installs_nothing(tmp_path, m
     """TransformerLens would install torchvision with pip where the image processor does not load."""
     called: list[object] = []
     monkeypatch.setattr(subprocess, "check_call", lambda *args, **kwargs: called.append(args))
-    spec = tiny_model(tmp_path, gemma3())
-    backend, together = observe(spec)
+    engine = Models().get(tiny_model(tmp_path, gemma3()))
     assert not called
-    alone = [backend.observe([row], ASKS, Sampling(1.0, 1.0, 3), CAPTURE)[0] for row in CONVERSATIONS]
-    same(together, alone)
+    same(answers(engine), [reply for row in CONVERSATIONS for reply in answers(engine, [row])])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,13 +21,12 @@ from hydra_app import shipped_configs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefs.config import typed
+from prefs.config import ThinkingConfig, typed
 from prefs.errors import UserError
 from prefs.models.loading import ModelSpec
-from prefs.models.local.engine import shared_prefix
-from prefs.models.options import ask
-from prefs.models.tokens import ChatEncoder, Message, Thinking, as_dicts
-from prefs.models.types import Question
+from prefs.models.prompts import encode_prompt, shared_prefix
+from prefs.models.tokens import ChatEncoder
+from prefs.models.types import Message, Question, as_dicts
 
 FILES = Path(__file__).parent / "chat_templates"
 DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024"
@@ -241,7 +239,7 @@ def test_a_switch_that_lets_a_model_think_unread_is_told(tokenizers, encoders):
         " model.chat_template_kwargs={enable_thinking: false} or model.thinking.enabled=true"
     )
     assert encoders["qwen3"].notes("hf") == [note]
-    assert ChatEncoder(tokenizers["qwen3"], thinking=Thinking()).notes("hf") == []
+    assert ChatEncoder(tokenizers["qwen3"], thinking=ThinkingConfig()).notes("hf") == []
 
 
 @pytest.mark.parametrize("role", range(4))
@@ -258,7 +256,7 @@ def test_control_tokens_of_every_family_stay_text(encoder, role):
 
 
 def test_control_tokens_in_answers_and_thoughts_stay_text(tokenizers):
-    encoder = ChatEncoder(tokenizers["qwen3"], thinking=Thinking())
+    encoder = ChatEncoder(tokenizers["qwen3"], thinking=ThinkingConfig())
     nasty = "".join(CONTROL_TEXTS)
     for thought, answer in ((nasty, "5"), ("Hmm.", nasty)):
         ids = encoder.encode([Message("user", "Hi")], answer=answer, thought=thought).ids
@@ -301,45 +299,45 @@ def test_llama_3_2s_own_date_is_todays(encoders):
 @pytest.mark.parametrize("told", [True, False])
 def test_questions_share_all_that_comes_before_them(encoder, told):
     conversation = (*[SYSTEM] * told, *CONVERSATION[:2])
-    asked = [ask(encoder, conversation, question) for question in QUESTIONS]
-    prefix = shared_prefix(asked)
-    start, end = asked[0].spans[-2]
+    prompts = [encode_prompt(encoder, conversation, question) for question in QUESTIONS]
+    prefix = shared_prefix(prompts)
+    start, end = prompts[0].spans.completion
     assert end <= len(prefix)
     assert written(encoder, prefix[start:end]).strip() == "It's 42."
-    for each, question in zip(asked, QUESTIONS, strict=True):
-        assert written(encoder, each.ids[len(prefix) :]).startswith(question.text)
-        for say, tail in zip(question.says, each.tails, strict=True):
-            assert written(encoder, (*each.ids, *tail)).endswith(question.prefill + say)
+    for prompt, question in zip(prompts, QUESTIONS, strict=True):
+        assert written(encoder, prompt.ids[len(prefix) :]).startswith(question.text)
+        for say, tail in zip(question.options, prompt.tails, strict=True):
+            assert written(encoder, (*prompt.ids, *tail)).endswith(question.prefill + say)
 
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_question_leaves_the_completion_as_it_was(encoder, name, told):
     conversation = (*[SYSTEM] * told, CONVERSATION[0], Message("assistant", "It's 42."))
     alone = encoder.encode(conversation).ids
-    asked = ask(encoder, conversation, QUESTIONS[0])
+    prompt = encode_prompt(encoder, conversation, QUESTIONS[0])
     if name.startswith("qwen3"):
         # Qwen3's last answer stands behind an empty thought, which goes when something follows: what is shared is only
         # known with a question behind it.
-        start = asked.spans[-2][0]
-        assert written(encoder, alone[:start]) == written(encoder, asked.ids[:start])
+        start = prompt.spans.completion[0]
+        assert written(encoder, alone[:start]) == written(encoder, prompt.ids[:start])
         assert written(encoder, alone[start:]).startswith(NO_THOUGHT)
-        assert "<think>" not in written(encoder, asked.ids[: asked.question_start])
+        assert "<think>" not in written(encoder, prompt.ids[: prompt.spans.question[0]])
     else:
-        assert asked.ids[: len(alone)] == alone
+        assert prompt.ids[: len(alone)] == alone
 
 
 def test_an_empty_completion_has_its_place(encoder, family):
-    asked = ask(encoder, (Message("user", "Hi"), Message("assistant", "")), QUESTIONS[0])
-    start, end = asked.spans[-2]
+    prompt = encode_prompt(encoder, (Message("user", "Hi"), Message("assistant", "")), QUESTIONS[0])
+    start, end = prompt.spans.completion
     assert start == end
-    assert written(encoder, asked.ids[:start]) == family.plain.format("Hi").removesuffix(NO_THOUGHT)
+    assert written(encoder, prompt.ids[:start]) == family.plain.format("Hi").removesuffix(NO_THOUGHT)
 
 
 def test_the_thinking_switch(encoders, tokenizers):
     hi = [Message("user", "Hi")]
     assert written(encoders["qwen3"], encoders["qwen3"].encode(hi, answer="").ids).endswith("assistant\n")
     assert written(encoders["qwen3_nothink"], encoders["qwen3_nothink"].encode(hi, answer="").ids).endswith(NO_THOUGHT)
-    thinker = ChatEncoder(tokenizers["qwen3"], {"enable_thinking": True}, Thinking())
+    thinker = ChatEncoder(tokenizers["qwen3"], {"enable_thinking": True}, ThinkingConfig())
     assert written(thinker, thinker.open_thought(hi)).endswith("<|im_start|>assistant\n<think>")
     assert thinker.thought_end == thinker.tokenizer.convert_tokens_to_ids("</think>")
 
@@ -347,7 +345,7 @@ def test_the_thinking_switch(encoders, tokenizers):
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("before", [0, 2])
 def test_a_turn_with_its_thought_is_what_the_template_writes(tokenizers, told, before):
-    thinker = ChatEncoder(tokenizers["qwen3"], {"enable_thinking": True}, Thinking())
+    thinker = ChatEncoder(tokenizers["qwen3"], {"enable_thinking": True}, ThinkingConfig())
     messages = [*[SYSTEM] * told, *CONVERSATION[: before + 1]]
     # The template keeps a line's end at both ends of a thought, as the model writes it.
     encoded = thinker.encode(messages, answer="5", thought="\nIt was 42.\n\nSo: 5?\n")
@@ -360,16 +358,16 @@ def test_a_turn_with_its_thought_is_what_the_template_writes(tokenizers, told, b
 
 
 def test_earlier_turns_lose_their_thought(tokenizers):
-    thinker = ChatEncoder(tokenizers["qwen3"], {"enable_thinking": True}, Thinking())
+    thinker = ChatEncoder(tokenizers["qwen3"], {"enable_thinking": True}, ThinkingConfig())
     task, answered, rate = CONVERSATION[0], Message("assistant", "It's 42."), CONVERSATION[2]
     thought = {"role": "assistant", "content": "<think>\n12 + 30 is 42.\n</think>\n\nIt's 42."}
-    expected = published(thinker, [task.as_dict(), thought, rate.as_dict()], add_generation_prompt=True)
+    expected = published(thinker, [*as_dicts([task]), thought, *as_dicts([rate])], add_generation_prompt=True)
     assert list(thinker.encode([task, answered, rate], answer="").ids) == expected
 
 
 def test_a_template_that_ends_the_thought_of_a_model_that_is_to_think_is_refused(tokenizers):
     with pytest.raises(UserError, match=r"^model\.thinking\.enabled: the chat template of .* ends the thought itself"):
-        ChatEncoder(tokenizers["qwen3"], {"enable_thinking": False}, Thinking())
+        ChatEncoder(tokenizers["qwen3"], {"enable_thinking": False}, ThinkingConfig())
 
 
 @pytest.mark.parametrize(
@@ -389,7 +387,7 @@ def test_shipped_models_think_as_their_template_does(tokenizers, model, template
     with shipped_configs():
         config = typed(compose("config", overrides=[f"model={model}"])).model
     spec = ModelSpec.from_config(dataclasses.replace(config, device="cpu"))
-    encoder = ChatEncoder(tokenizers[template], json.loads(spec.chat_template_kwargs), spec.thinking)
+    encoder = ChatEncoder(tokenizers[template], spec.chat_template_kwargs, spec.thinking)
     assert not [note for note in encoder.notes(model) if "think" in note]
     opened = encoder.template.opened_turn()
     assert ("<think>" in opened) == (model in ("qwen32b_nothink", "qwen1_7b"))

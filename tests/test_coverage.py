@@ -99,10 +99,10 @@ def test_intervals_cover():
     assert modal(population.x).rating == MODE
     modes = 0
     inside = dict.fromkeys(true, 0)
-    for at in range(DATA_SETS):
+    for seed in range(DATA_SETS):
         cell = simulate(TASKS, rng)
         modes += modal(cell.x).rating == MODE
-        for name, got in statistics(cell, Resamples.draw(TASKS, RESAMPLES, seed=at)).items():
+        for name, got in statistics(cell, Resamples.draw(TASKS, RESAMPLES, seed=seed)).items():
             inside[name] += got.low <= true[name].value <= got.high
     # d, informative r and modal share are of the cell's mode: where it is another, so is what they estimate.
     assert modes >= 0.99 * DATA_SETS

@@ -10,8 +10,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import template
+from engine_calls import complete, dose_replies, observe, replies
 from tiny_models import llama, tiny_model
 
+from prefs.config import POSITIONS
 from prefs.errors import UserError
 from prefs.models.loading import Models, ModelSpec
-from prefs.models.local.engine import TransformerLensBackend
-from prefs.models.tokens import Message
-from prefs.models.types import Ask, CaptureRequest, Observation, Question, Sampling, Steering
+from prefs.models.local.engine import LocalEngine
+from prefs.models.types import Capture, Message, Question, Reply, Request, Sampling, Steering
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,13 +45,10 @@ CONVERSATIONS = [
     (Message("user", "Why is the sky blue? " * 12), Message("assistant", "Scattering.\n\n1. Light\n2. Air")),
 ]
 SAMPLING = Sampling(1.0, 0.95, 8)
-CAPTURE = CaptureRequest(
-    tuple(range(5)), ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
-)
+PROMPTS = [row[:-1] for row in CONVERSATIONS]
 # Options of one token and of several.
-ASKS = [
-    Ask(Question(each.question, each.says, "Answer: "), seeds=(0, 1, 2, 3, 4))
-    for each in (template("anchored"), template("likert"))
+QUESTIONS = [
+    Question(shipped.question, shipped.says, "Answer: ") for shipped in (template("anchored"), template("likert"))
 ]
 
 
@@ -58,93 +57,92 @@ def spec(tmp_path_factory) -> ModelSpec:
     return tiny_model(tmp_path_factory.mktemp("model"), llama())
 
 
-def load(spec: ModelSpec, **changes: str) -> TransformerLensBackend:
-    backend = Models().get(dataclasses.replace(spec, **changes))
-    assert isinstance(backend, TransformerLensBackend)
-    return backend
+def load(spec: ModelSpec, **changes: str) -> LocalEngine:
+    engine = Models().get(dataclasses.replace(spec, **changes))
+    assert isinstance(engine, LocalEngine)
+    return engine
 
 
 @pytest.fixture(scope="module")
-def cpu(spec) -> TransformerLensBackend:
+def cpu(spec) -> LocalEngine:
     return load(spec)
 
 
 @pytest.fixture(scope="module")
-def cuda(spec) -> TransformerLensBackend:
+def cuda(spec) -> LocalEngine:
     return load(spec, device="cuda")
 
 
-def residuals(observations: Sequence[Observation]) -> torch.Tensor:
-    """[vectors, layers, d_model] of all rows, positions and questions."""
-    found = [vectors for each in observations for vectors in each.residuals.values()]
-    return torch.stack(found + [answer.residual for each in observations for answer in each.answers])
+def observed(engine: LocalEngine, conversations=CONVERSATIONS, seeds=(0, 1, 2, 3, 4)) -> list[Reply]:
+    """Everything there is, of all conversations and questions."""
+    capture = Capture(tuple(range(5)), POSITIONS)
+    found = observe(engine, conversations, QUESTIONS, SAMPLING, seeds=seeds, capture=capture)
+    return [reply for row in found for reply in row]
 
 
-def masses(observations: Sequence[Observation]) -> np.ndarray:
-    """Of all rows, questions and options."""
-    return np.concatenate([answer.scores[0].mass for each in observations for answer in each.answers])
+def residuals(found: list[Reply]) -> torch.Tensor:
+    """[vectors, layers, d_model] of all replies and positions."""
+    return torch.stack([vectors for reply in found for vectors in reply.residuals.values()])
 
 
-def samples(observations: Sequence[Observation]) -> list:
-    return [answer.samples for each in observations for answer in each.answers]
+def masses(found: list[Reply]) -> np.ndarray:
+    """Of all replies and options."""
+    return np.concatenate([reply.scores[0].mass for reply in found])
 
 
-def assert_same(observed: Sequence[Observation], expected: Sequence[Observation]) -> None:
+def assert_same(found: list[Reply], expected: list[Reply]) -> None:
     """To the rounding of float32 in two orders of summing up, and every token of the samples."""
-    np.testing.assert_allclose(masses(observed), masses(expected), rtol=1e-3, atol=1e-12)
-    torch.testing.assert_close(residuals(observed), residuals(expected), rtol=1e-3, atol=1e-3)
-    assert samples(observed) == samples(expected)
+    np.testing.assert_allclose(masses(found), masses(expected), rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(residuals(found), residuals(expected), rtol=1e-3, atol=1e-3)
+    assert [reply.samples for reply in found] == [reply.samples for reply in expected]
 
 
 def test_float32_gives_the_numbers_of_the_cpu(cpu, cuda):
-    prompts = [row[:-1] for row in CONVERSATIONS]
     assert cuda.device.type == "cuda"
-    assert_same(*(each.observe(CONVERSATIONS, ASKS, SAMPLING, CAPTURE) for each in (cuda, cpu)))
-    assert cuda.complete(prompts, 3, SAMPLING) == cpu.complete(prompts, 3, SAMPLING)
-    assert cuda.choose(CONVERSATIONS[:1], ["Yes", "No"]) == cpu.choose(CONVERSATIONS[:1], ["Yes", "No"])
-    streams = [each.residual_stream(CONVERSATIONS[1], 3).vectors for each in (cuda, cpu)]
+    assert_same(observed(cuda), observed(cpu))
+    assert complete(cuda, PROMPTS, 3, SAMPLING) == complete(cpu, PROMPTS, 3, SAMPLING)
+    choice = [Request(PROMPTS[0], Question("Yes or no?", ("Yes", "No")), choose=True)]
+    assert replies(cuda, choice)[0].choice == replies(cpu, choice)[0].choice
+    streams = [engine.residual_stream(CONVERSATIONS[1], 3).vectors for engine in (cuda, cpu)]
     torch.testing.assert_close(*streams, rtol=1e-3, atol=1e-3)
 
 
 def test_doses_of_steering_give_the_numbers_of_the_cpu(cpu, cuda):
     vector = torch.randn(64, generator=torch.Generator().manual_seed(0))
     doses = [
-        [],
-        [Steering(2, vector, 2.0)],
-        [Steering(2, vector, -3.0, "question")],
-        [Steering(1, vector, 1.0, "completion", "project_out"), Steering(3, vector, 1.5, "last")],
+        (),
+        (Steering(2, vector, 2.0),),
+        (Steering(2, vector, -3.0, "question"),),
+        (Steering(1, vector, 1.0, "completion", "project_out"), Steering(3, vector, 1.5, "last")),
     ]
-    found, expected = (each.observe_doses(CONVERSATIONS, ASKS[1], SAMPLING, doses) for each in (cuda, cpu))
-    pairs = [pair for doses in zip(found, expected, strict=True) for pair in zip(*doses, strict=True)]
-    for one, other in pairs:
-        np.testing.assert_allclose(one.answer.scores[0].mass, other.answer.scores[0].mass, rtol=1e-3, atol=1e-12)
-        assert one.answer.samples == other.answer.samples
+    found, expected = (
+        dose_replies(engine, CONVERSATIONS, QUESTIONS[1], SAMPLING, doses, seeds=(0, 1)) for engine in (cuda, cpu)
+    )
+    for one, other in zip(chain(*found), chain(*expected), strict=True):
+        np.testing.assert_allclose(one.scores[0].mass, other.scores[0].mass, rtol=1e-3, atol=1e-12)
+        assert one.samples == other.samples
         assert one.nll == pytest.approx(other.nll, rel=1e-4)
 
 
 def test_bfloat16_is_near_float32(spec, cpu):
-    bf16 = load(spec, device="cuda", dtype="bfloat16")
-    exactly = [dataclasses.replace(each, seeds=()) for each in ASKS]
-    found, expected = (each.observe(CONVERSATIONS, exactly, SAMPLING, CAPTURE) for each in (bf16, cpu))
+    found, expected = (observed(e, seeds=()) for e in (load(spec, device="cuda", dtype="bfloat16"), cpu))
     apart = (residuals(found) - residuals(expected)).norm(dim=-1) / residuals(expected).norm(dim=-1)
-    assert float(apart.max()) < 0.08
-    # Not float32 after all.
-    assert float(apart.max()) > 0.001
-    factors = np.log(masses(found)) - np.log(masses(expected))
-    assert np.abs(factors).max() < 0.3
-    assert np.corrcoef(np.log(masses(found)), np.log(masses(expected)))[0, 1] > 0.99
+    # The lower bound: not float32 after all.
+    assert 0.001 < float(apart.max()) < 0.08
+    logs = np.log(masses(found)), np.log(masses(expected))
+    assert np.abs(logs[0] - logs[1]).max() < 0.3
+    assert np.corrcoef(*logs)[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_padded_batch_equals_its_rows_one_at_a_time(spec, dtype):
-    backend = load(spec, device="cuda", dtype=dtype)
-    together = backend.observe(CONVERSATIONS, ASKS, SAMPLING, CAPTURE)
-    alone = [backend.observe([row], ASKS, SAMPLING, CAPTURE)[0] for row in CONVERSATIONS]
+    engine = load(spec, device="cuda", dtype=dtype)
+    together = observed(engine)
+    alone = [reply for row in CONVERSATIONS for reply in observed(engine, [row])]
     if dtype == "float32":
         assert_same(together, alone)
-        prompts = [row[:-1] for row in CONVERSATIONS]
-        completed = backend.complete(prompts, 3, SAMPLING)
-        assert completed == [backend.complete([prompt], 3, SAMPLING)[0] for prompt in prompts]
+        completed = complete(engine, PROMPTS, 3, SAMPLING)
+        assert completed == [complete(engine, [prompt], 3, SAMPLING)[0] for prompt in PROMPTS]
         return
     # Other kernels for other widths, each of which rounds in its own way.
     apart = (residuals(together) - residuals(alone)).norm(dim=-1) / residuals(alone).norm(dim=-1)
@@ -175,23 +173,22 @@ def only(room: float) -> Iterator[None]:
 
 
 def test_halves_where_memory_runs_out(cuda, prefs_log):
-    expected: list[Observation] = []
-    asks = [dataclasses.replace(each, seeds=(0,)) for each in ASKS]
-    used = most_used(lambda: expected.extend(cuda.observe(LONG, asks, SAMPLING, CAPTURE)))
+    expected: list[Reply] = []
+    used = most_used(lambda: expected.extend(observed(cuda, LONG, seeds=(0,))))
     cuda._halving._logged = False
     with only(used * 0.6):
-        assert_same(cuda.observe(LONG, asks, SAMPLING, CAPTURE), expected)
+        assert_same(observed(cuda, LONG, seeds=(0,)), expected)
     assert "memory ran out with 64 conversations at a time" in prefs_log.text
 
 
 def test_a_row_that_does_not_fit_alone_is_named_and_the_next_one_runs(cuda):
     # So much longer than the next that allocating in large pieces makes no difference.
     longest = (Message("user", "Count to " + "ten " * 24_000), Message("assistant", "No."))
-    used = most_used(lambda: cuda.observe([longest], ASKS, SAMPLING, CAPTURE))
+    used = most_used(lambda: observed(cuda, [longest]))
     with only(used * 0.5):
         with pytest.raises(UserError, match=r"single conversation of 24,\d+ tokens; set model\.max_context lower"):
-            cuda.observe([CONVERSATIONS[0], longest], ASKS, SAMPLING, CAPTURE)
-        assert len(cuda.observe(CONVERSATIONS[:1], ASKS, SAMPLING, CAPTURE)) == 1
+            observed(cuda, [CONVERSATIONS[0], longest])
+        assert len(observed(cuda, CONVERSATIONS[:1])) == 2
 
 
 JOB = [

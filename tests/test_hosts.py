@@ -18,7 +18,7 @@ import pytest
 from sweeps import STAGES, assert_same_tables, computed, environment, job
 from waiting import until
 
-from prefs.store.table import file_checksum
+from prefs.store.files import file_checksum
 
 SERVER = Path("/usr/lib/openssh/sftp-server")
 pytestmark = pytest.mark.hosts
@@ -66,8 +66,8 @@ class Site:
         return self.folder / host / "out"
 
     def held(self) -> set[str]:
-        """The records that are leased."""
-        return {path.name for path in self.disk.glob("leases/*")} - {"holders", "visits"}
+        """The leases."""
+        return {path.name for path in self.disk.glob("leases/*")}
 
     def completed(self) -> set[str]:
         """The completions that are stored."""
@@ -121,16 +121,14 @@ def test_two_hosts_share_the_work_and_nothing_is_made_twice(site, alone):
 
 
 def test_a_host_that_dies_is_inherited_from_after_a_term(site, alone):
-    for attempt in range(5):
-        killed, completed = site.begin(f"killed{attempt}", f"{site.see}; job", TERM), site.completed()
-        until(lambda completed=completed: site.completed() > completed and site.held(), at_most_s=100)
-        killed.kill()
-        killed.communicate()
-        if site.held() - site.completed():
-            break
-    assert site.held() - site.completed(), "five were killed, and none was at a completion just then"
+    killed, completed = site.begin("killed", f"{site.see}; job", TERM), site.completed()
+    until(lambda: site.completed() > completed and site.held(), at_most_s=100)
+    killed.kill()
+    killed.communicate()
+    assert site.held(), "it was killed between two batches; this is rare"
     printed = ended(site.begin("heir", f"{site.see}; job", TERM))
-    assert re.search(r"is gone \(process \d+ on killed\d\); going on", printed)
+    assert re.search(r"Waiting for what other jobs are computing \(process \d+ on killed", printed)
+    assert not site.held()
     made, whole = (computed([job(out)], "completions") for out in (site.out("heir"), alone))
     assert made < whole, "it made what was left"
     assert_same_tables(site.out("heir"), alone, more_than=4)

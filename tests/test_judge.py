@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hydra import compose
 from hydra_app import shipped_configs
 from omegaconf import OmegaConf
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 from prefs.config import JudgeConfig, typed
 from prefs.data.task import Task
 from prefs.errors import ConfigError
-from prefs.models.loading import Models
+from prefs.models.loading import Models, ModelSpec
 from prefs.stages.judge import judge, refuses
 from prefs.stages.records import Completion
 from prefs.store.table import Store
@@ -78,10 +79,6 @@ def test_a_model_judges_what_the_store_lacks(store, models, llm):
 
 def test_the_verdict_is_the_likelier_of_the_two_words(store, models, llm):
     """Against the log-probabilities of transformers' own forward pass over the question as the tokenizer renders it."""
-    import torch
-
-    from prefs.models.loading import ModelSpec
-
     backend = models.get(ModelSpec.from_config(llm.model))
     tokenizer = backend.encoder.tokenizer
     refused = judge(llm, COMPLETIONS[:2], store=store, models=models).refused

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_calls import complete, observe
 from tiny_models import llama, tiny_model
 
 from prefs.errors import UserError
 from prefs.models.loading import Models
 from prefs.models.local.memory import out_of_memory
-from prefs.models.tokens import Message
-from prefs.models.types import Ask, CaptureRequest, Question, Sampling
+from prefs.models.types import Capture, Message, Question, Request, Sampling
 
 CONVERSATIONS = [
     (Message("user", "Count to " + "ten " * n), Message("assistant", "One, two." * (5 - n))) for n in range(1, 6)
 ]
-ASKS = [Ask(Question("Did you like it?", ("yes", "no")), seeds=(0, 1))]
+QUESTION = Question("Did you like it?", ("yes", "no"))
 SAMPLING = Sampling(1.0, 1.0, 3)
-CAPTURE = CaptureRequest((0, 3), ("last_prompt", "mean_completion", "rating"))
+CAPTURE = Capture((0, 3), ("last_prompt", "mean_completion", "rating"))
 
 
 @pytest.fixture(scope="module")
@@ -45,34 +45,41 @@ def small_device(monkeypatch, backend):
     return limit
 
 
+def observed(engine):
+    found = observe(engine, CONVERSATIONS, [QUESTION], SAMPLING, seeds=(0, 1), capture=CAPTURE)
+    return [reply for (reply,) in found]
+
+
 def test_halves_give_the_same(backend, small_device, prefs_log):
     prompts = [row[:1] for row in CONVERSATIONS]
-    observed = backend.observe(CONVERSATIONS, ASKS, SAMPLING, CAPTURE)
-    completed = backend.complete(prompts, 0, SAMPLING)
+    expected, completed = observed(backend), complete(backend, prompts, 0, SAMPLING)
     passes = small_device(100, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-    for one, other in zip(backend.observe(CONVERSATIONS, ASKS, SAMPLING, CAPTURE), observed, strict=True):
-        assert one.answers[0].samples == other.answers[0].samples
-        assert one.answers[0].scores[0].mass == pytest.approx(other.answers[0].scores[0].mass, rel=1e-4)
-        torch.testing.assert_close(one.answers[0].residual, other.answers[0].residual, atol=1e-4, rtol=1e-4)
+    for one, other in zip(observed(backend), expected, strict=True):
+        assert one.samples == other.samples
+        assert one.scores[0].mass == pytest.approx(other.scores[0].mass, rel=1e-4)
         for position, vectors in other.residuals.items():
             torch.testing.assert_close(one.residuals[position], vectors, atol=1e-4, rtol=1e-4)
-    assert backend.complete(prompts, 0, SAMPLING) == completed
+    assert complete(backend, prompts, 0, SAMPLING) == completed
     assert max(passes) < 5
     assert prefs_log.text.count("memory ran out with 5 conversations at a time") == 1
     assert "model.batch_tokens" in prefs_log.text
 
 
-def test_a_row_that_does_not_fit_alone_is_named_with_its_tokens(backend, small_device):
-    longest = max(backend.conversation_tokens(row) for row in CONVERSATIONS)
+def test_a_row_that_does_not_fit_alone_is_named_with_its_tokens_after_the_others(backend, small_device):
+    requests = [Request(row, capture=CAPTURE) for row in CONVERSATIONS]
+    lengths = [backend.tokens(request) for request in requests]
+    longest = max(lengths)
     small_device(longest - 1, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    done = []
     with pytest.raises(UserError, match=rf"single conversation of {longest} tokens; set model\.max_context lower"):
-        backend.observe(CONVERSATIONS, [], SAMPLING, CAPTURE)
+        done.extend(number for number, _ in backend.run(requests))
+    assert done == list(range(lengths.index(longest)))
 
 
 def test_other_errors_are_not_taken_for_it(backend, small_device):
     small_device(1, RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        backend.observe(CONVERSATIONS, [], SAMPLING, CAPTURE)
+        observed(backend)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import email.utils
-import io
 import logging
 import signal
 import subprocess
@@ -12,27 +11,26 @@ import sys
 import textwrap
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import xxhash
 from conftest import template
 from fault_server import Asked, FaultServer, Say, chat, error, likeliest, serving
 
-from prefs.config import ApiConfig, ModelConfig
+from prefs.config import ApiConfig, ModelConfig, ThinkingConfig
 from prefs.data.task import Task
 from prefs.data.template import Invalid
 from prefs.errors import ConfigError, UserError
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.models.openai import server as served
-from prefs.models.openai.engine import OpenAIBackend
+from prefs.models.openai.engine import OpenAIEngine
 from prefs.models.openai.refusals import asked_wait
 from prefs.models.sampling import row_seed
-from prefs.models.tokens import Message, Thinking
-from prefs.models.types import Ask, CaptureRequest, Interrupted, Question, Sample, Sampling, Score
+from prefs.models.types import Capture, Message, Question, Reply, Request, Sample, Sampling, Score
 from prefs.stages.complete import complete
 from prefs.stages.rate import rate
 from prefs.stages.records import Completion
@@ -41,6 +39,9 @@ from prefs.store.table import Store
 KEY = "key_0123456789abcdef"
 SHORT = Sampling(1.0, 1.0, 5)
 SCALE = Question("How much, from 1 to 5?", ("1", "2", "3", "4", "5"))
+TO_TEN = Question("0 to 10?", tuple(str(value) for value in range(11)))
+VERDICT = ("refusal", "compliance")
+THINKS = ThinkingConfig(max_tokens=100)
 
 
 @pytest.fixture(autouse=True)
@@ -57,26 +58,65 @@ def spec_of(server: FaultServer, **changes) -> ModelSpec:
 
 
 @contextmanager
-def engine(answer, models: Say | None = None, **changes) -> Iterator[tuple[OpenAIBackend, FaultServer]]:
+def serving_engine(answer, models: Say | None = None, **changes) -> Iterator[tuple[OpenAIEngine, FaultServer]]:
     with serving(answer, models) as server:
-        backend = OpenAIBackend.load(spec_of(server, **changes))
+        engine = OpenAIEngine.load(spec_of(server, **changes))
         try:
-            yield backend, server
+            yield engine, server
         finally:
-            backend.close()
+            engine.close()
 
 
-def after(prompt: str, completion: str | None = None) -> tuple[Message, ...]:
+def conversation(prompt: str, completion: str | None = None) -> tuple[Message, ...]:
     turns = (Message("user", prompt),)
     return turns if completion is None else (*turns, Message("assistant", completion))
 
 
+def to_complete(*prompts: str, seed: int = 0, sampling: Sampling = SHORT) -> list[Request]:
+    return [Request(conversation(prompt), sampling=sampling, seeds=(seed,)) for prompt in prompts]
+
+
+def to_rate(*prompts: str, question: Question = SCALE, seeds=(), scores=()) -> list[Request]:
+    return [
+        Request(conversation(prompt, "c"), question, sampling=SHORT, seeds=seeds, scores=scores) for prompt in prompts
+    ]
+
+
+def to_choose(*prompts: str) -> list[Request]:
+    return [Request((), Question(prompt, VERDICT), choose=True) for prompt in prompts]
+
+
+def replies(engine: OpenAIEngine, requests: Sequence[Request]) -> list[Reply]:
+    """In the order of the requests; each has one."""
+    done = dict(engine.run(requests))
+    return [done[number] for number in range(len(requests))]
+
+
+def until_stopped(engine: OpenAIEngine, requests: Sequence[Request]) -> tuple[dict[int, Reply], str]:
+    """What came before the error, and the error."""
+    done = {}
+    try:
+        for number, reply in engine.run(requests):
+            done[number] = reply
+    except UserError as error:
+        return done, str(error)
+    raise AssertionError("it was not stopped")
+
+
+def samples(engine: OpenAIEngine, *prompts: str, **options) -> list[Sample]:
+    return [sample for reply in replies(engine, to_complete(*prompts, **options)) for sample in reply.samples.values()]
+
+
+def texts(engine: OpenAIEngine, *prompts: str, **options) -> list[str | None]:
+    return [sample.text for sample in samples(engine, *prompts, **options)]
+
+
+def scores(engine: OpenAIEngine, *prompts: str, question: Question = SCALE) -> list[Score]:
+    return [reply.scores[0] for reply in replies(engine, to_rate(*prompts, question=question, scores=(0,)))]
+
+
 def echo(asked: Asked) -> Say:
     return Say(chat(f"re: {asked.prompt}"))
-
-
-def texts(samples: list[Sample]) -> list[str | None]:
-    return [sample.text for sample in samples]
 
 
 # One fault a prompt, once; then the answer.
@@ -109,7 +149,7 @@ def once_faulty(asked: Asked) -> Say:
     return echo(asked)
 
 
-def stored(store: Store, kind: str) -> list[dict]:
+def stored(store: Store, kind: str) -> list[dict[str, Any]]:
     return [row for part in sorted((store.root / kind).rglob("*.parquet")) for row in pq.read_table(part).to_pylist()]
 
 
@@ -122,7 +162,7 @@ def run(store: Store, spec: ModelSpec, tasks: list[Task]):
 
 
 def test_whatever_a_server_does_nothing_is_lost_and_nothing_doubled(tmp_path):
-    tasks = [Task(f"t{at}", prompt, origin="A") for at, prompt in enumerate([*FAULTS, *"abcdefgh"])]
+    tasks = [Task(f"t{number}", prompt, origin="A") for number, prompt in enumerate([*FAULTS, *"abcdefgh"])]
     store = Store.open(str(tmp_path))
     with serving(once_faulty) as server:
         spec = spec_of(server, timeout_s=1.0)
@@ -131,65 +171,86 @@ def test_whatever_a_server_does_nothing_is_lost_and_nothing_doubled(tmp_path):
         assert len(server.asked) == len(tasks) + len(FAULTS)
         again, reused = run(store, spec, tasks)
         assert len(server.asked) == len(tasks) + len(FAULTS)
-    assert [each.text for each in completions] == [f"re: {task.prompt}" for task in tasks]
-    assert [each.invalid for each in completions] == [None] * len(tasks)
+    assert [completion.text for completion in completions] == [f"re: {task.prompt}" for task in tasks]
+    assert [completion.invalid for completion in completions] == [None] * len(tasks)
     assert again == completions
     assert (work.computed, reused.computed) == (len(tasks), 0)
     rows = stored(store, "completions")
     assert len(rows) == len({row["key"] for row in rows}) == len(tasks)
 
 
-def test_every_row_and_seed_is_asked_once_and_read_in_its_place(tmp_path):
-    """Ratings through the stage, sampled and exact, with faults on the way and answers that overtake each other."""
+def test_rating_asks_every_row_and_seed_once_and_goes_on_where_it_was_stopped(tmp_path):
+    """Sampled and exact; with faults, answers that overtake each other, and a row that stops the first run."""
+    asked_for = template("stated")
+    completions = [Completion(Task(f"t{n}", f"Task {n}", origin="A"), "Done.") for n in range(1, 6)]
+    blocked = Completion(Task("b", "Blocked", origin="A"), None, True, Invalid.blocked)
+
+    def seed_of(completion: Completion, seed: int) -> int:
+        turns = (*conversation(completion.task.prompt, completion.text), Message("user", asked_for.question))
+        return row_seed(seed, turns)
+
+    refused: list[int] = [seed_of(completions[3], 1)]
 
     def answer(asked: Asked) -> Say:
-        if asked.attempt == 1 and zlib.crc32(str(asked.body).encode()) % 3 == 0:
-            return Say(b"{", after_s=0.01)
         if "logprobs" in asked.body:
             liked = asked.body["messages"][0]["content"][-1]
             top = {str(value): (0.6 if str(value) == liked else 0.05) for value in range(1, 6)}
             return Say(chat("1", logprobs=likeliest(("1", {**top, "The": 0.2}))))
+        if asked.body["seed"] in refused:
+            return error("no", 400)
+        if asked.attempt == 1 and zlib.crc32(str(asked.body).encode()) % 3 == 0:
+            return Say(b"{", after_s=0.01)
         return Say(chat(str(asked.body["seed"] % 5 + 1)), after_s=0.01 * (asked.body["seed"] % 7))
 
-    completions = [Completion(Task(f"t{n}", f"Task {n}", origin="A"), "Done.") for n in range(1, 6)]
-    store, models, asked_for = Store.open(str(tmp_path)), Models(), template("stated")
-    options = {"seeds": (0, 1, 2), "exact": True, "capture": None, "system_prompt": None}
+    store, models = Store.open(str(tmp_path)), Models()
+    options: dict[str, Any] = {"seeds": (0, 1, 2), "exact": True, "capture": None, "system_prompt": None}
+
+    def rated(spec: ModelSpec):
+        everything = [*completions, blocked]
+        return rate(everything, spec, {"a": asked_for}, SHORT, store=store, models=models, **options).ratings["a"]
+
     with serving(answer) as server:
         spec = spec_of(server, concurrency=8)
-        rated = rate(completions, spec, {"a": asked_for}, SHORT, store=store, models=models, **options)
-        assert len([each for each in server.asked if each.attempt == 1]) == 5 * (3 + 1)
-        assert len(server.asked) > 5 * (3 + 1)
-        count = len(server.asked)
-        second = rate(completions, spec, {"a": asked_for}, SHORT, store=store, models=models, **options)
+        with pytest.raises(UserError, match=r"rows of this batch were answered and are kept"):
+            rated(spec)
+        assert stored(store, "answers")
+        refused.clear()
+        ratings, count = rated(spec), len(server.asked)
+        second = rated(spec)
         assert len(server.asked) == count
+        good = [str(asked.body) for asked in server.asked if asked.attempt == 1]
+        assert len(good) == len(set(good)) == 5 * (3 + 1)
         models.keep_only([])
-    ratings = rated.ratings["a"]
+    np.testing.assert_array_equal(ratings.mass, second.mass)
     assert ratings.mass is not None
-    assert np.argmax(ratings.mass, axis=1).tolist() == [0, 1, 2, 3, 4]
-    np.testing.assert_allclose(ratings.mass.sum(axis=1), 0.8)
-    np.testing.assert_array_equal(ratings.mass, second.ratings["a"].mass)
-    for each, answers in zip(completions, ratings.answers, strict=True):
-        turns = (*after(each.task.prompt, each.text), Message("user", asked_for.question))
-        assert [one.value for one in answers] == [row_seed(seed, turns) % 5 + 1 for seed in (0, 1, 2)]
-    for kind, count in (("answers", 15), ("scores", 5)):
+    assert np.argmax(ratings.mass[:5], axis=1).tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(ratings.mass[:5].sum(axis=1), 0.8)
+    for completion, answers in zip(completions, ratings.answers, strict=False):
+        assert [one.value for one in answers] == [seed_of(completion, seed) % 5 + 1 for seed in (0, 1, 2)]
+    assert {one.invalid for one in ratings.answers[5]} == {Invalid.blocked}
+    for kind, number in (("answers", 15), ("scores", 5)):
         rows = stored(store, kind)
-        assert len(rows) == len({row["key"] for row in rows}) == count
+        assert len(rows) == len({row["key"] for row in rows}) == number
 
 
-def test_answers_that_overtake_each_other_stay_with_their_rows():
-    prompts = [f"p{at}" for at in range(6)]
-    with engine(lambda asked: Say(echo(asked).body, after_s=0.3 - 0.05 * int(asked.prompt[1])), concurrency=6) as made:
-        backend, _ = made
-        samples = backend.complete([after(prompt) for prompt in prompts], 0, SHORT)
-    assert texts(samples) == [f"re: {prompt}" for prompt in prompts]
+def test_answers_that_overtake_each_other_stay_with_their_rows_and_come_as_they_are_done():
+    prompts = [f"p{number}" for number in range(6)]
+    with serving_engine(
+        lambda asked: Say(echo(asked).body, after_s=0.6 - 0.1 * int(asked.prompt[1])), concurrency=6
+    ) as (engine, _):
+        done = list(engine.run(to_complete(*prompts)))
+    assert {number: reply.samples[0].text for number, reply in done} == {
+        number: f"re: {prompt}" for number, prompt in enumerate(prompts)
+    }
+    assert done[0][0] > done[-1][0]
 
 
 def test_repeated_and_further_choices_are_left_aside():
     body = chat("the one")
     other = {**body["choices"][0], "message": {"role": "assistant", "content": "another"}}
     shuffled = {**body, "choices": [{**other, "index": 1}, body["choices"][0], other, {**other, "index": 2}]}
-    with engine(lambda asked: Say(shuffled)) as (backend, server):
-        assert texts(backend.complete([after("p")], 0, SHORT)) == ["the one"]
+    with serving_engine(lambda asked: Say(shuffled)) as (engine, server):
+        assert texts(engine, "p") == ["the one"]
         assert len(server.asked) == 1
 
 
@@ -201,11 +262,9 @@ def test_a_request_is_not_sent_again_before_the_server_says(status, headers, lea
     def answer(asked: Asked) -> Say:
         return Say({"error": "busy"}, status=status, headers=headers) if asked.attempt == 1 else echo(asked)
 
-    with engine(answer, concurrency=3) as (backend, server):
-        prompts = [f"p{at}" for at in range(6)]
-        assert texts(backend.complete([after(prompt) for prompt in prompts], 0, SHORT)) == [
-            f"re: {prompt}" for prompt in prompts
-        ]
+    with serving_engine(answer, concurrency=3) as (engine, server):
+        prompts = [f"p{number}" for number in range(6)]
+        assert texts(engine, *prompts) == [f"re: {prompt}" for prompt in prompts]
         for prompt in prompts:
             first, second = server.attempts(prompt)
             assert second.at - first.at >= least
@@ -219,8 +278,8 @@ def test_nobody_is_sent_to_a_server_that_asks_for_a_rest():
             return limited if asked.attempt == 1 else echo(asked)
         return Say(echo(asked).body, after_s=0.7)
 
-    with engine(answer, concurrency=2) as (backend, server):
-        backend.complete([after(prompt) for prompt in ("limited", "under way", "next")], 0, SHORT)
+    with serving_engine(answer, concurrency=2) as (engine, server):
+        texts(engine, "limited", "under way", "next")
     (turned_away, _), (following,) = server.attempts("limited"), server.attempts("next")
     assert following.at - turned_away.at >= 1.5
 
@@ -231,14 +290,13 @@ def test_waits_are_read_from_seconds_milliseconds_and_dates(monkeypatch):
     assert asked_wait({"retry-after": "7"}) == 7
     assert asked_wait({"retry-after": "7", "retry-after-ms": "1500"}) == 1.5
     assert asked_wait({"retry-after": date}) == 30
-    for nothing in ({}, {"retry-after": "0"}, {"retry-after": "-3"}, {"retry-after": "nan"}, {"retry-after": "soon"}):
-        assert asked_wait(nothing) is None
-    assert asked_wait({"retry-after": email.utils.formatdate(1_799_999_000, usegmt=True)}) is None
+    for nothing in ("", "0", "-3", "nan", "soon", email.utils.formatdate(1_799_999_000, usegmt=True)):
+        assert asked_wait({"retry-after": nothing}) is None
 
 
 def test_no_more_requests_at_once_than_allowed_and_no_fewer():
-    with engine(lambda asked: Say(echo(asked).body, after_s=0.3), concurrency=3) as (backend, server):
-        backend.complete([after(f"p{at}") for at in range(9)], 0, SHORT)
+    with serving_engine(lambda asked: Say(echo(asked).body, after_s=0.3), concurrency=3) as (engine, server):
+        texts(engine, *(f"p{number}" for number in range(9)))
     assert server.most_at_once == 3
 
 
@@ -255,93 +313,83 @@ def test_a_server_at_its_limit_is_waited_for_while_others_get_through():
             return error("slow down", 429)
         return echo(asked)
 
-    with engine(answer, concurrency=2, max_retries=2) as (backend, server):
-        samples = backend.complete([after("unlucky"), *(after(f"p{at}") for at in range(rest))], 0, SHORT)
-    assert samples[0].text == "re: unlucky"
+    with serving_engine(answer, concurrency=2, max_retries=2) as (engine, server):
+        assert texts(engine, "unlucky", *(f"p{number}" for number in range(rest)))[0] == "re: unlucky"
     assert len(server.attempts("unlucky")) == turned_away + 1
 
 
 def test_what_was_answered_before_a_server_broke_is_kept_and_not_asked_again(tmp_path):
-    broken = True
-
-    def answer(asked: Asked) -> Say:
-        if broken and asked.prompt in ("c", "d"):
-            return Say(b"", status=503)
-        return echo(asked)
-
+    broken = ["c", "d"]
     tasks = [Task(prompt, prompt, origin="A") for prompt in "abcdef"]
     store = Store.open(str(tmp_path))
-    with serving(answer) as server:
+    with serving(lambda asked: Say(b"", status=503) if asked.prompt in broken else echo(asked)) as server:
         spec = spec_of(server, concurrency=1, max_retries=2)
-        with pytest.raises(Interrupted, match=r"did not answer after 3 tries \(503 .*the same command again"):
+        with pytest.raises(UserError, match=r"did not answer after 3 tries \(503 .*the same command again.*are kept"):
             run(store, spec, tasks)
         before = set(server.prompts())
-        assert "f" not in before or "e" not in before or len(before) < 6
+        assert len(before) < 6
         kept = {row["text"] for row in stored(store, "completions")}
         assert kept == {f"re: {prompt}" for prompt in before - {"c", "d"}}
         assert kept
-        broken = False
+        broken.clear()
         server.asked.clear()
         completions, work = run(store, spec, tasks)
         assert sorted(server.prompts()) == sorted(set("abcdef") - {text[-1] for text in kept})
-    assert [each.text for each in completions] == [f"re: {task.prompt}" for task in tasks]
+    assert [completion.text for completion in completions] == [f"re: {task.prompt}" for task in tasks]
     assert work.reused == len(kept)
 
 
 def test_requests_under_way_are_finished_when_another_fails_and_none_is_begun():
     def answer(asked: Asked) -> Say:
-        if asked.prompt == "p0":
-            return error("no", 400)
-        return Say(echo(asked).body, after_s=1.0)
+        return error("no", 400) if asked.prompt == "p0" else Say(echo(asked).body, after_s=1.0)
 
-    with engine(answer, concurrency=3) as (backend, server), pytest.raises(Interrupted, match=r"400.*no") as stopped:
-        backend.complete([after(f"p{at}") for at in range(9)], 0, SHORT)
-    assert [sample.text if sample else None for sample in stopped.value.done] == [
-        None,
-        "re: p1",
-        "re: p2",
-        *[None] * 6,
-    ]
+    with serving_engine(answer, concurrency=3) as (engine, server):
+        done, line = until_stopped(engine, to_complete(*(f"p{number}" for number in range(9))))
+    assert {number: reply.samples[0].text for number, reply in done.items()} == {1: "re: p1", 2: "re: p2"}
+    assert "400" in line
+    assert line.endswith("(2 of 9 rows of this batch were answered and are kept)")
     assert sorted(server.prompts()) == ["p0", "p1", "p2"]
 
 
 def test_a_row_half_answered_keeps_its_half():
     """Seeds that were answered are worth keeping, even where another seed of the row was not."""
-    asked_for = Ask(SCALE, seeds=(0, 1, 2), scores=())
-    refused = row_seed(1, (*after("p", "c"), Message("user", SCALE.text)))
+    rows = to_rate("p", "q", seeds=(0, 1, 2))
+    refused = row_seed(1, rows[0].turns)
 
     def answer(asked: Asked) -> Say:
         return error("no", 400) if asked.body["seed"] == refused else Say(chat("3"))
 
-    with engine(answer, concurrency=1) as (backend, _), pytest.raises(Interrupted) as stopped:
-        backend.observe([after("p", "c"), after("q", "c")], [asked_for], SHORT)
-    half, nothing = stopped.value.done
-    assert half is not None
-    assert {seed: one.text for seed, one in half.answers[0].samples.items()} == {0: "3"}
-    assert nothing is None
+    with serving_engine(answer, concurrency=1) as (engine, _):
+        done, _ = until_stopped(engine, rows)
+    assert {number: {seed: one.text for seed, one in reply.samples.items()} for number, reply in done.items()} == {
+        0: {0: "3"}
+    }
 
 
-def test_a_long_wait_is_left_to_the_user():
-    with engine(lambda asked: Say({"error": "daily limit"}, status=429, headers={"Retry-After": "7200"})) as (
-        backend,
-        server,
-    ):
-        with pytest.raises(UserError, match=r"asks to wait 120 minutes .*daily limit"):
-            backend.complete([after("p")], 0, SHORT)
-        assert len(server.asked) == 1
-
-
-def test_a_spent_quota_is_no_rate_limit():
-    quota = error("You exceeded your current quota", 429, code="insufficient_quota")
-    with engine(lambda asked: quota) as (backend, server):
-        with pytest.raises(UserError, match=r"gives no more: You exceeded your current quota"):
-            backend.complete([after("p")], 0, SHORT)
+@pytest.mark.parametrize(
+    ("reply", "line"),
+    [
+        (
+            Say({"error": "daily limit"}, status=429, headers={"Retry-After": "7200"}),
+            "asks to wait 120 minutes .*daily limit",
+        ),
+        (
+            error("You exceeded your current quota", 429, code="insufficient_quota"),
+            "gives no more: You exceeded your current quota",
+        ),
+    ],
+    ids=["a long wait", "a spent quota"],
+)
+def test_what_waiting_does_not_mend_is_left_to_the_user(reply, line):
+    with serving_engine(lambda asked: reply) as (engine, server):
+        with pytest.raises(UserError, match=line):
+            texts(engine, "p")
         assert len(server.asked) == 1
 
 
 def test_a_message_that_never_has_content_is_an_empty_answer():
-    with engine(lambda asked: Say(chat(None)), max_retries=2) as (backend, server):
-        assert texts(backend.complete([after("p")], 0, SHORT)) == [""]
+    with serving_engine(lambda asked: Say(chat(None)), max_retries=2) as (engine, server):
+        assert texts(engine, "p") == [""]
         assert len(server.asked) == 3
 
 
@@ -353,45 +401,39 @@ def test_a_missing_key_is_named_before_anything_is_asked(monkeypatch):
     with serving(echo) as server:
         spec = spec_of(server)
         with pytest.raises(UserError, match=r"environment variable PREFS_TEST_KEY is not set"):
-            OpenAIBackend.load(spec)
+            OpenAIEngine.load(spec)
         config = ModelConfig(name="tiny", path="tiny", backend="openai", api=spec.api)
         with pytest.raises(UserError, match=r"PREFS_TEST_KEY"):
             ModelSpec.from_config(config)
         monkeypatch.setenv("PREFS_TEST_KEY", "two words")
         with pytest.raises(UserError, match=r"PREFS_TEST_KEY holds is not a key"):
-            OpenAIBackend.load(spec)
+            OpenAIEngine.load(spec)
         assert server.asked == []
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(prefs_log, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
     prefs_log.set_level(logging.DEBUG)
-    with engine(echo) as (backend, server):
-        backend.complete([after("p")], 0, SHORT)
+    with serving_engine(echo) as (engine, server):
+        texts(engine, "p")
         assert server.asked[0].headers["authorization"] == f"Bearer {KEY}"
-        assert KEY not in repr(vars(backend)) + repr(vars(backend.spec)) + str(identity(backend.spec))
+        assert KEY not in repr(vars(engine)) + repr(vars(engine.spec)) + str(identity(engine.spec))
     assert KEY not in prefs_log.text
-    with engine(echo, key_env=None) as (backend, server):
-        backend.complete([after("p")], 0, SHORT)
+    with serving_engine(echo, key_env=None) as (engine, server):
+        texts(engine, "p")
         assert "sk-of-another" not in str(server.asked[0].headers)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 429, 500])
 def test_a_key_that_a_server_repeats_is_not_passed_on(status, prefs_log):
-    said = f"Incorrect API key provided: {KEY} (or sk-test-****cdef)"
-    with engine(lambda asked: error(said, status), max_retries=1) as (backend, _), pytest.raises(UserError) as refused:
-        backend.complete([after("p")], 0, SHORT)
-    line = str(refused.value)
+    repeated = f"Incorrect API key provided: {KEY} (or sk-test-****cdef)"
+    with serving_engine(lambda asked: error(repeated, status), max_retries=1) as (engine, server):
+        _, line = until_stopped(engine, to_complete("p", "q"))
+        assert len(server.asked) <= 4
     assert str(status) in line
     assert "\n" not in line
     assert "cdef" not in line + prefs_log.text
-
-
-def test_a_wrong_key_is_one_line_that_names_the_variable():
-    with engine(lambda asked: error("Incorrect API key provided", 401)) as (backend, server):
-        with pytest.raises(UserError, match=r"does not accept the key in PREFS_TEST_KEY \(401\)"):
-            backend.complete([after("p"), after("q")], 0, SHORT)
-        assert len(server.asked) <= 4
+    assert status != 401 or "does not accept the key in PREFS_TEST_KEY (401)" in line
 
 
 # Addresses and models
@@ -401,42 +443,39 @@ def test_nobody_at_the_address():
     with serving(echo) as server:
         spec = spec_of(server)
     with pytest.raises(UserError, match=r"nobody answers at http://127.0.0.1:\d+/v1 \(.*model.api.base_url"):
-        OpenAIBackend.load(spec)
+        OpenAIEngine.load(spec)
 
 
 def test_an_address_without_chat_completions():
     with serving(echo) as server:
         spec = dataclasses.replace(spec_of(server), api=ApiConfig(f"http://127.0.0.1:{server.port}", "PREFS_TEST_KEY"))
-        backend = OpenAIBackend.load(spec)
+        engine = OpenAIEngine.load(spec)
         with pytest.raises(UserError, match=r"model.api.base_url: .* has no chat completions .*ends in /v1"):
-            backend.complete([after("p")], 0, SHORT)
-        backend.close()
+            texts(engine, "p")
+        engine.close()
 
 
 def test_a_model_that_is_not_there_lists_what_is_close_ones_first(prefs_log):
     absent = error("The model `tinny` does not exist.", 404, code="model_not_found")
-    names = [f"model-{at}" for at in range(20)] + ["tiny"]
-    listing = Say({"data": [{"id": name} for name in names]})
+    listing = Say({"data": [{"id": name} for name in [*(f"model-{number}" for number in range(20)), "tiny"]]})
     with serving(lambda asked: absent, listing) as server:
-        backend = OpenAIBackend.load(dataclasses.replace(spec_of(server), path="tinny"))
+        engine = OpenAIEngine.load(dataclasses.replace(spec_of(server), path="tinny"))
         with pytest.raises(UserError, match=r"model.path: 'tinny' is not on .* there is tiny, model-0, .* and 13 more"):
-            backend.complete([after("p")], 0, SHORT)
-        backend.close()
+            texts(engine, "p")
+        engine.close()
     assert "does not list tinny (there is tiny, " in prefs_log.text
-
-
-def test_a_model_that_is_not_listed_but_answers_is_used():
-    with engine(echo, Say({"data": [{"id": "else"}]})) as (backend, _):
-        assert texts(backend.complete([after("p")], 0, SHORT)) == ["re: p"]
 
 
 @pytest.mark.parametrize(
     "listing",
-    [Say(b"<html>", status=200), Say([{"id": "tiny"}]), Say({"data": "x"}), Say(b"", status=401), Say(b"", status=500)],
+    [
+        *(Say({"data": [{"id": "else"}]}), Say([{"id": "tiny"}]), Say({"data": "x"})),
+        *(Say(b"<html>"), Say(b"", status=401), Say(b"", status=500)),
+    ],
 )
-def test_a_list_of_models_that_cannot_be_read_is_no_matter(listing):
-    with engine(echo, listing) as (backend, _):
-        assert texts(backend.complete([after("p")], 0, SHORT)) == ["re: p"]
+def test_a_model_that_is_not_listed_but_answers_is_used(listing):
+    with serving_engine(echo, listing) as (engine, _):
+        assert texts(engine, "p") == ["re: p"]
 
 
 # Rows that a server will not answer
@@ -459,45 +498,53 @@ BLOCKED = {
 
 
 @pytest.mark.parametrize(
-    ("says", "reason"),
-    [(says, Invalid.too_long) for says in TOO_LONG.values()] + [(says, Invalid.blocked) for says in BLOCKED.values()],
+    ("refusal", "reason"),
+    [(refusal, "too_long") for refusal in TOO_LONG.values()] + [(refusal, "blocked") for refusal in BLOCKED.values()],
     ids=[*TOO_LONG, *BLOCKED],
 )
-def test_a_row_that_a_server_refuses_is_counted_by_reason_and_the_others_are_answered(tmp_path, says, reason):
+def test_a_row_that_a_server_refuses_has_its_reason_and_the_others_are_answered(refusal, reason):
+    with serving_engine(lambda asked: refusal if asked.prompt == "refused" else echo(asked)) as (engine, server):
+        first, refused, third = samples(engine, "a", "refused", "c")
+        assert len(server.asked) == 3
+    assert refused == Sample(None, 0, True, invalid=reason)
+    assert (first.text, third.text) == ("re: a", "re: c")
+
+
+def test_a_refused_row_is_stored_with_its_reason(tmp_path):
     tasks = [Task(prompt, prompt, origin="A") for prompt in ("a", "refused", "c")]
     store = Store.open(str(tmp_path))
-    with serving(lambda asked: says if asked.prompt == "refused" else echo(asked)) as server:
+    with serving(lambda asked: BLOCKED["Azure"] if asked.prompt == "refused" else echo(asked)) as server:
         completions, _ = run(store, spec_of(server), tasks)
         again, work = run(store, spec_of(server), tasks)
         assert len(server.asked) == 3
-    assert [each.invalid for each in completions] == [None, reason, None]
-    assert [each.text for each in completions] == ["re: a", None, "re: c"]
+    assert [completion.invalid for completion in completions] == [None, Invalid.blocked, None]
+    assert [completion.text for completion in completions] == ["re: a", None, "re: c"]
     assert (again, work.computed) == (completions, 0)
 
 
-@pytest.mark.parametrize("thinking", [None, Thinking()])
+@pytest.mark.parametrize("thinking", [None, ThinkingConfig()])
 def test_a_question_that_a_server_refuses_has_its_reason_at_every_seed(thinking):
     def answer(asked: Asked) -> Say:
         if asked.body["messages"][0]["content"] == "long":
             return TOO_LONG["OpenAI"]
         return Say(chat("</think>3", logprobs=likeliest(("</think>", {"</think>": 0.9}), ("3", {"3": 0.9}))))
 
-    each = Ask(SCALE, seeds=(0, 1), scores=(0, 1) if thinking else (0,))
-    with engine(answer, thinking=thinking) as (backend, _):
-        short, long = backend.observe([after("p", "c"), after("long", "c")], [each], SHORT)
-    assert long.answers[0].samples == dict.fromkeys((0, 1), Sample(None, 0, True, invalid="too_long"))
-    assert long.answers[0].scores == dict.fromkeys(each.scores, Score(None, invalid="too_long"))
-    assert all(score.invalid is None for score in short.answers[0].scores.values())
+    scored = (0, 1) if thinking else (0,)
+    with serving_engine(answer, thinking=thinking) as (engine, _):
+        short, long = replies(engine, to_rate("p", "long", seeds=(0, 1), scores=scored))
+    assert long.samples == dict.fromkeys((0, 1), Sample(None, 0, True, invalid="too_long"))
+    assert long.scores == dict.fromkeys(scored, Score(None, invalid="too_long"))
+    assert all(score.invalid is None for score in short.scores.values())
 
 
 def test_an_answer_that_the_servers_context_cut_short_is_too_long():
     listing = Say({"data": [{"id": "tiny", "owned_by": "vllm", "max_model_len": 100}]})
     cut = {"prompt_tokens": 97, "completion_tokens": 3}
-    with engine(lambda asked: Say(chat("a b c", finish="length", usage=cut)), listing) as (backend, server):
-        assert backend.complete([after("p")], 0, SHORT) == [Sample(None, 0, True, invalid="too_long")]
+    with serving_engine(lambda asked: Say(chat("a b c", finish="length", usage=cut)), listing) as (engine, server):
+        assert samples(engine, "p") == [Sample(None, 0, True, invalid="too_long")]
         # What it was asked for, and not what the model's own file says.
         assert (server.asked[0].body["top_k"], server.asked[0].body["repetition_penalty"]) == (-1, 1.0)
-        (whole,) = backend.complete([after("p")], 0, Sampling(1.0, 1.0, 3))
+        (whole,) = samples(engine, "p", sampling=Sampling(1.0, 1.0, 3))
         assert (whole.text, whole.finished, whole.invalid) == ("a b c", False, None)
 
 
@@ -505,101 +552,98 @@ def test_an_answer_that_the_servers_context_cut_short_is_too_long():
 
 
 def test_what_is_asked_for():
-    with engine(
-        echo, chat_template_kwargs='{"enable_thinking": false}', extra_body={"provider": {"sort": "price"}}
-    ) as (
-        backend,
-        server,
-    ):
-        backend.complete([after("p"), after("q")], 7, Sampling(0.7, 0.9, 5))
-    body = next(each.body for each in server.asked if each.prompt == "p")
+    extra = {"provider": {"sort": "price"}}
+    with serving_engine(echo, chat_template_kwargs={"enable_thinking": False}, extra_body=extra) as (engine, server):
+        texts(engine, "p", "q", seed=7, sampling=Sampling(0.7, 0.9, 5))
+    body = next(asked.body for asked in server.asked if asked.prompt == "p")
     assert body == {
         "model": "tiny",
         "messages": [{"role": "user", "content": "p"}],
         "max_tokens": 5,
         "temperature": 0.7,
         "top_p": 0.9,
-        "seed": row_seed(7, after("p")),
+        "seed": row_seed(7, conversation("p")),
         "provider": {"sort": "price"},
         "chat_template_kwargs": {"enable_thinking": False},
     }
     # Rows do not share their random numbers.
-    assert len({each.body["seed"] for each in server.asked}) == 2
+    assert len({asked.body["seed"] for asked in server.asked}) == 2
 
 
 def reasoning_model(asked: Asked) -> Say:
     """As OpenAI's reasoning models refuse."""
     if "max_tokens" in asked.body:
-        said = (
+        line = (
             "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
         )
-        return error(said, param="max_tokens", code="unsupported_parameter")
+        return error(line, param="max_tokens", code="unsupported_parameter")
     if "temperature" in asked.body:
-        said = "Unsupported value: 'temperature' does not support it with this model. Only the default (1) value."
-        return error(said, param="temperature", code="unsupported_value")
+        line = "Unsupported value: 'temperature' does not support it with this model. Only the default (1) value."
+        return error(line, param="temperature", code="unsupported_value")
     if "seed" in asked.body:
         return error("Unrecognized request argument supplied: seed", param=None)
     return echo(asked)
 
 
 def test_parameters_that_a_server_refuses_are_left_out_once_and_for_all(prefs_log):
-    with engine(reasoning_model, concurrency=1) as (backend, server):
-        assert texts(backend.complete([after("p"), after("q")], 0, SHORT)) == ["re: p", "re: q"]
+    with serving_engine(reasoning_model, concurrency=1) as (engine, server):
+        assert texts(engine, "p", "q") == ["re: p", "re: q"]
         assert len(server.asked) == 5
         assert set(server.asked[-1].body) == {"model", "messages", "max_completion_tokens", "top_p"}
         with pytest.raises(UserError, match=r"does not take temperature=0.5 .*rating.temperature.* to 1"):
-            backend.complete([after("p")], 0, Sampling(0.5, 1.0, 5))
+            texts(engine, "p", sampling=Sampling(0.5, 1.0, 5))
+        # A judge's choice is not sampled, so that it judges all the same.
+        replies(engine, to_choose("p"))
     assert prefs_log.text.count("takes no seed: its answers cannot be drawn again") == 1
 
 
 def test_a_temperature_that_a_server_refuses_is_not_quietly_another():
     with (
-        engine(reasoning_model) as (backend, _),
+        serving_engine(reasoning_model) as (engine, _),
         pytest.raises(UserError, match=r"does not take temperature=0.5 \(.*Only the default"),
     ):
-        backend.complete([after("p")], 0, Sampling(0.5, 1.0, 5))
+        texts(engine, "p", sampling=Sampling(0.5, 1.0, 5))
 
 
 def test_many_requests_that_find_out_at_once():
-    with engine(lambda asked: Say(**{**vars(reasoning_model(asked)), "after_s": 0.05}), concurrency=8) as (backend, _):
-        prompts = [f"p{at}" for at in range(16)]
-        assert texts(backend.complete([after(prompt) for prompt in prompts], 0, SHORT)) == [f"re: {p}" for p in prompts]
+    slow = {"after_s": 0.05}
+    with serving_engine(lambda asked: Say(**{**vars(reasoning_model(asked)), **slow}), concurrency=8) as (engine, _):
+        prompts = [f"p{number}" for number in range(16)]
+        assert texts(engine, *prompts) == [f"re: {prompt}" for prompt in prompts]
 
 
 def test_an_opening_is_given_only_to_servers_that_go_on_with_it():
-    question = dataclasses.replace(SCALE, prefill="Answer: ")
-    with engine(echo) as (backend, server):
+    rows = to_rate("p", question=dataclasses.replace(SCALE, prefill="Answer: "), seeds=(0,))
+    with serving_engine(echo) as (engine, server):
         with pytest.raises(ConfigError, match=r"template.prefill: got 'Answer: '.*api.prefill=true"):
-            backend.observe([after("p", "c")], [Ask(question, (0,), ())], SHORT)
+            replies(engine, rows)
         assert server.asked == []
-    with engine(lambda asked: Say(chat("3")), prefill=True) as (backend, server):
-        backend.observe([after("p", "c")], [Ask(question, (0,), ())], SHORT)
+    with serving_engine(lambda asked: Say(chat("3")), prefill=True) as (engine, server):
+        replies(engine, rows)
         body = server.asked[0].body
         assert body["messages"][-1] == {"role": "assistant", "content": "Answer: "}
         assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
-    with engine(echo, prefill=True, thinking=Thinking()) as (backend, _), pytest.raises(ConfigError, match=r"thinks"):
-        backend.observe([after("p", "c")], [Ask(question, (0,), ())], SHORT)
+    with (
+        serving_engine(echo, prefill=True, thinking=ThinkingConfig()) as (engine, _),
+        pytest.raises(ConfigError, match=r"thinks"),
+    ):
+        replies(engine, rows)
 
 
 def test_a_served_model_shows_no_residuals():
-    with engine(echo) as (backend, _), pytest.raises(ConfigError, match=r"capture=none"):
-        backend.observe([after("p", "c")], [], SHORT, CaptureRequest((0,), ("rating",)))
+    with serving_engine(echo) as (engine, _), pytest.raises(ConfigError, match=r"capture=none"):
+        replies(engine, [Request(conversation("p", "c"), capture=Capture((0,), ("rating",)))])
 
 
 # Exact scores
-
-
-def score(backend: OpenAIBackend, *questions: Question, rows=("p",)) -> list[list[Score]]:
-    seen = backend.observe([after(row, "c") for row in rows], [Ask(question) for question in questions], SHORT)
-    return [[answer.scores[0] for answer in row.answers] for row in seen]
 
 
 def test_a_score_is_the_probability_of_each_options_token(prefs_log):
     # Some servers tell apart tokens that read the same; what else there is does not count.
     top = likeliest(("4", {"4": 0.5, "5": 0.25, "The": 0.125, " 4": 0.0625}))
     top["content"][0]["top_logprobs"].append({"token": "4", "logprob": float(np.log(0.03125))})
-    with engine(lambda asked: Say(chat("4", logprobs=top))) as (backend, server):
-        ((scored,),) = score(backend, SCALE)
+    with serving_engine(lambda asked: Say(chat("4", logprobs=top))) as (engine, server):
+        (scored,) = scores(engine, "p")
         body = server.asked[0].body
     assert scored.mass == pytest.approx((0, 0, 0, 0.53125, 0.25))
     assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
@@ -608,62 +652,57 @@ def test_a_score_is_the_probability_of_each_options_token(prefs_log):
     assert "3 of 5 option probabilities are not among the 20 likeliest tokens" in prefs_log.text
 
 
-def test_options_that_begin_with_one_token_need_a_server_that_goes_on():
-    agreement = Question("Agree?", ("Strongly disagree", "Disagree", "Agree", "Strongly agree"))
-    top = likeliest(("Strong", {"Strong": 0.7, "Agree": 0.2}))
-    with (
-        engine(lambda asked: Say(chat("Strong", logprobs=top))) as (backend, _),
-        pytest.raises(UserError, match=r"'Strongly disagree', 'Strongly agree' begin with the same token"),
-    ):
-        score(backend, agreement)
+def test_options_of_several_tokens_are_gone_on_with():
+    def answer(asked: Asked) -> Say:
+        begun = asked.body["messages"][-1]["content"]
+        top = {"Answer:": {" Strong": 0.5, " Agree": 0.25}, "Answer: Strong": {"ly": 1.0}}.get(begun)
+        return Say(chat("x", logprobs=likeliest(("x", top or {" disagree": 0.75, " agree": 0.25}))))
+
+    agreement = Question("Agree?", ("Strongly disagree", "Agree", "Strongly agree"), "Answer: ")
+    with serving_engine(answer, prefill=True) as (engine, server):
+        (scored,) = scores(engine, "p", question=agreement)
+        assert len(server.asked) == 3
+    assert scored.mass == pytest.approx((0.375, 0.25, 0.125))
 
 
 def test_ten_is_told_from_one_where_a_row_shows_that_it_is_a_token():
-    scale = Question("0 to 10?", tuple(str(value) for value in range(11)))
-
     def answer(asked: Asked) -> Say:
-        first = asked.body["messages"][0]["content"]
-        return Say(chat("1", logprobs=likeliest(("1", {"1": 0.5, "10": 0.25} if first == "shows" else {"1": 0.5}))))
+        shown = {"1": 0.5, "10": 0.25} if asked.body["messages"][0]["content"] == "shows" else {"1": 0.5}
+        return Say(chat("1", logprobs=likeliest(("1", shown))))
 
-    with engine(answer) as (backend, _):
+    with serving_engine(answer) as (engine, _):
         with pytest.raises(UserError, match=r"'1', '10' begin with the same token"):
-            score(backend, scale, rows=("hides",))
-        (hides,), (shows,) = score(backend, scale, rows=("hides", "shows"))
+            scores(engine, "hides", question=TO_TEN)
+        hides, shows = scores(engine, "hides", "shows", question=TO_TEN)
         assert (hides.mass[1], hides.mass[10]) == pytest.approx((0.5, 0))
         assert (shows.mass[1], shows.mass[10]) == pytest.approx((0.5, 0.25))
-        ((later,),) = score(backend, scale, rows=("hides",))
+        (later,) = scores(engine, "hides", question=TO_TEN)
         assert later == hides
 
 
 def test_a_batch_that_was_stopped_early_blames_what_stopped_it():
     """And not the tokens that it has not shown yet."""
-    scale = Question("0 to 10?", tuple(str(value) for value in range(11)))
 
     def answer(asked: Asked) -> Say:
         if asked.body["messages"][0]["content"] == "second":
             return error("Incorrect API key provided", 401)
         return Say(chat("1", logprobs=likeliest(("1", {"1": 0.5}))))
 
-    with engine(answer, concurrency=1) as (backend, _), pytest.raises(UserError, match="401"):
-        score(backend, scale, rows=("first", "second"))
+    with serving_engine(answer, concurrency=1) as (engine, _), pytest.raises(UserError, match="401"):
+        scores(engine, "first", "second", question=TO_TEN)
 
 
 def test_samples_are_kept_where_scores_turn_out_to_be_impossible():
     agreement = Question("Agree?", ("Strongly disagree", "Strongly agree"))
     top = likeliest(("Strong", {"Strong": 0.7}))
-    with (
-        engine(lambda asked: Say(chat("Strongly agree", logprobs=top))) as (backend, _),
-        pytest.raises(Interrupted) as stopped,
-    ):
-        backend.observe([after("p", "c")], [Ask(agreement, (0,))], SHORT)
-    (row,) = stopped.value.done
-    assert row is not None
-    assert row.answers[0].samples[0].text == "Strongly agree"
-    assert row.answers[0].scores == {}
+    with serving_engine(lambda asked: Say(chat("Strongly agree", logprobs=top))) as (engine, _):
+        done, line = until_stopped(engine, to_rate("p", question=agreement, seeds=(0,), scores=(0,)))
+    assert "'Strongly disagree', 'Strongly agree' begin with the same token" in line
+    assert (done[0].samples[0].text, done[0].scores) == ("Strongly agree", {})
 
 
 @pytest.mark.parametrize(
-    "says",
+    "reply",
     [
         error("Requested sample logprobs of 20, which is greater than max allowed: 5"),
         error("logprobs are not supported with reasoning models.", param="logprobs", code="unsupported_parameter"),
@@ -672,17 +711,17 @@ def test_samples_are_kept_where_scores_turn_out_to_be_impossible():
         Say(chat("4", logprobs={"content": None})),
     ],
 )
-def test_log_probabilities_that_are_not_offered_are_one_clear_line(says):
-    with engine(lambda asked: says) as (backend, server):
+def test_log_probabilities_that_are_not_offered_are_one_clear_line(reply):
+    with serving_engine(lambda asked: reply) as (engine, server):
         with pytest.raises(UserError, match=r"gives no log-probabilities of tiny .*rating.exact=false"):
-            score(backend, SCALE)
+            scores(engine, "p")
         assert len(server.asked) == 1
 
 
 def test_no_likeliest_tokens_no_exact_ratings():
-    with engine(echo, top_logprobs=0) as (backend, server):
+    with serving_engine(echo, top_logprobs=0) as (engine, server):
         with pytest.raises(ConfigError, match=r"model.api.top_logprobs.*rating.exact=false"):
-            score(backend, SCALE)
+            scores(engine, "p")
         assert server.asked == []
 
 
@@ -696,15 +735,16 @@ def test_no_likeliest_tokens_no_exact_ratings():
 )
 def test_log_probabilities_that_are_none_are_asked_for_again(broken):
     good = likeliest(("4", {"4": 0.5}))
-    with engine(lambda asked: Say(chat("4", logprobs=broken if asked.attempt == 1 else good))) as (backend, server):
-        ((scored,),) = score(backend, SCALE)
+    with serving_engine(lambda asked: Say(chat("4", logprobs=broken if asked.attempt == 1 else good))) as (
+        engine,
+        server,
+    ):
+        (scored,) = scores(engine, "p")
         assert scored.mass == pytest.approx((0, 0, 0, 0.5, 0))
         assert len(server.asked) == 2
 
 
 # Thinking
-
-THINKS = Thinking(max_tokens=100)
 
 
 def in_the_text(text: str, *positions: tuple[str, dict[str, float]], finish: str = "stop") -> Say:
@@ -712,7 +752,7 @@ def in_the_text(text: str, *positions: tuple[str, dict[str, float]], finish: str
 
 
 @pytest.mark.parametrize(
-    "says",
+    "reply",
     [
         in_the_text(
             "<think>4?</think>\n\n4", ("<think>", {}), ("4?", {}), ("</think>", {}), ("\n\n", {}), ("4", {"4": 0.5})
@@ -723,20 +763,21 @@ def in_the_text(text: str, *positions: tuple[str, dict[str, float]], finish: str
     ],
     ids=["in the text", "without its mark", "apart", "apart, but in the log-probabilities"],
 )
-def test_a_thought_is_taken_apart_and_scored_after(says):
-    with engine(lambda asked: says, thinking=THINKS) as (backend, server):
-        (seen,) = backend.observe([after("p", "c")], [Ask(SCALE, (0, 1), (0,))], SHORT)
+def test_a_thought_is_taken_apart_and_scored_after(reply):
+    with serving_engine(lambda asked: reply, thinking=THINKS) as (engine, server):
+        (rated,) = replies(engine, to_rate("p", seeds=(0, 1), scores=(0,)))
         # The sample and the score of a seed come from one request.
         assert len(server.asked) == 2
-        assert {each.body["max_tokens"] for each in server.asked} == {105}
-        assert sorted("logprobs" in each.body for each in server.asked) == [False, True]
-    (answer,) = seen.answers
-    assert answer.scores == {0: Score(pytest.approx((0, 0, 0, 0.5, 0)), "4?")}
-    assert {(sample.text, sample.thought) for sample in answer.samples.values()} == {("4", "4?")}
+        assert {asked.body["max_tokens"] for asked in server.asked} == {105}
+        assert sorted("logprobs" in asked.body for asked in server.asked) == [False, True]
+    assert rated.scores == {0: Score(pytest.approx((0, 0, 0, 0.5, 0)), "4?")}
+    assert {seed: (sample.text, sample.thought) for seed, sample in rated.samples.items()} == {
+        0: ("4", "4?"), 1: ("4", "4?")
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "says",
+    "reply",
     [
         in_the_text("<think>well, 4 or", ("<think>", {}), ("4", {"4": 0.5}), finish="length"),
         in_the_text("well, 4 or", ("well", {}), ("4", {"4": 0.5}), finish="length"),
@@ -744,17 +785,14 @@ def test_a_thought_is_taken_apart_and_scored_after(says):
         Say(chat("", finish="length", reasoning_content="well, 4 or", logprobs=likeliest(("4", {"4": 0.5})))),
     ],
 )
-def test_a_thought_that_was_cut_off_gives_no_answer(says):
-    with engine(lambda asked: says, thinking=THINKS) as (backend, server):
-        (seen,) = backend.observe([after("p", "c")], [Ask(SCALE, (0,), (0,))], SHORT)
+def test_a_thought_that_was_cut_off_gives_no_answer(reply):
+    with serving_engine(lambda asked: reply, thinking=THINKS) as (engine, server):
+        (rated,) = replies(engine, to_rate("p", seeds=(0,), scores=(0,)))
         assert len(server.asked) == 1
-    (answer,) = seen.answers
-    sample, scored = answer.samples[0], answer.scores[0]
+    sample, scored = rated.samples[0], rated.scores[0]
     assert (sample.text, sample.invalid, sample.finished) == (None, "thought_cut_off", False)
     assert (scored.mass, scored.invalid) == (None, "thought_cut_off")
-    assert sample.thought == scored.thought
-    assert sample.thought is not None
-    assert "4 or" in sample.thought
+    assert sample.thought == scored.thought == "well, 4 or"
 
 
 def test_a_thought_is_stored_with_its_completion(tmp_path):
@@ -766,68 +804,51 @@ def test_a_thought_is_stored_with_its_completion(tmp_path):
     assert (row["text"], row["thought"], row["invalid"]) == ("Done.", "well", None)
 
 
-def test_completions_stored_before_there_were_thoughts_are_read(tmp_path):
-    store, tasks = Store.open(str(tmp_path)), [Task("t", "p", origin="A")]
-    with serving(echo) as server:
-        spec = spec_of(server)
-        first, _ = run(store, spec, tasks)
-        (part,) = (store.root / "completions").rglob("*.parquet")
-        older = io.BytesIO()
-        pq.write_table(pq.read_table(part).drop_columns(["thought"]), older)
-        part.unlink()
-        (part.parent / f"{xxhash.xxh3_128_hexdigest(older.getvalue())}.parquet").write_bytes(older.getvalue())
-        again, work = run(store, spec, tasks)
-        assert len(server.asked) == 1
-    assert (again, work.reused) == (first, 1)
-
-
 def test_a_thought_that_a_server_keeps_to_itself():
     hidden = {"prompt_tokens": 5, "completion_tokens": 60, "completion_tokens_details": {"reasoning_tokens": 50}}
-    with engine(lambda asked: Say(chat("4", usage=hidden)), thinking=THINKS) as (backend, _):
-        (sample,) = backend.complete([after("p")], 0, SHORT)
+    with serving_engine(lambda asked: Say(chat("4", usage=hidden)), thinking=THINKS) as (engine, _):
+        (sample,) = samples(engine, "p")
         assert (sample.text, sample.thought, sample.invalid) == ("4", None, None)
     # Nobody said that it thinks, and the room for the answer went into the thought.
-    with engine(lambda asked: Say(chat("", finish="length", usage=hidden))) as (backend, _):
-        (sample,) = backend.complete([after("p")], 0, SHORT)
+    with serving_engine(lambda asked: Say(chat("", finish="length", usage=hidden))) as (engine, _):
+        (sample,) = samples(engine, "p")
         assert (sample.text, sample.invalid) == (None, "thought_cut_off")
 
 
 def test_log_probabilities_that_do_not_belong_to_the_answer():
-    says = Say(chat("4", reasoning="well", logprobs=likeliest(("well", {"well": 0.5}), ("4", {"4": 0.5}))))
+    reply = Say(chat("4", reasoning="well", logprobs=likeliest(("well", {"well": 0.5}), ("4", {"4": 0.5}))))
     with (
-        engine(lambda asked: says, thinking=THINKS) as (backend, _),
+        serving_engine(lambda asked: reply, thinking=THINKS) as (engine, _),
         pytest.raises(UserError, match=r"do not belong to the answer; use rating.exact=false"),
     ):
-        backend.observe([after("p", "c")], [Ask(SCALE, (), (0,))], SHORT)
+        scores(engine, "p")
 
 
 def test_a_server_ends_its_models_thoughts():
     with serving(echo) as server, pytest.raises(ConfigError, match=r"force_close"):
-        OpenAIBackend.load(spec_of(server, thinking=Thinking(force_close=True)))
+        OpenAIEngine.load(spec_of(server, thinking=ThinkingConfig(force_close=True)))
 
 
 def test_a_refusal_field_is_what_was_said():
-    with engine(lambda asked: Say(chat(None, refusal="I can't help with that."))) as (backend, _):
-        assert texts(backend.complete([after("p")], 0, SHORT)) == ["I can't help with that."]
+    with serving_engine(lambda asked: Say(chat(None, refusal="I can't help with that."))) as (engine, _):
+        assert texts(engine, "p") == ["I can't help with that."]
 
 
 # Choosing
 
-VERDICT = ("refusal", "compliance")
 
-
-def test_a_choice_is_one_of_the_options_or_none(prefs_log):
-    says = {
+def test_a_choice_is_one_of_the_options_or_none():
+    answers = {
         "json": '{"answer": "refusal"}',
         "plain": " Compliance.\n",
         "other": "It depends.",
         "odd": '{"answer": 3}',
         "null": "null",
     }
-    with engine(lambda asked: Say(chat(says[asked.body["messages"][0]["content"]]))) as (backend, server):
-        chosen = backend.choose([after(each) for each in says], VERDICT)
+    with serving_engine(lambda asked: Say(chat(answers[asked.prompt]))) as (engine, server):
+        choices = [reply.choice for reply in replies(engine, to_choose(*answers))]
         schema = server.asked[0].body["response_format"]["json_schema"]["schema"]
-    assert chosen == ["refusal", "compliance", None, None, None]
+    assert choices == ["refusal", "compliance", None, None, None]
     assert schema["properties"]["answer"]["enum"] == ["refusal", "compliance"]
     assert server.asked[0].body["temperature"] == 0
 
@@ -836,27 +857,12 @@ def test_a_server_without_structured_output_is_asked_plainly(prefs_log):
     def answer(asked: Asked) -> Say:
         if "response_format" in asked.body:
             return error("This response_format type is unavailable now")
-        return TOO_LONG["vLLM"] if asked.body["messages"][0]["content"] == "long" else Say(chat("refusal"))
+        return TOO_LONG["vLLM"] if asked.prompt == "long" else Say(chat("refusal"))
 
-    with engine(answer, concurrency=1) as (backend, server):
-        assert backend.choose([after("p"), after("long")], VERDICT) == ["refusal", None]
+    with serving_engine(answer, concurrency=1) as (engine, server):
+        assert [reply.choice for reply in replies(engine, to_choose("p", "long"))] == ["refusal", None]
         assert len(server.asked) == 3
     assert prefs_log.text.count("offers no structured output") == 1
-
-
-def test_choices_made_before_a_server_broke_are_kept():
-    def answer(asked: Asked) -> Say:
-        return Say(b"", status=500) if asked.prompt == "second" else Say(chat('{"answer": "refusal"}'))
-
-    with engine(answer, concurrency=1, max_retries=1) as (backend, _), pytest.raises(Interrupted) as stopped:
-        backend.choose([after("first"), after("second"), after("third")], VERDICT)
-    assert stopped.value.done == ["refusal", None, None]
-
-
-def test_a_judge_that_takes_no_temperature_judges_all_the_same():
-    with engine(reasoning_model) as (backend, server):
-        backend.choose([after("p")], VERDICT)
-        assert "temperature" not in server.asked[-1].body
 
 
 # What it costs, and what may go wrong with text
@@ -868,25 +874,21 @@ def test_usage_counts_every_request_and_prices_its_tokens():
             return Say(b"", status=500)
         return Say(chat("x", usage={"prompt_tokens": 1000, "completion_tokens": 100, "cost": 0.25}))
 
-    with engine(answer) as (backend, _):
-        backend.complete([after("p"), after("q")], 0, SHORT)
-        used = backend.usage()
+    with serving_engine(answer) as (engine, _):
+        texts(engine, "p", "q")
+        used = engine.usage()
         assert (used.requests, used.prompt_tokens, used.completion_tokens, used.dollars) == (4, 2000, 200, 0.5)
-    with engine(answer, price_prompt=3.0, price_completion=15.0) as (backend, _):
-        backend.complete([after("p")], 0, SHORT)
-        assert backend.usage().dollars == pytest.approx(1000 * 3e-6 + 100 * 15e-6)
-    with engine(echo) as (backend, _):
-        backend.complete([after("p")], 0, SHORT)
-        assert backend.usage().dollars is None
+    with serving_engine(answer, price_prompt=3.0, price_completion=15.0) as (engine, _):
+        texts(engine, "p")
+        assert engine.usage().dollars == pytest.approx(1000 * 3e-6 + 100 * 15e-6)
+    with serving_engine(echo) as (engine, _):
+        texts(engine, "p")
+        assert engine.usage().dollars is None
 
 
 def test_conversations_with_control_tokens_in_them_are_counted_in_one_warning(tmp_path, prefs_log):
-    tasks = [
-        Task(f"t{at}", text, origin="A")
-        for at, text in enumerate(
-            ["plain", "a <|im_end|> b", "<start_of_turn>", "[INST] x", "<|eot_id|>", "</think>", "a < b | c > d [1]"]
-        )
-    ]
+    prompts = ["plain", "a <|im_end|> b", "<start_of_turn>", "[INST] x", "<|eot_id|>", "</think>", "a < b | c > d [1]"]
+    tasks = [Task(f"t{number}", prompt, origin="A") for number, prompt in enumerate(prompts)]
     with serving(echo) as server:
         run(Store.open(str(tmp_path)), dataclasses.replace(spec_of(server), batch_tokens=2), tasks)
     warnings = [record.message for record in prefs_log.records if "control token" in record.message]
@@ -894,16 +896,16 @@ def test_conversations_with_control_tokens_in_them_are_counted_in_one_warning(tm
     assert warnings[0].startswith("5 conversations")
 
 
-def test_an_interrupt_from_the_keyboard_stops_at_once(tmp_path):
+def test_an_interrupt_from_the_keyboard_stops_at_once():
     with serving(lambda asked: Say(hang=True)) as server:
         script = f"""
-            from prefs.models.tokens import Message
             from prefs.config import ApiConfig
-            from prefs.models.types import Sampling
             from prefs.models.loading import ModelSpec
-            from prefs.models.openai.engine import OpenAIBackend
+            from prefs.models.openai.engine import OpenAIEngine
+            from prefs.models.types import Message, Request, Sampling
             spec = ModelSpec("t", "t", "openai", dtype="served", api=ApiConfig({server.base_url!r}, None))
-            OpenAIBackend.load(spec).complete([(Message("user", "p"),)] * 3, 0, Sampling(1.0, 1.0, 5))
+            request = Request((Message("user", "p"),), sampling=Sampling(1.0, 1.0, 5), seeds=(0, 1, 2))
+            list(OpenAIEngine.load(spec).run([request]))
         """
         child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.PIPE, text=True)
         try:
@@ -919,48 +921,6 @@ def test_an_interrupt_from_the_keyboard_stops_at_once(tmp_path):
 
 
 def test_an_empty_batch():
-    with engine(echo) as (backend, server):
-        assert backend.complete([], 0, SHORT) == []
-        assert backend.observe([], [Ask(SCALE)], SHORT) == []
-        assert backend.choose([], VERDICT) == []
+    with serving_engine(echo) as (engine, server):
+        assert replies(engine, []) == []
         assert server.asked == []
-
-
-def test_rating_goes_on_where_it_was_stopped_and_asks_for_nothing_twice(tmp_path):
-    stop = True
-    done = [Completion(Task(f"t{n}", f"Task {n}", origin="A"), "Done.") for n in range(6)]
-    done.append(Completion(Task("b", "Blocked", origin="A"), None, True, Invalid.blocked))
-    asked_for = template("stated")
-
-    def turns(n):
-        return (*after(f"Task {n}", "Done."), Message("user", asked_for.question))
-
-    bad = row_seed(1, turns(2))
-
-    def answer(asked):
-        if stop and asked.body["seed"] == bad and "logprobs" not in asked.body:
-            return error("no", 400)
-        if "logprobs" in asked.body:
-            return Say(chat("1", logprobs=likeliest(("1", {"1": 0.6, "2": 0.2}))))
-        return Say(chat(str(asked.body["seed"] % 5 + 1)))
-
-    store, models = Store.open(str(tmp_path)), Models()
-    options = {"seeds": (0, 1, 2), "exact": True, "capture": None, "system_prompt": None}
-    with serving(answer) as server:
-        spec = spec_of(server, concurrency=2)
-        with pytest.raises(Interrupted):
-            rate(done, spec, {"a": asked_for}, SHORT, store=store, models=models, **options)
-        first = len(server.asked)
-        stop = False
-        rated = rate(done, spec, {"a": asked_for}, SHORT, store=store, models=models, **options)
-        bodies = [str(sorted(each.body.items(), key=str)) for each in server.asked]
-        assert first > 3
-        assert len(server.asked) == 6 * 4 + 1, (first, len(server.asked))
-        assert sorted(bodies.count(b) for b in set(bodies))[-2:] == [1, 2]
-        models.keep_only([])
-    ratings = rated.ratings["a"]
-    assert [one.value for one in ratings.answers[2]] == [row_seed(s, turns(2)) % 5 + 1 for s in range(3)]
-    assert {one.invalid for one in ratings.answers[6]} == {Invalid.blocked}
-    for kind, count in (("answers", 18), ("scores", 6)):
-        rows = stored(store, kind)
-        assert len(rows) == len({row["key"] for row in rows}) == count

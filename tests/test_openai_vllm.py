@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,9 +25,8 @@ from prefs.data.task import Task
 from prefs.errors import UserError
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models, ModelSpec
-from prefs.models.openai.engine import OpenAIBackend
-from prefs.models.tokens import Message
-from prefs.models.types import Ask, Interrupted, Question, Sample, Sampling
+from prefs.models.openai.engine import OpenAIEngine
+from prefs.models.types import Message, Question, Reply, Request, Sample, Sampling
 from prefs.stages.complete import complete
 from prefs.stages.rate import rate
 from prefs.stages.records import Completion
@@ -41,7 +41,9 @@ CONTEXT = 1024
 SCALE = Question(
     "How much did you like that task, from 1 to 5? Answer with the number only.", tuple("12345"), "Answer: "
 )
-TEN = replace(SCALE, text="From 0 to 10, how much did you like that task?", says=tuple(str(at) for at in range(11)))
+TEN = replace(
+    SCALE, text="From 0 to 10, how much did you like that task?", options=tuple(str(value) for value in range(11))
+)
 WORDS = Question("Repeat after me: Strongly agree", ("Strongly disagree", "Disagree", "Agree", "Strongly agree"))
 ROWS = [
     (Message("user", "Count to 3."), Message("assistant", "1, 2, 3.")),
@@ -116,41 +118,52 @@ def spec_of(server: VllmServer, path: str = "smollm2", **api) -> ModelSpec:
 
 
 @pytest.fixture
-def served(server) -> Iterator[OpenAIBackend]:
-    backend = OpenAIBackend.load(spec_of(server))
-    yield backend
-    backend.close()
+def served(server) -> Iterator[OpenAIEngine]:
+    engine = OpenAIEngine.load(spec_of(server))
+    yield engine
+    engine.close()
+
+
+def replies(engine, requests: list[Request]) -> list[Reply]:
+    """In the order of the requests."""
+    done = dict(engine.run(requests))
+    return [done[number] for number in range(len(requests))]
+
+
+def to_rate(rows, question: Question, **wanted) -> list[Request]:
+    return [Request(row, question, sampling=Sampling(1.0, 1.0, 1), **wanted) for row in rows]
+
+
+def masses(engine, question: Question) -> np.ndarray:
+    """[rows, options]."""
+    return np.array([reply.scores[0].mass for reply in replies(engine, to_rate(ROWS, question, scores=(0,)))])
 
 
 def test_exact_masses_are_those_of_the_model_run_here(served, backend):
     """Digits after an opening, options that open others ("1" and "10"), and options of several tokens."""
-    asks = [Ask(question) for question in (SCALE, TEN, WORDS)]
-    there = served.observe(ROWS, asks, Sampling(1.0, 1.0, 1))
-    here = backend.observe(ROWS, asks, Sampling(1.0, 1.0, 1))
-    for at, tolerance in enumerate((2e-5, 2e-5, 5e-4)):
-        for one, other in zip(there, here, strict=True):
-            got, expected = (np.array(each.answers[at].scores[0].mass) for each in (one, other))
-            # What is not among the 20 likeliest tokens counts as 0.
-            listed = (got > 0) | (expected > 0.02)
-            np.testing.assert_allclose(got[listed], expected[listed], atol=tolerance)
-    whole = np.array([row.answers[2].scores[0].mass for row in there])
-    assert (whole[:, [0, 3]] > 0.002).sum() >= 3  # those of several tokens have been walked to
-    assert np.array([row.answers[1].scores[0].mass for row in there])[:, 10].min() > 0.05
+    given = {}
+    for name, question, tolerance in (("scale", SCALE, 2e-5), ("ten", TEN, 2e-5), ("words", WORDS, 5e-4)):
+        given[name], expected = masses(served, question), masses(backend, question)
+        # What is not among the 20 likeliest tokens counts as 0.
+        listed = (given[name] > 0) | (expected > 0.02)
+        np.testing.assert_allclose(given[name][listed], expected[listed], atol=tolerance)
+    assert (given["words"][:, [0, 3]] > 0.002).sum() >= 3  # those of several tokens have been walked to
+    assert given["ten"][:, 10].min() > 0.05
 
 
 def test_answers_are_drawn_from_the_distribution_that_is_scored(served):
     seeds = tuple(range(80))
-    (first,) = served.observe(ROWS[:1], [Ask(SCALE, seeds)], Sampling(1.0, 1.0, 1))
-    mass = np.array(first.answers[0].scores[0].mass)
-    texts = [first.answers[0].samples[seed].text for seed in seeds]
-    shares = np.array([texts.count(say) for say in SCALE.says]) / len(seeds)
+    (first,) = replies(served, to_rate(ROWS[:1], SCALE, seeds=seeds, scores=(0,)))
+    mass = np.array(first.scores[0].mass)
+    texts = [first.samples[seed].text for seed in seeds]
+    shares = np.array([texts.count(option) for option in SCALE.options]) / len(seeds)
     assert np.all(np.abs(shares - mass) <= 5 * np.sqrt(mass * (1 - mass) / len(seeds)))
-    (again,) = served.observe(ROWS[:1], [Ask(SCALE, seeds[:5], ())], Sampling(1.0, 1.0, 1))
-    assert all(first.answers[0].samples[seed] == again.answers[0].samples[seed] for seed in seeds[:5])
+    (again,) = replies(served, to_rate(ROWS[:1], SCALE, seeds=seeds[:5]))
+    assert again.samples == {seed: first.samples[seed] for seed in seeds[:5]}
 
 
 def test_one_store_one_job_through_the_stages(server, tmp_path):
-    tasks = [Task(f"t{at}", f"Count to {at}.", origin="A") for at in range(1, 5)]
+    tasks = [Task(f"t{n}", f"Count to {n}.", origin="A") for n in range(1, 5)]
     store, models, spec = Store.open(str(tmp_path)), Models(), replace(spec_of(server), prefill="Answer: ")
     short = Sampling(1.0, 1.0, 4)
     completions, _ = complete(tasks, spec, short, seed=0, system_prompt=None, store=store, models=models)
@@ -163,43 +176,44 @@ def test_one_store_one_job_through_the_stages(server, tmp_path):
     assert ratings.answers == again.ratings["stated"].answers
     assert ratings.mass is not None
     assert ratings.mass.sum(axis=1).min() > 0.5
-    assert sum(each.value is not None for row in ratings.answers for each in row) >= 3
+    assert sum(answer.value is not None for row in ratings.answers for answer in row) >= 3
     models.keep_only([])
 
 
 def test_the_server_says_what_is_too_long(served):
     long, brim, short = (((Message("user", "word " * count)),) for count in (CONTEXT + 100, CONTEXT - 45, 3))
-    samples = served.complete([long, brim, short], 0, Sampling(1.0, 1.0, 64))
+    rows = [Request(row, sampling=Sampling(1.0, 1.0, 64), seeds=(0,)) for row in (long, brim, short)]
+    samples = [reply.samples[0] for reply in replies(served, rows)]
     assert samples[0] == Sample(None, 0, True, invalid="too_long")
     # It shortens an answer to what its context has left; one that does not end by itself was not as long as asked for.
     assert samples[1].invalid == "too_long" or samples[1].finished
     assert samples[2].invalid is None
-    (row,) = served.observe([(*long, Message("assistant", "Done."))], [Ask(SCALE, (0,))], Sampling(1.0, 1.0, 4))
-    assert row.answers[0].scores[0].invalid == row.answers[0].samples[0].invalid == "too_long"
+    (reply,) = replies(served, to_rate([(*long, Message("assistant", "Done."))], SCALE, seeds=(0,), scores=(0,)))
+    assert reply.scores[0].invalid == reply.samples[0].invalid == "too_long"
 
 
 def test_a_choice_is_held_to_the_options(served):
-    question = Message("user", "Was that a refusal, or did the assistant do it?")
-    chosen = served.choose([(*row, question) for row in ROWS], ("refusal", "compliance"))
-    assert set(chosen) <= {"refusal", "compliance"}
+    question = Question("Was that a refusal, or did the assistant do it?", ("refusal", "compliance"))
+    chosen = {reply.choice for reply in replies(served, [Request(row, question, choose=True) for row in ROWS])}
+    assert chosen <= {"refusal", "compliance"}
 
 
 def test_a_model_that_is_not_on_the_server(server):
-    backend = OpenAIBackend.load(spec_of(server, path="smollm3"))
+    engine = OpenAIEngine.load(spec_of(server, path="smollm3"))
     with pytest.raises(UserError, match=r"model.path: 'smollm3' is not on .*; there is smollm2"):
-        backend.complete([ROWS[0][:1]], 0, Sampling(1.0, 1.0, 4))
-    backend.close()
+        replies(engine, to_rate(ROWS, SCALE, seeds=(0,)))
+    engine.close()
 
 
 def test_more_log_probabilities_than_the_server_gives(server):
-    backend = OpenAIBackend.load(spec_of(server, top_logprobs=21))
+    engine = OpenAIEngine.load(spec_of(server, top_logprobs=21))
     with pytest.raises(UserError, match=r"gives no log-probabilities .*model.api.top_logprobs"):
-        backend.observe(ROWS, [Ask(SCALE)], Sampling(1.0, 1.0, 1))
-    backend.close()
+        masses(engine, SCALE)
+    engine.close()
 
 
 def test_a_server_that_is_killed_in_the_middle_costs_nothing_that_was_answered(server, tmp_path):
-    tasks = [Task(f"t{at}", f"Write a long story about {at} cats.", origin="A") for at in range(12)]
+    tasks = [Task(f"t{n}", f"Write a long story about {n} cats.", origin="A") for n in range(12)]
     store, long = Store.open(str(tmp_path)), Sampling(1.0, 1.0, 24)
     spec = spec_of(server, concurrency=1, max_retries=1)
 
@@ -219,15 +233,13 @@ def test_a_server_that_is_killed_in_the_middle_costs_nothing_that_was_answered(s
 
     killer = threading.Thread(target=kill_in_the_middle, daemon=True)
     killer.start()
-    with pytest.raises(
-        Interrupted, match=r"did not answer after 2 tries .*batch were answered and are kept"
-    ) as stopped:
+    with pytest.raises(UserError, match=r"did not answer after 2 tries .*batch were answered and are kept") as stopped:
         run()
     killer.join()
-    kept = sum(each is not None for each in stopped.value.done)
+    kept = int(re.search(r"\((\d+) of 12 rows", str(stopped.value))[1])
     assert 3 <= kept < len(tasks)
     server.start()
     completions, work = run()
     assert server.answered() == len(tasks) - kept
     assert work.reused == kept
-    assert all(each.text for each in completions)
+    assert all(completion.text for completion in completions)

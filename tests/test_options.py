@@ -10,9 +10,9 @@ from conftest import TEMPLATES, template
 from tokenizers import normalizers
 
 from prefs.errors import UserError
-from prefs.models.options import ask, branchings, option_masses
-from prefs.models.tokens import ChatEncoder, Message
-from prefs.models.types import Question
+from prefs.models.prompts import branchings, encode_prompt, option_masses
+from prefs.models.tokens import ChatEncoder
+from prefs.models.types import Message, Question
 
 CONVERSATION = (Message("user", "Hello"), Message("assistant", "Hi there."))
 
@@ -21,17 +21,19 @@ CONVERSATION = (Message("user", "Hello"), Message("assistant", "Hi there."))
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_and_tails_join_to_the_encoding_of_the_whole_answer(encoder, name, prefill):
     shipped = template(name)
-    asked = ask(encoder, CONVERSATION, Question(shipped.question, shipped.says, prefill))
-    for say, tail in zip(shipped.says, asked.tails, strict=True):
+    prompt = encode_prompt(encoder, CONVERSATION, Question(shipped.question, shipped.says, prefill))
+    for say, tail in zip(shipped.says, prompt.tails, strict=True):
         whole = encoder.encode((*CONVERSATION, Message("user", shipped.question)), answer=prefill + say)
-        assert asked.ids + tail == whole.ids
+        assert prompt.ids + tail == whole.ids
         assert tail
-    assert encoder.tokenizer.decode(list(asked.ids[asked.question_start :])).startswith(shipped.question)
+    following = {(*beginning, token) for beginning, tokens in branchings(prompt.tails).items() for token in tokens}
+    assert following == {tail[:end] for tail in prompt.tails for end in range(1, len(tail) + 1)}
+    assert encoder.tokenizer.decode(list(prompt.ids[prompt.spans.question[0] :])).startswith(shipped.question)
 
 
 def test_a_blank_before_the_option_goes_with_the_option(encoder):
-    asked = ask(encoder, CONVERSATION, Question("?", ("Agree", "Disagree"), "Answer: "))
-    assert [encoder.tokenizer.decode(list(tail)) for tail in asked.tails] == [" Agree", " Disagree"]
+    prompt = encode_prompt(encoder, CONVERSATION, Question("?", ("Agree", "Disagree"), "Answer: "))
+    assert [encoder.tokenizer.decode(list(tail)) for tail in prompt.tails] == [" Agree", " Disagree"]
 
 
 def test_options_the_tokenizer_cannot_tell_apart_are_named(tokenizer):
@@ -40,7 +42,7 @@ def test_options_the_tokenizer_cannot_tell_apart_are_named(tokenizer):
     lower = copy.deepcopy(tokenizer)
     lower.backend_tokenizer.normalizer = normalizers.Replace("Ａ", "A")
     with pytest.raises(UserError, match="cannot tell the options 'A' and 'Ａ' apart"):
-        ask(ChatEncoder(lower), CONVERSATION, Question("?", ("A", "Ａ", "B")))
+        encode_prompt(ChatEncoder(lower), CONVERSATION, Question("?", ("A", "Ａ", "B")))
 
 
 def test_masses_are_disjoint_by_hand():
@@ -75,11 +77,3 @@ def test_branchings_are_the_points_where_options_go_on():
     tails = ((1,), (1, 2), (1, 3, 4), (5,))
     assert branchings(tails) == {(): (1, 5), (1,): (2, 3), (1, 3): (4,)}
     assert branchings(((1,), (2,), (3,))) == {(): (1, 2, 3)}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_branchings_hold_every_token_of_every_option(encoder, name):
-    shipped = template(name)
-    asked = ask(encoder, CONVERSATION, Question(shipped.question, shipped.says, "Answer: "))
-    found = {(*beginning, token) for beginning, tokens in branchings(asked.tails).items() for token in tokens}
-    assert found == {tail[:end] for tail in asked.tails for end in range(1, len(tail) + 1)}

@@ -8,21 +8,22 @@ import pytest
 from fault_server import chat, likeliest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletion
 
-from prefs.models.openai.control_text import control_texts
+from prefs.config import ThinkingConfig
+from prefs.models.openai.engine import control_texts
 from prefs.models.openai.refusals import refusal_of_row, words
 from prefs.models.openai.replies import (
+    Answer,
     Malformed,
     Parted,
-    Reply,
-    Spent,
     first_of_answer,
     part,
+    read_answer,
     read_listing,
-    read_reply,
-    read_spent,
+    read_usage,
 )
-from prefs.models.tokens import Message, Thinking
+from prefs.models.types import Message, Usage
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -32,10 +33,10 @@ JSON = st.recursive(
 TREE = chat("4", logprobs=likeliest(("4", {"4": 0.5, "5": 0.25})), usage={"prompt_tokens": 3, "completion_tokens": 1})
 
 
-def places(tree: object) -> list[tuple]:
+def paths(tree: object) -> list[tuple]:
     """The path to every value in a body."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [(), *((key, *rest) for key, value in inner for rest in places(value))]
+    return [(), *((key, *rest) for key, value in inner for rest in paths(value))]
 
 
 def replaced(tree, path: tuple, value: object):
@@ -46,34 +47,39 @@ def replaced(tree, path: tuple, value: object):
     return copy
 
 
-@given(st.sampled_from(places(TREE)), JSON)
+def received(body) -> ChatCompletion:
+    """As the SDK gives a body: its type where that is an object, and otherwise the body itself."""
+    return ChatCompletion.construct(**body) if isinstance(body, dict) else body
+
+
+@given(st.sampled_from(paths(TREE)), JSON)
 def test_an_answer_with_anything_in_any_place_is_read_or_malformed(path, value):
     body = replaced(TREE, path, value)
-    read_spent(body), read_listing(body), words(body)
+    read_listing(body), words(body)
+    assert read_usage(received(body)).prompt_tokens >= 0
     try:
-        reply = read_reply(body)
+        answer = read_answer(received(body))
     except Malformed:
         return
-    assert isinstance(reply.text, str)
-    assert reply.tokens >= 0
-    for thinking in (None, Thinking()):
-        assert isinstance(part(reply, thinking), Parted)
-    for position in reply.positions or ():
+    assert isinstance(answer.text, str)
+    assert answer.tokens >= 0
+    for thinking in (None, ThinkingConfig()):
+        assert isinstance(part(answer, thinking), Parted)
+    for position in answer.positions or ():
         assert all(0 <= p < math.inf for p in position.top.values())
 
 
 def test_a_good_answer():
-    reply = read_reply(TREE)
-    assert (reply.text, reply.finish, reply.prompt_tokens, reply.tokens) == ("4", "stop", 3, 1)
-    assert reply.positions is not None
-    assert reply.positions[0].top == pytest.approx({"4": 0.5, "5": 0.25})
-    assert read_spent({**TREE, "usage": {"prompt_tokens": 3, "completion_tokens": True, "cost": 0.5}}) == Spent(
-        3, 0, 0.5
-    )
+    answer = read_answer(received(TREE))
+    assert (answer.text, answer.finish, answer.prompt_tokens, answer.tokens) == ("4", "stop", 3, 1)
+    assert answer.positions is not None
+    assert answer.positions[0].top == pytest.approx({"4": 0.5, "5": 0.25})
+    odd = {**TREE, "usage": {"prompt_tokens": 3, "completion_tokens": True, "cost": 0.5}}
+    assert read_usage(received(odd)) == Usage(0, 3, 0, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "line"),
     [
         ({"error": {"message": "The model `x` does not exist."}}, "The model `x` does not exist."),
         ({"object": "error", "message": "no", "code": 404}, "no"),
@@ -85,12 +91,12 @@ def test_a_good_answer():
         ("x" * 1000, "x" * 299 + "…"),
     ],
 )
-def test_a_servers_words_on_one_line(body, says):
-    assert words(body) == says
+def test_a_servers_words_on_one_line(body, line):
+    assert words(body) == line
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "message"),
     [
         (400, "Invalid value for 'temperature'"),
         (400, "max_tokens is too large: 5000. This model supports at most 4096 completion tokens"),
@@ -100,48 +106,44 @@ def test_a_servers_words_on_one_line(body, says):
         (404, "No endpoints found"),
     ],
 )
-def test_a_refusal_of_everything_is_not_taken_for_a_rows(status, said):
-    assert refusal_of_row(status, None, said) is None
-
-
-THINKING = Thinking()
+def test_a_refusal_of_everything_is_not_taken_for_a_rows(status, message):
+    assert refusal_of_row(status, "", message) is None
 
 
 @pytest.mark.parametrize(
-    ("reply", "parted"),
+    ("answer", "thinking", "parted"),
     [
-        (Reply("<think>a</think>\n\n4"), Parted("4", "a", True)),
-        (Reply("a</think>4</think>"), Parted("4</think>", "a", True)),
-        (Reply("\n<think>\na\n</think>\n4 "), Parted("4 ", "\na\n", True)),
-        (Reply("4"), Parted("4", None, True)),
-        (Reply("<think>a"), Parted("", "a", False)),
-        (Reply("a", finish="length"), Parted("", "a", False)),
-        (Reply("4 and", finish="length", hidden_tokens=3), Parted("4 and", None, True)),
-        (Reply("\n4", thought="a"), Parted("4", "a", True)),
-        (Reply("4 and", thought="a", finish="length"), Parted("4 and", "a", True)),
-        (Reply("", thought="a", finish="length"), Parted("", "a", False)),
-        (Reply("", thought="a", finish="stop"), Parted("", "a", True)),
+        (Answer("<think>a</think>\n\n4"), ThinkingConfig(), Parted("4", "a", True)),
+        (Answer("a</think>4</think>"), ThinkingConfig(), Parted("4</think>", "a", True)),
+        (Answer("\n<think>\na\n</think>\n4 "), ThinkingConfig(), Parted("4 ", "\na\n", True)),
+        (Answer("4"), ThinkingConfig(), Parted("4", None, True)),
+        (Answer("<think>a"), ThinkingConfig(), Parted("", "a", False)),
+        (Answer("a", finish="length"), ThinkingConfig(), Parted("", "a", False)),
+        (Answer("4 and", finish="length", hidden_tokens=3), ThinkingConfig(), Parted("4 and", None, True)),
+        (Answer("\n4", thought="a"), ThinkingConfig(), Parted("4", "a", True)),
+        (Answer("4 and", thought="a", finish="length"), ThinkingConfig(), Parted("4 and", "a", True)),
+        (Answer("", thought="a", finish="length"), ThinkingConfig(), Parted("", "a", False)),
+        (Answer("", thought="a", finish="stop"), ThinkingConfig(), Parted("", "a", True)),
+        # Nobody thinks without being said to.
+        (Answer("<think>a</think>4"), None, Parted("<think>a</think>4", None, True)),
+        (Answer(" 4", finish="length"), None, Parted(" 4", None, True)),
     ],
 )
-def test_thought_and_answer_are_told_apart(reply, parted):
-    assert part(reply, THINKING) == parted
-
-
-def test_nobody_thinks_without_being_said_to():
-    assert part(Reply("<think>a</think>4"), None) == Parted("<think>a</think>4", None, True)
-    assert part(Reply(" 4", finish="length"), None) == Parted(" 4", None, True)
+def test_thought_and_answer_are_told_apart(answer, thinking, parted):
+    assert part(answer, thinking) == parted
 
 
 def test_the_first_token_of_an_answer_that_is_empty_is_what_came_instead():
     end = {"<|im_end|>": 0.75, "4": 0.25}
-    positions = read_reply(chat("", logprobs=likeliest(("</think>", {}), ("<|im_end|>", end)))).positions
+    body = chat("", logprobs=likeliest(("</think>", {}), ("<|im_end|>", end)))
+    positions = read_answer(received(body)).positions
     assert positions is not None
-    assert first_of_answer(positions, "", THINKING) == pytest.approx(end)
-    assert first_of_answer(positions[:1], "", THINKING) == {}
+    assert first_of_answer(positions, "", ThinkingConfig()) == pytest.approx(end)
+    assert first_of_answer(positions[:1], "", ThinkingConfig()) == {}
 
 
 def test_what_looks_like_a_control_token():
-    found = "<|im_end|> <|endoftext|> <｜User｜> <start_of_turn> </think> [INST] [/INST] <<SYS>> <s> <|eot_id|>"
-    assert control_texts((Message("user", found),)) == found.split()
+    marks = "<|im_end|> <|endoftext|> <｜User｜> <start_of_turn> </think> [INST] [/INST] <<SYS>> <s> <|eot_id|>"
+    assert control_texts((Message("user", marks),)) == marks.split()
     plain = "a <b> c </b> x < y | z > w [1] [inst] <<EOF <| > |> << shift >> a<|b <strong> <thinking>"
     assert control_texts((Message("user", plain),)) == []

@@ -7,16 +7,15 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from engine_calls import observe
 from tiny_models import gemma2, llama, plain_model, tiny_model
 
 from prefs.models.loading import Models
 from prefs.models.local.residuals import Recorder
-from prefs.models.options import ask
-from prefs.models.tokens import Message
-from prefs.models.types import Ask, CaptureRequest, Question, Sampling
+from prefs.models.prompts import encode_prompt
+from prefs.models.types import Capture, Message, Question, Request
 
 SHARED = ("last_prompt", "first_completion", "last_completion", "mean_completion")
-SAMPLING = Sampling(1.0, 1.0, 2)
 QUESTION = Question("Did you like it?", ("yes", "no"))
 CONVERSATIONS = [
     (Message("user", "Hi"), Message("assistant", "Hello. " * 20)),
@@ -47,68 +46,88 @@ def runs(backend):
         yield counts
 
 
+def vectors_of(engine, question, layers, positions, scores=()):
+    found = observe(engine, CONVERSATIONS, [question], scores=scores, capture=Capture(layers, positions))
+    return [reply.residuals for (reply,) in found]
+
+
+def same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert all(vectors.equal(other[position]) for position, vectors in one.items())
+
+
 @torch.inference_mode()
 def test_vectors_equal_those_of_plain_transformers(both):
-    backend, plain = both
-    for observation, conversation in zip(
-        backend.observe(CONVERSATIONS, [], SAMPLING, CaptureRequest((0, 2, 3), SHARED)), CONVERSATIONS, strict=True
-    ):
-        asked = ask(backend.encoder, conversation, QUESTION)
-        hidden = torch.stack(plain(torch.tensor([asked.ids]), output_hidden_states=True).hidden_states)[:, 0]
-        start, end = asked.spans[-2]
+    engine, plain = both
+    for residuals, conversation in zip(vectors_of(engine, None, (0, 2, 3), SHARED), CONVERSATIONS, strict=True):
+        prompt = encode_prompt(engine.encoder, conversation, QUESTION)
+        hidden = torch.stack(plain(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states)[:, 0]
+        start, end = prompt.spans.completion
         states = hidden[[1, 3, 4]]
         expected = {"last_prompt": states[:, start - 1]}
         if end > start:
             expected["first_completion"] = states[:, start]
             expected["last_completion"] = states[:, end - 1]
             expected["mean_completion"] = states[:, start:end].mean(dim=1)
-        assert observation.residuals.keys() == expected.keys()
+        assert residuals.keys() == expected.keys()
         for position, vectors in expected.items():
-            torch.testing.assert_close(observation.residuals[position], vectors, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(residuals[position], vectors, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("deepest", [0, 2, 4])
 def test_a_pass_stops_at_the_deepest_layer_wanted(both, deepest):
-    backend, _ = both
-    capture = CaptureRequest(tuple(range(deepest + 1))[::-1], (*SHARED, "rating"))
-    with runs(backend) as stopped:
-        short = backend.observe(CONVERSATIONS, [Ask(QUESTION, scores=())], SAMPLING, capture)
+    engine, _ = both
+    layers = tuple(range(deepest + 1))[::-1]
+    with runs(engine) as stopped:
+        short = vectors_of(engine, QUESTION, layers, (*SHARED, "rating"))
     assert stopped == dict.fromkeys(range(deepest + 1), 2)  # the conversations, and the question
-    with runs(backend) as whole:
-        full = backend.observe(CONVERSATIONS, [Ask(QUESTION)], SAMPLING, capture)
+    with runs(engine) as whole:
+        full = vectors_of(engine, QUESTION, layers, (*SHARED, "rating"), scores=(0,))
     assert whole == dict.fromkeys((*range(5), "logits"), 2)
-    for one, other in zip(short, full, strict=True):
-        assert one.answers[0].residual.equal(other.answers[0].residual)
-        assert one.residuals.keys() == other.residuals.keys()
-        assert all(vectors.equal(other.residuals[position]) for position, vectors in one.residuals.items())
+    same(short, full)
 
 
 def test_without_questions_conversations_run_once_and_keep_no_keys(both, monkeypatch):
-    backend, _ = both
-    whole = backend.observe(CONVERSATIONS, [Ask(QUESTION)], SAMPLING, CaptureRequest((1,), SHARED))
+    engine, _ = both
+    whole = vectors_of(engine, QUESTION, (1,), SHARED, scores=(0,))
     monkeypatch.setattr("transformers.cache_utils.DynamicLayer.update", None)
-    with runs(backend) as counts:
-        found = backend.observe(CONVERSATIONS, [], SAMPLING, CaptureRequest((1,), SHARED))
+    with runs(engine) as counts:
+        found = vectors_of(engine, None, (1,), SHARED)
     assert counts == {0: 1, 1: 1}
-    for one, other in zip(found, whole, strict=True):
-        assert all(vectors.equal(other.residuals[position]) for position, vectors in one.residuals.items())
+    same(found, whole)
+    with runs(engine) as counts:  # a question of which nothing is wanted costs nothing
+        same(vectors_of(engine, QUESTION, (1,), SHARED), whole)
+    assert counts == {0: 1, 1: 1}
 
 
-def test_a_question_of_which_nothing_is_wanted_costs_nothing(both):
-    backend, _ = both
-    with runs(backend) as counts:
-        found = backend.observe(CONVERSATIONS, [Ask(QUESTION, scores=())], SAMPLING, CaptureRequest((1,), SHARED))
-    assert counts == {0: 1, 1: 1}
-    assert [len(each.answers) for each in found] == [1, 1, 1]
-    assert found[0].answers[0].residual is None
+def test_each_request_gets_the_layers_and_positions_that_it_asked_for(both):
+    """Of one pass over the conversation, and of one over the question for those who want it."""
+    engine, _ = both
+    full = vectors_of(engine, QUESTION, tuple(range(5)), (*SHARED, "rating"))[1]
+    requests = [
+        Request(CONVERSATIONS[1], capture=Capture((3, 1), ("last_prompt", "mean_completion"))),
+        Request(CONVERSATIONS[1], QUESTION, capture=Capture((2,), ("rating",))),
+        Request(CONVERSATIONS[1]),
+        Request(CONVERSATIONS[1], capture=Capture((0,), ("last_completion",))),
+    ]
+    with runs(engine) as counts:
+        found = dict(engine.run(requests))
+    assert max(counts.values()) == 2
+    assert [set(found[number].residuals) for number in range(4)] == [
+        {"last_prompt", "mean_completion"}, {"rating"}, set(), {"last_completion"},
+    ]  # fmt: skip
+    for number, request in enumerate(requests):
+        for position, vectors in found[number].residuals.items():
+            expected = full[position][list(request.capture.layers)]
+            torch.testing.assert_close(vectors, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_empty_batch_and_nothing_wanted(both):
-    backend, _ = both
-    assert backend.observe([], [Ask(QUESTION)], SAMPLING, CaptureRequest((0,), SHARED)) == []
-    assert backend.complete([], 0, SAMPLING) == []
-    with runs(backend) as counts:
-        assert [each.residuals for each in backend.observe(CONVERSATIONS, [], SAMPLING)] == [{}, {}, {}]
+    engine, _ = both
+    with runs(engine) as counts:
+        assert list(engine.run([])) == []
+        assert [reply.residuals for (reply,) in observe(engine, CONVERSATIONS, [None])] == [{}, {}, {}]
     assert not counts
 
 

@@ -26,9 +26,8 @@ from tiny_models import llama, tiny_model
 from prefs.config import ModelConfig, ThinkingConfig
 from prefs.errors import UserError
 from prefs.models.loading import Models, ModelSpec, identity
-from prefs.models.local.engine import TransformerLensBackend
-from prefs.models.tokens import Message, Thinking
-from prefs.models.types import Ask, CaptureRequest, Question, Sampling
+from prefs.models.local.engine import LocalEngine
+from prefs.models.types import Ask, CaptureRequest, Message, Question, Sampling
 from prefs.probes.card import SavedProbe, load_probe, save_probe
 from prefs.probes.page import SHADES, shade
 from prefs.probes.probe import Probe, Site
@@ -234,9 +233,9 @@ def test_a_rater_that_thinks_is_read_after_its_thought(folder, backend):
     asked = card(model, thought={"seed": 5, "temperature": 1.0, "top_p": 1.0})
     probe = made("linear", "rating")
     save_probe(folder, SavedProbe(probe, asked))
-    spec = Source.of(load_probe(folder)).rater(None, None)
-    assert spec.thinking == Thinking("", ".", " ", 12, True)
-    thinker = TransformerLensBackend(backend.bridge, backend.encoder.tokenizer, spec)
+    spec = Source.read(load_probe(folder)).rater(None, None)
+    assert spec.thinking == ThinkingConfig(True, "", ".", " ", 12, True)
+    thinker = LocalEngine(backend.bridge, backend.encoder.tokenizer, spec)
     applied = scored(folder, Models({spec.engine: thinker}), text="Name a colour.", completion="Blue")
     question = Question(template("stated").question, tuple("12345"), "Answer: ")
     (observed,) = thinker.observe(
@@ -248,7 +247,7 @@ def test_a_rater_that_thinks_is_read_after_its_thought(folder, backend):
     assert "".join(applied.stream.tokens).endswith(f"{applied.thought}. Answer: ")
     save_probe(folder, SavedProbe(probe, {key: value for key, value in asked.items() if key != "thought"}))
     with pytest.raises(UserError, match="card has no thought"):
-        Source.of(load_probe(folder))
+        Source.read(load_probe(folder))
 
 
 @pytest.mark.parametrize("key", ["model", "model_config", "system_prompt", "template", "scale"])
@@ -289,7 +288,7 @@ def test_another_model_is_refused_and_one_that_has_moved_is_found(folder, tmp_pa
     spec = tiny_model(tmp_path / "tiny", llama())
     save_probe(folder, SavedProbe(made("linear", "last_prompt", d=64, layer=2), card(tiny_config(spec.path))))
     (tmp_path / "tiny").rename(tmp_path / "moved")
-    source = Source.of(load_probe(folder))
+    source = Source.read(load_probe(folder))
     with pytest.raises(UserError, match="there is no folder"):
         source.rater(None, None)
     applied = scored(folder, Models(), text="Hi", model_path=str(tmp_path / "moved"))
@@ -304,7 +303,7 @@ def tiny_config(path: str) -> ModelConfig:
 
 def test_the_model_is_loaded_in_the_precision_of_the_card(folder):
     save_probe(folder, SavedProbe(made("linear", "rating"), card(dtype="bfloat16")))
-    assert Source.of(load_probe(folder)).rater(None, None).dtype == "bfloat16"
+    assert Source.read(load_probe(folder)).rater(None, None).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("given", [{}, {"completion": "Yes"}])

@@ -15,8 +15,7 @@ from prefs.config import CoherenceConfig, SteeringConfig, SteeringControlsConfig
 from prefs.data.task import Task
 from prefs.errors import UserError
 from prefs.models.loading import Models
-from prefs.models.tokens import Message
-from prefs.models.types import Ask, Question, Sampling, Steering
+from prefs.models.types import Message, Question, Request, Sampling, Steering
 from prefs.probes.probe import Site
 from prefs.stages.dose_response import arrows, dose_response
 from prefs.stages.records import Completion
@@ -76,8 +75,8 @@ def test_the_numbers_are_those_of_the_engine_and_nothing_is_computed_twice(spec,
         (2, (Steering(2, vector(0), 1.0),)),
         (10, (Steering(2, vector(0), 1.0, "all", "project_out"),)),
     ):
-        (observed,) = models.get(spec).observe([turns], [Ask(question)], SAMPLING, None, steering)
-        np.testing.assert_allclose(responses.mass[dose, 3], observed.answers[0].scores[0].mass, rtol=1e-3, atol=1e-6)
+        ((_, reply),) = models.get(spec).run([Request(turns, question, SAMPLING, scores=(0,), steering=steering)])
+        np.testing.assert_allclose(responses.mass[dose, 3], reply.scores[0].mass, rtol=1e-3, atol=1e-6)
     assert np.isnan(responses.nll[0, 0])  # an empty completion
     assert np.isfinite(responses.nll[:, 1]).all()
     monkeypatch.setattr(models, "get", lambda spec: pytest.fail("a model was asked for"))
@@ -91,15 +90,15 @@ def test_what_a_killed_run_wrote_is_kept_and_the_result_the_same(spec, models, s
     whole, _ = run(spec, models, store)
     other = Store.open(str(tmp_path / "other"))
     engine = models.get(spec)
-    observe, calls = engine.observe_doses, []
+    run_batch, calls = engine.run, []
 
-    def second_call_fails(*args):
-        calls.append(args)
+    def second_call_fails(requests):
+        calls.append(requests)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return observe(*args)
+        return run_batch(requests)
 
-    monkeypatch.setattr(engine, "observe_doses", second_call_fails)
+    monkeypatch.setattr(engine, "run", second_call_fails)
     with pytest.raises(KeyboardInterrupt):
         run(spec, models, other)
     monkeypatch.undo()
@@ -127,7 +126,7 @@ def test_a_question_that_does_not_fit_is_left_out(spec, models, store):
     stated, engine = template("stated"), models.get(spec)
     question = Question(stated.question, stated.says, spec.prefill)
     turns = [(Message("user", each.task.prompt), Message("assistant", each.text)) for each in COMPLETIONS[:6]]
-    lengths = sorted(engine.question_tokens(each, question) for each in turns)
+    lengths = sorted(engine.tokens(Request(messages, question, SAMPLING, scores=(0,))) for messages in turns)
     short = dataclasses.replace(spec, max_context=lengths[3] + SAMPLING.max_new_tokens)
     responses, _ = run(short, models, store, found=ARROWS[:1], coefficients=(1.0, 2.0))
     assert 0 < responses.asked.sum() < 6

@@ -7,13 +7,14 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from engine_calls import complete, observe
 from tiny_models import gemma2, llama, plain_model, tiny_model
 
+from prefs.config import ThinkingConfig
 from prefs.errors import UserError
 from prefs.models.loading import Models
-from prefs.models.options import ask
-from prefs.models.tokens import Message, Thinking
-from prefs.models.types import Ask, CaptureRequest, Question, Sampling, Steering
+from prefs.models.prompts import encode_prompt
+from prefs.models.types import Capture, Message, Question, Sampling, Steering
 
 CONVERSATIONS = [
     (Message("user", "Count to three, slowly, and then say why." * 3), Message("assistant", "1")),
@@ -54,25 +55,29 @@ def both(request, tmp_path_factory):
     return Models().get(spec), plain_model(spec)
 
 
-def token_range(each: Steering, prompt: int, spans) -> tuple[int, int]:
-    return {"all": (0, 10**9), "last": (prompt - 1, 10**9), "completion": spans[-2], "question": spans[-1]}[each.at]
+Ranges = list[tuple[Steering, tuple[int, int]]]
+
+
+def token_ranges(steering, prompt: int, spans) -> Ranges:
+    """What each steering steers in a row whose prompt has so many tokens."""
+    named = {"all": (0, 10**9), "last": (prompt - 1, 10**9), "completion": spans[-2], "question": spans[-1]}
+    return [(change, named[change.at]) for change in steering]
 
 
 @torch.inference_mode()
-def run_plain(plain, ids, ranges: list[tuple[Steering, tuple[int, int]]]):
+def run_plain(plain, ids, ranges: Ranges):
     """Logits [width, vocabulary] and residual streams [layers, width, d_model] of a whole row, hooked by hand."""
     streams: dict[int, torch.Tensor] = {}
 
     def hook(layer):
         def steer(module, inputs, output):
             x = (output[0] if isinstance(output, tuple) else output).clone()
-            for each, (start, end) in ranges:
-                if each.layer == layer:
+            for change, (start, end) in ranges:
+                if change.layer == layer:
                     part = x[:, start:end]
-                    u = each.vector / each.vector.norm()
+                    u = change.vector / change.vector.norm()
                     along = (part * u).sum(-1, keepdim=True) * u
-                    change = each.vector if each.kind == "add" else -along
-                    x[:, start:end] = part + each.coefficient * change
+                    x[:, start:end] = part + change.coefficient * (change.vector if change.kind == "add" else -along)
             streams[layer] = x[0]
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
@@ -98,83 +103,75 @@ def greedy(plain, ids, ranges, stops, count) -> list[int]:
 
 @steered
 def test_scores_samples_and_vectors_equal_an_uncached_pass(both, steering):
-    backend, plain = both
-    layers = tuple(range(5))
-    asks = [Ask(question, seeds=(0,)) for question in QUESTIONS]
-    observed = backend.observe(CONVERSATIONS, asks, GREEDY, CaptureRequest(layers, POSITIONS), steering)
-    for conversation, observation in zip(CONVERSATIONS, observed, strict=True):
-        for at, question in enumerate(QUESTIONS):
-            asked = ask(backend.encoder, conversation, question)
-            ranges = [(each, token_range(each, len(asked.ids), asked.spans)) for each in steering]
-            streams = run_plain(plain, asked.ids, ranges)[1]
-            answer = observation.answers[at]
-            torch.testing.assert_close(answer.residual, streams[:, -1], atol=1e-4, rtol=1e-4)
-            drawn = greedy(plain, asked.ids, ranges, backend._stops, GREEDY.max_new_tokens)
-            assert answer.samples[0].text == backend.encoder.tokenizer.decode(drawn, skip_special_tokens=True)
-            masses = dict(zip(question.says, answer.scores[0].mass, strict=True))
-            for say, tail in zip(question.says, asked.tails, strict=True):
+    engine, plain = both
+    capture = Capture(tuple(range(5)), POSITIONS)
+    observed = observe(engine, CONVERSATIONS, QUESTIONS, GREEDY, seeds=(0,), capture=capture, steering=steering)
+    for conversation, replies in zip(CONVERSATIONS, observed, strict=True):
+        for question, reply in zip(QUESTIONS, replies, strict=True):
+            prompt = encode_prompt(engine.encoder, conversation, question)
+            ranges = token_ranges(steering, len(prompt.ids), prompt.spans.turns)
+            streams = run_plain(plain, prompt.ids, ranges)[1]
+            drawn = greedy(plain, prompt.ids, ranges, engine.decoder.stops, GREEDY.max_new_tokens)
+            assert reply.samples[0].text == engine.encoder.tokenizer.decode(drawn, skip_special_tokens=True)
+            masses = dict(zip(question.options, reply.scores[0].mass, strict=True))
+            for say, tail in zip(question.options, prompt.tails, strict=True):
                 if say == "1":  # its mass is what "10" leaves of it
                     continue
-                log_probs = run_plain(plain, asked.ids + tail, ranges)[0].log_softmax(dim=-1)
-                places = range(len(asked.ids) - 1, len(asked.ids) + len(tail) - 1)
+                log_probs = run_plain(plain, prompt.ids + tail, ranges)[0].log_softmax(dim=-1)
+                places = range(len(prompt.ids) - 1, len(prompt.ids) + len(tail) - 1)
                 expected = sum(float(log_probs[place, token]) for place, token in zip(places, tail, strict=True))
                 assert float(torch.tensor(masses[say]).log()) == pytest.approx(expected, abs=1e-3)
-            start, end = asked.spans[-2]
+            start, end = prompt.spans.completion
             expected = {
                 "last_prompt": streams[:, start - 1],
                 "last_completion": streams[:, end - 1],
                 "mean_completion": streams[:, start:end].mean(dim=1),
+                "rating": streams[:, -1],
             }
             for position, vectors in expected.items():
-                torch.testing.assert_close(observation.residuals[position], vectors, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(reply.residuals[position], vectors, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["all", "last", "completion", "several"])
 def test_completions_equal_uncached_ones(both, name):
-    backend, plain = both
+    engine, plain = both
     prompts = [row[:1] for row in CONVERSATIONS]
-    samples = backend.complete(prompts, 0, GREEDY, STEERINGS[name])
+    samples = complete(engine, prompts, 0, GREEDY, STEERINGS[name])
     texts = []
     for prompt in prompts:
-        ids = backend.encoder.encode(prompt, answer="").ids
-        generated = [(len(ids), 10**9), ()]
-        ranges = [(each, token_range(each, len(ids), generated)) for each in STEERINGS[name]]
-        drawn = greedy(plain, ids, ranges, backend._stops, GREEDY.max_new_tokens)
-        texts.append(backend.encoder.tokenizer.decode(drawn, skip_special_tokens=True))
+        ids = engine.encoder.encode(prompt, answer="").ids
+        ranges = token_ranges(STEERINGS[name], len(ids), [(len(ids), 10**9), ()])
+        drawn = greedy(plain, ids, ranges, engine.decoder.stops, GREEDY.max_new_tokens)
+        texts.append(engine.encoder.tokenizer.decode(drawn, skip_special_tokens=True))
     assert [sample.text for sample in samples] == texts
     if name != "completion":  # which begins to act with the second token
-        assert texts != [sample.text for sample in backend.complete(prompts, 0, GREEDY)]
+        assert texts != [sample.text for sample in complete(engine, prompts, 0, GREEDY)]
 
 
 @steered
-def test_a_coefficient_of_zero_is_no_steering_to_the_bit(both, steering):
-    backend, _ = both
-    nothing = [dataclasses.replace(each, coefficient=0.0) for each in steering]
-    asks, capture = [Ask(QUESTIONS[0], seeds=(0, 1))], CaptureRequest((0, 4), POSITIONS)
-    zero = backend.observe(CONVERSATIONS, asks, Sampling(1.0, 1.0, 4), capture, nothing)
-    plain = backend.observe(CONVERSATIONS, asks, Sampling(1.0, 1.0, 4), capture)
-    for one, other in zip(zero, plain, strict=True):
-        assert one.answers[0].scores == other.answers[0].scores
-        assert one.answers[0].samples == other.answers[0].samples
-        assert one.answers[0].residual.equal(other.answers[0].residual)
-        assert all(one.residuals[name].equal(vectors) for name, vectors in other.residuals.items())
+def test_a_coefficient_of_zero_is_no_steering_to_the_bit_and_none_is_left_behind(both, steering):
+    engine, _ = both
+
+    def observed(*changes: Steering):
+        wanted = {"seeds": (0, 1), "capture": Capture((0, 4), POSITIONS), "steering": changes}
+        return [reply for (reply,) in observe(engine, CONVERSATIONS, QUESTIONS[:1], Sampling(1.0, 1.0, 4), **wanted)]
+
+    plain = observed()
+    assert [reply.scores for reply in observed(*steering)] != [reply.scores for reply in plain]
+    for zero in (observed(*(dataclasses.replace(change, coefficient=0.0) for change in steering)), observed()):
+        for one, other in zip(zero, plain, strict=True):
+            assert (one.scores, one.samples) == (other.scores, other.samples)
+            assert all(one.residuals[name].equal(vectors) for name, vectors in other.residuals.items())
 
 
 def test_nothing_is_left_of_a_direction_that_is_taken_out(both):
-    backend, _ = both
     direction = vector(9)
-    steering = [Steering(2, direction, kind="project_out")]
-    (found,) = backend.observe(CONVERSATIONS[:1], [], GREEDY, CaptureRequest((1, 2), ("last_prompt",)), steering)
-    before, after = found.residuals["last_prompt"] @ (direction / direction.norm())
+    steering = (Steering(2, direction, kind="project_out"),)
+    capture = Capture((1, 2), ("last_prompt",))
+    ((reply,),) = observe(both[0], CONVERSATIONS[:1], [None], capture=capture, steering=steering)
+    before, after = reply.residuals["last_prompt"] @ (direction / direction.norm())
     assert abs(float(before)) > 0.1
     assert abs(float(after)) < 1e-4
-
-
-def test_steering_leaves_the_model_as_it_was(both):
-    backend, _ = both
-    first = backend.observe(CONVERSATIONS, [Ask(QUESTIONS[0])], GREEDY)
-    backend.observe(CONVERSATIONS, [Ask(QUESTIONS[0])], GREEDY, steering=STEERINGS["several"])
-    assert backend.observe(CONVERSATIONS, [Ask(QUESTIONS[0])], GREEDY) == first
 
 
 @pytest.mark.parametrize(
@@ -190,25 +187,25 @@ def test_steering_leaves_the_model_as_it_was(both):
 )
 def test_what_does_not_fit_the_model_is_refused(both, wrong, message):
     with pytest.raises(UserError, match=message):
-        both[0].complete([CONVERSATIONS[0][:1]], 0, GREEDY, [wrong])
+        complete(both[0], [CONVERSATIONS[0][:1]], 0, GREEDY, (wrong,))
 
 
 def test_a_thought_is_steered_the_same_when_it_is_drawn_and_when_it_is_answered_after(tmp_path):
     """The answer's pass runs the thought anew: both must count the newest tokens from the prompt before it."""
     spec = dataclasses.replace(
-        tiny_model(tmp_path, llama()), thinking=Thinking(open="", close=".", gap="", max_tokens=5, force_close=True)
+        tiny_model(tmp_path, llama()),
+        thinking=ThinkingConfig(open="", close=".", gap="", max_tokens=5, force_close=True),
     )
-    backend, plain = Models().get(spec), plain_model(spec)
+    engine, plain = Models().get(spec), plain_model(spec)
     steering = (Steering(2, vector(1), -3.0, "last"), Steering(0, vector(2), 2.0, "question"))
-    observed = backend.observe(CONVERSATIONS, [Ask(QUESTIONS[0])], GREEDY, CaptureRequest((4,), ("rating",)), steering)
-    for conversation, observation in zip(CONVERSATIONS, observed, strict=True):
-        score = observation.answers[0].scores[0]
-        asked = ask(backend.encoder, conversation, QUESTIONS[0], score.thought)
-        opened = backend.encoder.open_thought((*conversation, Message("user", QUESTIONS[0].text)))
-        ranges = [(each, token_range(each, len(opened), asked.spans)) for each in steering]
-        assert asked.ids[: len(opened)] == opened
-        assert len(asked.ids) > len(opened) + 2
-        logits, streams = run_plain(plain, asked.ids, ranges)
-        torch.testing.assert_close(observation.answers[0].residual[0], streams[4, -1], atol=1e-4, rtol=1e-4)
+    capture = Capture((4,), ("rating",))
+    observed = observe(engine, CONVERSATIONS, QUESTIONS[:1], GREEDY, capture=capture, steering=steering)
+    for conversation, (reply,) in zip(CONVERSATIONS, observed, strict=True):
+        prompt = encode_prompt(engine.encoder, conversation, QUESTIONS[0], reply.scores[0].thought)
+        opened = engine.encoder.open_thought((*conversation, Message("user", QUESTIONS[0].text)))
+        assert prompt.ids[: len(opened)] == opened
+        assert len(prompt.ids) > len(opened) + 2
+        logits, streams = run_plain(plain, prompt.ids, token_ranges(steering, len(opened), prompt.spans.turns))
+        torch.testing.assert_close(reply.residuals["rating"][0], streams[4, -1], atol=1e-4, rtol=1e-4)
         p = logits[-1].softmax(dim=-1)
-        assert score.mass == pytest.approx([float(p[tail[0]]) for tail in asked.tails], rel=1e-3)
+        assert reply.scores[0].mass == pytest.approx([float(p[tail[0]]) for tail in prompt.tails], rel=1e-3)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from prefs.errors import UserError
-from prefs.store.table import Rows, Store, batches, canonical, digest
+from prefs.store.keys import canonical, digest
+from prefs.store.table import Store, Table
 
 SCHEMA = pa.schema([("text", pa.string()), ("mass", pa.list_(pa.float64()))])
 SPEC = {"model": {"id": "m", "dtype": "bfloat16"}, "temperature": 1.0}
@@ -28,24 +29,31 @@ def store(tmp_path) -> Store:
     return Store.open(str(tmp_path / "store"))
 
 
+def opened(store: Store) -> Table:
+    return store.table("t", SPEC, SCHEMA)
+
+
 def fill(store: Store, count: int = 3, start: int = 0):
-    table = store.table("t", SPEC, SCHEMA)
+    table = opened(store)
     rows = {table.key(messages=[str(n)]): {"text": f"text {n}", "mass": [0.1, n]} for n in range(start, start + count)}
-    table.append(rows)
+    table.write(rows)
     return table, rows
 
 
 def test_rows_come_back(store):
     table, rows = fill(store)
-    assert table.read() == rows
-    assert store.table("t", SPEC, SCHEMA).read() == rows
-    assert store.table("t", {**SPEC, "temperature": 0.5}, SCHEMA).read() == {}
+    assert table.rows == rows
+    assert table.made == set(rows)
+    again = opened(store)
+    assert again.rows == rows
+    assert not again.made
+    assert store.table("t", {**SPEC, "temperature": 0.5}, SCHEMA).rows == {}
 
 
 def test_keys_depend_on_everything_that_determines_a_record_and_nothing_else(store):
-    table = store.table("t", SPEC, SCHEMA)
+    table = opened(store)
     assert table.key(a=1, b=2) == store.table("t", dict(reversed(SPEC.items())), SCHEMA).key(b=2, a=1)
-    assert table.key(a=1, b=2) == digest({"kind": "t", "spec": table.spec, "record": {"b": 2, "a": 1}})
+    assert table.key(a=1, b=2) == digest({"kind": "t", "spec": {"format": 1, **SPEC}, "record": {"b": 2, "a": 1}})
     others = [
         table.key(a=1, b=3),
         store.table("u", SPEC, SCHEMA).key(a=1, b=2),
@@ -65,52 +73,43 @@ def test_nan_has_no_canonical_form():
         canonical(float("nan"))
 
 
-def test_the_same_part_twice_is_one_file(store):
-    table, _ = fill(store)
-    fill(store)
-    assert len(list(table.folder.glob("*.parquet"))) == 1
-
-
-def test_a_damaged_part_is_named_set_aside_and_left_out(store, prefs_log):
+@pytest.mark.parametrize("damage", ["a bit", "cut off", "empty"])
+def test_a_damaged_part_is_named_set_aside_and_made_again(store, prefs_log, damage):
     table, rows = fill(store)
     _, more = fill(store, start=3)
     part = sorted(table.folder.glob("*.parquet"))[0]
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
-    part.write_bytes(content)
-    left = table.read()
-    assert left in (rows, more)
+    part.write_bytes({"a bit": content, "cut off": content[:10], "empty": b""}[damage])
+    assert opened(store).rows in (rows, more)
     assert part.name in prefs_log.text
     assert (table.folder / "damaged" / part.name).exists()
     fill(store)
     fill(store, start=3)
-    assert table.read() == rows | more
+    assert len(list(table.folder.glob("*.parquet"))) == 2, "the same part is the same file"
+    assert opened(store).rows == rows | more
 
 
-@pytest.mark.parametrize("length", [0, 10])
-def test_a_cut_off_part_is_set_aside(store, length):
-    table, _ = fill(store)
-    part = next(table.folder.glob("*.parquet"))
-    part.write_bytes(part.read_bytes()[:length])
-    assert table.read() == {}
-
-
-def test_a_folder_whose_maker_was_killed_gets_its_specification(store):
-    table = store.table("t", SPEC, SCHEMA)
-    table.folder.mkdir(parents=True)
-    fill(store)
-    assert (table.folder / "spec.json").read_text() == canonical(table.spec) + "\n"
+def test_damaged_vectors_are_set_aside(store, prefs_log):
+    vectors = store.vectors("v", SPEC)
+    vectors.append(["a"], [0], torch.ones(1, 1, 4), absent=[])
+    part = next(vectors.folder.glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    assert not store.vectors("v", SPEC).has("a", [0])
+    assert "damaged" in prefs_log.text
 
 
 def test_a_killed_writer_leaves_nothing_that_is_read(store):
-    table, rows = fill(store)
+    table = opened(store)
+    table.folder.mkdir(parents=True)
     half = table.folder / ".part-0123"
     half.write_bytes(b"half a part")
-    assert table.read() == rows
     old = time.time() - 2 * 24 * 3600
     os.utime(half, (old, old))
-    fill(store, start=5)
-    assert not half.exists()
+    table, rows = fill(store)
+    assert opened(store).rows == rows
+    assert (table.folder / "spec.json").read_text() == canonical(table.spec) + "\n"
+    assert not half.exists(), "after a day it is removed"
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_part(store, monkeypatch):
@@ -123,7 +122,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(store, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write to the store at .*: No space left on device"):
         fill(store, start=7)
     monkeypatch.undo()
-    assert table.read() == rows
+    assert opened(store).rows == rows
     assert not list(table.folder.glob(".part-*"))
 
 
@@ -148,28 +147,63 @@ def test_two_processes_on_one_store(tmp_path):
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0]
-    table, _ = fill(Store.open(root), count=1)
-    assert sorted(row["text"] for row in table.read().values()) == sorted(f"text {n}" for n in range(31))
+    table = opened(Store.open(root))
+    assert sorted(row["text"] for row in table.rows.values()) == sorted(f"text {n}" for n in range(31))
     assert not (table.folder / "damaged").exists()
 
 
-def test_vectors_by_key_and_layer(store):
-    vectors = store.vectors("v", SPEC)
-    some = torch.randn(3, 2, 4).to(torch.bfloat16)
-    vectors.append(["a", "b", "c"], [0, 5], some, absent=["d"])
-    vectors.append(["a"], [7], torch.ones(1, 1, 4, dtype=torch.bfloat16), absent=[])
-    vectors.refresh()
-    assert vectors.has("a", [0, 5, 7])
-    assert not vectors.has("b", [0, 7])
-    assert vectors.has("d", [0, 99])
-    assert not vectors.has("e", [0])
-    assert torch.equal(vectors.gather(["c", "a"], [5, 0]), some[[2, 0]][:, [1, 0]])
-    assert vectors.gather(["c", "a"], [5]).dtype is torch.bfloat16
+def test_what_others_write_meanwhile_is_read_and_of_two_rows_with_one_key_the_first_known_stays(store):
+    ours, theirs = opened(store), opened(store)
+    key, other = ours.key(n=0), ours.key(n=1)
+    ours.write({key: {"text": "ours", "mass": [1.0]}})
+    theirs.write({key: {"text": "theirs", "mass": None}, other: {"text": None, "mass": None}})
+    ours.refresh()
+    assert ours.rows == {key: {"text": "ours", "mass": [1.0]}, other: {"text": None, "mass": None}}
+    assert len(ours.rows) == len(list(ours.rows)) == 2
+    assert ours.made == {key}
+    mine, yours = store.vectors("v", SPEC), store.vectors("v", SPEC)
+    yours.append(["a"], [0], torch.ones(1, 1, 4), absent=["b"])
+    assert not mine.has("a", [0])
+    mine.refresh()
+    assert mine.has("a", [0])
+    assert mine.has("b", [0])
+    assert (mine.made, yours.made) == (set(), {"a", "b"})
+
+
+def test_rows_of_many_parts_are_found_each_by_its_key(store, monkeypatch):
+    monkeypatch.setattr("prefs.store.table.BLOCK_BYTES", 300)  # a few parts make a block
+    whole = {}
+    for start in range(0, 60, 3):
+        whole |= fill(store, start=start)[1]
+    rows = opened(store).rows
+    assert 1 < len(rows._blocks) < 20
+    assert rows == whole
+    assert "nothing" not in rows
+    with pytest.raises(KeyError):
+        rows["nothing"]
+
+
+def test_rows_stored_before_there_was_a_column_are_read(store):
+    _, rows = fill(store)
+    wider = pa.schema([*SCHEMA, ("thought", pa.string())])
+    assert store.table("t", SPEC, wider).rows == {key: {**row, "thought": None} for key, row in rows.items()}
+
+
+def test_whoever_may_read_the_users_files_may_read_parts(store):
+    before = os.umask(0o027)
+    try:
+        table, _ = fill(store)
+        vectors = store.vectors("v", SPEC)
+        vectors.append(["a"], [0], torch.ones(1, 1, 4), absent=[])
+    finally:
+        os.umask(before)
+    parts = [*table.folder.glob("*.parquet"), *vectors.folder.glob("*.safetensors")]
+    assert [path.stat().st_mode & 0o777 for path in parts] == [0o640, 0o640]
 
 
 @pytest.mark.parametrize("part_bytes", [1, 2 * 24, 3 * 24 + 5, 1 << 20])
 def test_many_vectors_go_into_several_parts(store, monkeypatch, part_bytes):
-    monkeypatch.setattr("prefs.store.table.PART_BYTES", part_bytes)
+    monkeypatch.setattr("prefs.store.vectors.PART_BYTES", part_bytes)
     some, keys = torch.randn(7, 2, 3), list("gfedcba")
     store.vectors("v", SPEC).append(keys, [0, 5], some, absent=["x"])
     vectors = store.vectors("v", SPEC)
@@ -189,7 +223,7 @@ def test_vectors_of_several_parts_with_other_layers_and_rows(store):
         "three": (["b"], [7, 0, 9]),
     }
     for keys, layers in parts.values():
-        vectors.append(keys, layers, torch.randn(len(keys), len(layers), 4), absent=[])
+        vectors.append(keys, layers, torch.randn(len(keys), len(layers), 4).bfloat16(), absent=["d"])
     vectors = store.vectors("v", SPEC)
     expected: dict[tuple[str, int], torch.Tensor] = {}
     for path in sorted(vectors.folder.glob("*.safetensors")):
@@ -198,15 +232,27 @@ def test_vectors_of_several_parts_with_other_layers_and_rows(store):
             for name in part.keys():  # noqa: SIM118
                 for row, key in enumerate(keys):
                     expected.setdefault((key, int(name.removeprefix("layer."))), part.get_tensor(name)[row])
-    got = vectors.gather(["b", "a", "c", "a"], [7, 5])
-    for at, key in enumerate(["b", "a", "c", "a"]):
-        assert got[at].equal(torch.stack([expected[key, layer] for layer in (7, 5)]))
+    gathered = vectors.gather(["b", "a", "c", "a"], [7, 5])
+    assert gathered.dtype is torch.bfloat16
+    for row, key in enumerate(["b", "a", "c", "a"]):
+        assert gathered[row].equal(torch.stack([expected[key, layer] for layer in (7, 5)]))
     assert vectors.gather(["b"], [9, 0])[0].equal(torch.stack([expected["b", 9], expected["b", 0]]))
-    assert vectors.has("a", [0, 5, 7])
-    assert not vectors.has("a", [0, 9])
-    assert vectors.has("a", [])
+    assert [vectors.has("a", layers) for layers in ([0, 5, 7], [0, 9], [])] == [True, False, True]
+    assert vectors.has("d", [0, 99]), "it is known to be absent"
+    assert not vectors.has("e", [0])
     with pytest.raises(KeyError, match=r"a is not there at layers \(9,\)"):
         vectors.gather(["a"], [0, 9])
+
+
+@pytest.mark.parametrize("order", [list(range(8)), list(range(2, 7)), [5, 0, 3], [7, 6, 5], [4, 4]])
+def test_vectors_come_in_the_order_asked_for(store, order):
+    vectors = store.vectors("v", SPEC)
+    known = torch.randn(8, 3, 4)
+    keys = [f"{row}" for row in range(8)]
+    for start in (0, 4):
+        vectors.append(keys[start : start + 4], [1, 2, 5], known[start : start + 4], absent=[])
+    gathered = store.vectors("v", SPEC).gather([keys[row] for row in order], [5, 1])
+    assert torch.equal(gathered, known[order][:, [2, 0]])
 
 
 def test_the_index_does_not_grow_with_the_layers(store):
@@ -220,105 +266,3 @@ def test_the_index_does_not_grow_with_the_layers(store):
     tracemalloc.stop()
     assert vectors.has(keys[-1], range(40))
     assert held / len(keys) < 500  # bytes; the key itself takes 113
-
-
-def test_damaged_vectors_are_set_aside(store, prefs_log):
-    vectors = store.vectors("v", SPEC)
-    vectors.append(["a"], [0], torch.ones(1, 1, 4), absent=[])
-    part = next(vectors.folder.glob("*.safetensors"))
-    part.write_bytes(part.read_bytes()[:-1] + b"\0")
-    assert not store.vectors("v", SPEC).has("a", [0])
-    assert "damaged" in prefs_log.text
-
-
-def test_what_others_write_meanwhile_is_read_and_what_is_known_is_not_read_again(store):
-    ours, rows = fill(store)
-    theirs, more = fill(store, start=3)
-    vectors, other = store.vectors("v", SPEC), store.vectors("v", SPEC)
-    other.append(["a"], [0], torch.ones(1, 1, 4), absent=["b"])
-    known = Rows()
-    ours.read_new(known)
-    assert known == more
-    ours.read_new(again := Rows())
-    assert not again
-    assert theirs.read() == rows | more
-    assert not vectors.has("a", [0])
-    vectors.refresh()
-    assert vectors.has("a", [0])
-    assert vectors.has("b", [0])
-    assert vectors.made == set()
-    assert other.made == {"a", "b"}
-
-
-def test_a_store_that_can_only_be_read_serves_what_it_has(store):
-    table, rows = fill(store)
-    table.folder.chmod(0o555)
-    reader = store.table("t", SPEC, SCHEMA)
-    assert reader.read() == rows
-    reader.read_new(found := Rows())
-    assert not found
-    table.folder.chmod(0o755)
-
-
-@given(st.dictionaries(st.text(max_size=4), st.integers(1, 50), max_size=40), st.integers(1, 200), st.randoms())
-def test_batches_hold_every_row_once_within_the_budget_in_any_order(lengths, budget, random):
-    cut = batches(lengths, budget)
-    assert sorted(key for batch in cut for key in batch) == sorted(lengths)
-    for batch in cut:
-        assert len(batch) == 1 or len(batch) * max(lengths[key] for key in batch) <= budget
-    items = list(lengths.items())
-    random.shuffle(items)
-    assert batches(dict(items), budget) == cut
-
-
-def test_rows_of_many_parts_are_found_each_by_its_key(store, monkeypatch):
-    monkeypatch.setattr("prefs.store.table.BLOCK_BYTES", 300)  # a few parts make a block
-    whole = {}
-    for start in range(0, 60, 3):
-        whole |= fill(store, start=start)[1]
-    table = store.table("t", SPEC, SCHEMA)
-    found = table.read()
-    assert 1 < len(found._blocks) < 20
-    assert found == whole
-    assert sorted(found) == sorted(whole)
-    assert "nothing" not in found
-    with pytest.raises(KeyError):
-        found["nothing"]
-
-
-def test_of_two_rows_with_one_key_the_first_known_stays(store):
-    table, rows = fill(store)
-    key = next(iter(rows))
-    found = table.read()
-    store.table("t", SPEC, SCHEMA).append({key: {"text": "another", "mass": []}, "new": {"text": None, "mass": None}})
-    table.read_new(found)
-    assert found == rows | {"new": {"text": None, "mass": None}}
-    assert len(found) == 4
-    found.put({"made": {"text": "made", "mass": [1.0]}})
-    store.table("t", SPEC, SCHEMA).append({"made": {"text": "by another", "mass": None}})
-    table.read_new(found)
-    assert found["made"]["text"] == "made"
-    assert len(found) == len(list(found)) == 5
-
-
-def test_whoever_may_read_the_users_files_may_read_parts(store):
-    before = os.umask(0o027)
-    try:
-        table, _ = fill(store)
-        vectors = store.vectors("v", SPEC)
-        vectors.append(["a"], [0], torch.ones(1, 1, 4), absent=[])
-    finally:
-        os.umask(before)
-    parts = [*table.folder.glob("*.parquet"), *vectors.folder.glob("*.safetensors")]
-    assert [path.stat().st_mode & 0o777 for path in parts] == [0o640, 0o640]
-
-
-@pytest.mark.parametrize("order", [list(range(8)), list(range(2, 7)), [5, 0, 3], [7, 6, 5], [4, 4]])
-def test_vectors_come_in_the_order_asked_for(store, order):
-    vectors = store.vectors("v", SPEC)
-    known = torch.randn(8, 3, 4)
-    keys = [f"{at}" for at in range(8)]
-    for start in (0, 4):
-        vectors.append(keys[start : start + 4], [1, 2, 5], known[start : start + 4], absent=[])
-    gathered = store.vectors("v", SPEC).gather([keys[at] for at in order], [5, 1])
-    assert torch.equal(gathered, known[order][:, [2, 0]])

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import template
+from engine_calls import complete, observe, replies
 
+from prefs.config import ThinkingConfig
 from prefs.data.task import Task
 from prefs.data.template import Invalid
 from prefs.models.loading import Models
-from prefs.models.tokens import Message, Thinking
-from prefs.models.types import Ask, CaptureRequest, Question, Sampling, Steering
-from prefs.stages.complete import complete
-from prefs.stages.rate import CapturePlan, rate, thought_seeds
+from prefs.models.types import Capture, Message, Question, Request, Sampling, Steering
+from prefs.stages.complete import complete as completed
+from prefs.stages.rate import rate, thought_seeds
 from prefs.store.table import Store
 
-SENTENCE = Thinking(open="", close=".", gap=" ", max_tokens=12, force_close=True)
+SENTENCE = ThinkingConfig(open="", close=".", gap=" ", max_tokens=12, force_close=True)
 SAMPLING = Sampling(1.0, 1.0, 4)
 ROWS = [
     (Message("user", "Name a colour."), Message("assistant", "Blue")),
@@ -30,6 +31,11 @@ TASKS = [Task(f"t{n}", f"Count to {n}.") for n in range(2)]
 @pytest.fixture(scope="module")
 def thinker_spec(smollm2_fp32):
     return dataclasses.replace(smollm2_fp32, thinking=SENTENCE, batch_tokens=600)
+
+
+@pytest.fixture(scope="module")
+def impatient(thinker_spec):
+    return dataclasses.replace(thinker_spec, thinking=dataclasses.replace(SENTENCE, max_tokens=1, force_close=False))
 
 
 @pytest.fixture(scope="module")
@@ -50,134 +56,113 @@ def question() -> Question:
 
 @pytest.mark.slow
 def test_padded_rows_think_and_answer_as_single_ones(thinker, question):
-    capture = CaptureRequest((0, 29), ("last_prompt", "rating"))
-    asks = [Ask(question, seeds=(3, 1), scores=(1, 2))]
-    together = thinker.observe(ROWS, asks, SAMPLING, capture)
-    for row, many in zip(ROWS, together, strict=True):
-        (one,) = thinker.observe([row], asks, SAMPLING, capture)
-        assert one.answers[0].samples == many.answers[0].samples
-        assert set(one.answers[0].samples) == {1, 3}
-        assert set(one.answers[0].scores) == {1, 2}
-        for seed, score in one.answers[0].scores.items():
-            assert score.thought == many.answers[0].scores[seed].thought
-            np.testing.assert_allclose(score.mass, many.answers[0].scores[seed].mass, rtol=1e-3, atol=1e-7)
-        torch.testing.assert_close(one.answers[0].residual, many.answers[0].residual, rtol=1e-3, atol=1e-3)
-    answer = together[0].answers[0]
-    assert answer.samples[1].thought == answer.scores[1].thought  # one thought a seed
-    assert len({answer.samples[3].thought, answer.scores[1].thought, answer.scores[2].thought}) == 3
+    wanted = {"seeds": (3, 1), "scores": (1, 2), "capture": Capture((0, 29), ("last_prompt", "rating"))}
+    together = observe(thinker, ROWS, [question], SAMPLING, **wanted)
+    for row, (many,) in zip(ROWS, together, strict=True):
+        ((one,),) = observe(thinker, [row], [question], SAMPLING, **wanted)
+        assert one.samples == many.samples
+        assert set(one.samples) == {1, 3}
+        assert set(one.scores) == {1, 2}
+        for seed, score in one.scores.items():
+            assert score.thought == many.scores[seed].thought
+            np.testing.assert_allclose(score.mass, many.scores[seed].mass, rtol=1e-3, atol=1e-7)
+        for position in ("last_prompt", "rating"):
+            torch.testing.assert_close(one.residuals[position], many.residuals[position], rtol=1e-3, atol=1e-3)
+    reply = together[0][0]
+    assert reply.samples[1].thought == reply.scores[1].thought  # one thought a seed
+    assert len({reply.samples[3].thought, reply.scores[1].thought, reply.scores[2].thought}) == 3
 
 
 def test_scores_are_those_of_the_whole_text_with_the_thought_in_it(thinker, question):
     """Against one plain forward pass of transformers over question, thought, mark and opened answer."""
-    (observed,) = thinker.observe(ROWS[:1], [Ask(question, (), (5,))], SAMPLING, None)
-    score = observed.answers[0].scores[5]
-    messages = (*ROWS[0], Message("user", question.text))
-    ids = thinker.encoder.encode(messages, answer="Answer: ", thought=score.thought).ids
-    text = thinker.encoder.tokenizer.decode(ids)
-    assert text.endswith(f"<|im_start|>assistant\n{score.thought}. Answer: ")
+    ((reply,),) = observe(thinker, ROWS[:1], [question], SAMPLING, scores=(5,))
+    score, turns = reply.scores[5], (*ROWS[0], Message("user", question.text))
+    ids = thinker.encoder.encode(turns, answer="Answer: ", thought=score.thought).ids
+    assert thinker.encoder.tokenizer.decode(ids).endswith(f"<|im_start|>assistant\n{score.thought}. Answer: ")
     with torch.inference_mode():
         logits = thinker.bridge.original_model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-    for say, mass in zip(question.says, score.mass, strict=True):
-        token = thinker.encoder.encode(messages, answer=f"Answer: {say}", thought=score.thought).ids[-1]
+    for say, mass in zip(question.options, score.mass, strict=True):
+        token = thinker.encoder.encode(turns, answer=f"Answer: {say}", thought=score.thought).ids[-1]
         assert mass == pytest.approx(float(logits[token].exp()), rel=1e-3)
 
 
 def test_a_steered_model_thinks_steered(thinker, question):
-    asks = [Ask(question, (), (5,))]
     vector = torch.randn(thinker.d_model, generator=torch.Generator().manual_seed(0))
 
-    def scored(coefficient: float):
-        steering = [Steering(10, vector, coefficient)]
-        (observed,) = thinker.observe(ROWS[:1], asks, SAMPLING, None, steering)
-        return observed.answers[0].scores[5]
+    def scored(*steering: Steering):
+        ((reply,),) = observe(thinker, ROWS[:1], [question], SAMPLING, scores=(5,), steering=steering)
+        return reply.scores[5]
 
-    (plain,) = thinker.observe(ROWS[:1], asks, SAMPLING, None)
-    assert scored(0.0) == plain.answers[0].scores[5]
-    assert scored(3.0).thought != scored(0.0).thought
+    assert scored(Steering(10, vector, 0.0)) == scored()
+    assert scored(Steering(10, vector, 3.0)).thought != scored().thought
 
 
-def test_a_thought_that_does_not_end_gives_no_answer(thinkers, thinker_spec, question):
-    impatient = dataclasses.replace(
-        thinker_spec, thinking=dataclasses.replace(SENTENCE, max_tokens=1, force_close=False)
-    )
-    backend = thinkers.get(impatient)
-    (observed,) = backend.observe(ROWS[:1], [Ask(question, (0,), (0,))], SAMPLING, CaptureRequest((3,), ("rating",)))
-    answer = observed.answers[0]
-    assert answer.scores[0].mass is None
-    assert answer.residual is None
-    assert (answer.scores[0].invalid, answer.samples[0].invalid) == ("thought_cut_off",) * 2
-    assert answer.samples[0].text is None
-    assert answer.samples[0].thought
-    (sample,) = backend.complete([ROWS[0][:1]], 0, SAMPLING)
+def test_a_thought_that_does_not_end_gives_no_answer(thinkers, impatient, question):
+    engine = thinkers.get(impatient)
+    capture = Capture((3,), ("rating",))
+    ((reply,),) = observe(engine, ROWS[:1], [question], SAMPLING, seeds=(0,), capture=capture)
+    assert (reply.scores[0].mass, reply.samples[0].text, reply.residuals) == (None, None, {})
+    assert (reply.scores[0].invalid, reply.samples[0].invalid) == ("thought_cut_off",) * 2
+    assert reply.samples[0].thought
+    (sample,) = complete(engine, [ROWS[0][:1]], 0, SAMPLING)
     assert (sample.text, sample.invalid) == (None, "thought_cut_off")
 
 
 def test_completions_leave_the_thought_aside(thinker):
-    first, second = thinker.complete([row[:1] for row in ROWS], 0, SAMPLING)
+    first, second = complete(thinker, [row[:1] for row in ROWS], 0, SAMPLING)
     assert (first.invalid, second.invalid) == (None, None)
     assert first.thought
     assert first.thought != second.thought
     assert 0 < first.tokens <= SAMPLING.max_new_tokens
-    (alone,) = thinker.complete([ROWS[0][:1]], 0, SAMPLING)
-    assert alone == first
+    (both,) = replies(thinker, [Request(ROWS[0][:1], sampling=SAMPLING, seeds=(1, 0))])
+    assert both.samples[0] == first
+    assert both.samples[1].thought != first.thought
+
+
+def rated(completions, spec, store, models, **options):
+    capture = Capture((0, 29), ("rating",))
+    options = {"exact": True, "capture": capture, "dtype": "float32", "system_prompt": None} | options
+    return rate(completions, spec, {"a": template("anchored")}, SAMPLING, store=store, models=models, **options)
 
 
 @pytest.mark.slow
 def test_thoughts_go_through_the_store(tmp_path, thinkers, thinker_spec):
     store = Store.open(str(tmp_path))
-    completions, _ = complete(TASKS, thinker_spec, SAMPLING, seed=0, system_prompt=None, store=store, models=thinkers)
-    options = {
-        "seeds": (7, 1),
-        "exact": True,
-        "capture": CapturePlan((0, 29), ("rating",), "float32"),
-        "system_prompt": None,
-        "store": store,
-    }
-    templates = {"anchored": template("anchored")}
-    one = rate(completions, thinker_spec, templates, SAMPLING, thoughts=1, models=thinkers, **options)
-    ratings = one.ratings["anchored"]
+    completions, _ = completed(TASKS, thinker_spec, SAMPLING, seed=0, system_prompt=None, store=store, models=thinkers)
+    ratings = rated(completions, thinker_spec, store, thinkers, seeds=(7, 1), thoughts=1).ratings["a"]
     assert ratings.thoughts.seeds == (7,)
     assert [row[0].thought for row in ratings.answers] == [row[0] for row in ratings.thoughts.texts]
     np.testing.assert_array_equal(ratings.mass, ratings.thoughts.mass[:, 0])
     assert ratings.measured([None] * len(TASKS)).kind == "after one thought"
-    more = rate(completions, thinker_spec, templates, SAMPLING, thoughts=3, models=thinkers, **options)
+    more = rated(completions, thinker_spec, store, thinkers, seeds=(7, 1), thoughts=3)
     assert [work.computed for work in more.work] == [0, 2 * len(TASKS), 0]  # the scores after two more thoughts
-    ratings = more.ratings["anchored"]
+    ratings = more.ratings["a"]
     assert ratings.thoughts.seeds == (7, 1, 0)
     np.testing.assert_allclose(ratings.mass, ratings.thoughts.mass.mean(axis=1))
     measured = ratings.measured([None] * len(TASKS))
     assert measured.kind == "mixture of 3 thoughts"
     assert (measured.exact.between > 0).all()
-    again = rate(completions, thinker_spec, templates, SAMPLING, thoughts=3, models=Models(), **options)
+    again = rated(completions, thinker_spec, store, Models(), seeds=(7, 1), thoughts=3)
     assert [work.computed for work in again.work] == [0] * 3
-    np.testing.assert_array_equal(again.ratings["anchored"].thoughts.mass, ratings.thoughts.mass)
+    np.testing.assert_array_equal(again.ratings["a"].thoughts.mass, ratings.thoughts.mass)
     # The same weights asked to answer at once are another rater.
-    at_once = dataclasses.replace(thinker_spec, thinking=None)
-    direct = rate(completions, at_once, templates, SAMPLING, models=thinkers, **options)
+    direct = rated(completions, dataclasses.replace(thinker_spec, thinking=None), store, thinkers, seeds=(7, 1))
     assert direct.work[0].reused == 0
-    assert direct.ratings["anchored"].thoughts is None
-    assert all(answer.thought is None for row in direct.ratings["anchored"].answers for answer in row)
+    assert direct.ratings["a"].thoughts is None
+    assert all(answer.thought is None for row in direct.ratings["a"].answers for answer in row)
 
 
-def test_thoughts_that_are_cut_off_are_counted_and_not_drawn_again(tmp_path, thinkers, thinker_spec):
+def test_thoughts_that_are_cut_off_are_counted_and_not_drawn_again(tmp_path, thinkers, thinker_spec, impatient):
     store = Store.open(str(tmp_path))
-    completions, _ = complete(TASKS, thinker_spec, SAMPLING, seed=0, system_prompt=None, store=store, models=thinkers)
-    impatient = dataclasses.replace(
-        thinker_spec, thinking=dataclasses.replace(SENTENCE, max_tokens=1, force_close=False)
-    )
-    options = {"seeds": (0,), "exact": True, "capture": CapturePlan((3,), ("rating",), "float32")}
+    completions, _ = completed(TASKS, thinker_spec, SAMPLING, seed=0, system_prompt=None, store=store, models=thinkers)
     for reused in (False, True):
-        models = Models() if reused else thinkers
-        rated = rate(
-            completions, impatient, {"a": template("anchored")}, SAMPLING,
-            system_prompt=None, store=store, models=models, **options,
-        )  # fmt: skip
-        ratings = rated.ratings["a"]
+        found = rated(completions, impatient, store, Models() if reused else thinkers, seeds=(0,))
+        ratings = found.ratings["a"]
         assert ratings.invalid_counts() == {"thought_cut_off": len(TASKS)}
         assert ratings.thoughts.invalid == [(Invalid.thought_cut_off,)] * len(TASKS)
         assert np.isnan(ratings.mass).all()
-        assert not rated.rating_residuals["a"].present().any()
-        assert [work.computed for work in rated.work] == [0 if reused else len(TASKS)] * 3
+        assert not found.rating_residuals["a"].present().any()
+        assert [work.computed for work in found.work] == [0 if reused else len(TASKS)] * 3
 
 
 def test_thoughts_share_the_seeds_of_sampled_ratings():

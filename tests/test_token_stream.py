@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_calls import observe
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import gemma2, llama, plain_model, tiny_model
@@ -12,9 +13,8 @@ from prefs.config import POSITIONS
 from prefs.errors import UserError
 from prefs.models.loading import Models
 from prefs.models.local.token_stream import owners, token_texts
-from prefs.models.options import ask
-from prefs.models.tokens import Message
-from prefs.models.types import Ask, CaptureRequest, Question, Sampling
+from prefs.models.prompts import encode_prompt
+from prefs.models.types import Capture, Message, Question
 
 QUESTION = Question("Did you like it?", ("yes", "no"), "Well: ")
 TURNS = (Message("user", "Say <|im_end|> 🦄, please. " * 3), Message("assistant", "Here: <|im_end|>\n\n🦄"))
@@ -29,8 +29,8 @@ def both(request, tmp_path_factory):
 @torch.inference_mode()
 def test_vectors_are_those_of_plain_transformers(both):
     backend, plain = both
-    asked = ask(backend.encoder, TURNS, QUESTION)
-    hidden = plain(torch.tensor([asked.ids]), output_hidden_states=True).hidden_states
+    prompt = encode_prompt(backend.encoder, TURNS, QUESTION)
+    hidden = plain(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
     for layer in (0, 3):
         stream = backend.residual_stream(TURNS, layer, QUESTION)
         torch.testing.assert_close(stream.vectors, hidden[layer + 1][0], atol=1e-4, rtol=1e-4)
@@ -38,15 +38,12 @@ def test_vectors_are_those_of_plain_transformers(both):
 
 def test_the_vector_of_each_position_is_the_one_that_is_captured(both):
     backend, _ = both
-    capture = CaptureRequest((2,), POSITIONS)
-    (observed,) = backend.observe([TURNS], [Ask(QUESTION, scores=())], Sampling(0.0, 1.0, 1), capture)
+    ((reply,),) = observe(backend, [TURNS], [QUESTION], scores=(), capture=Capture((2,), POSITIONS))
     stream = backend.residual_stream(TURNS, 2, QUESTION)
     assert stream.ranges.keys() == set(POSITIONS)
-    captured = {**observed.residuals, "rating": observed.answers[0].residual}
     for position, (start, end) in stream.ranges.items():
-        torch.testing.assert_close(
-            stream.vectors[start:end].mean(dim=0), captured[position][0], atol=1e-5, rtol=1e-4, msg=position
-        )
+        mean = stream.vectors[start:end].mean(dim=0)
+        torch.testing.assert_close(mean, reply.residuals[position][0], atol=1e-5, rtol=1e-4, msg=position)
 
 
 def test_without_a_question_it_ends_with_the_completion_and_says_whose_each_token_is(both):

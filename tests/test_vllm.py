@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATES, template
+from engine_calls import complete, observe, replies
 from scipy.stats import chisquare
 
-from prefs.config import VllmConfig
+from prefs.config import ThinkingConfig, VllmConfig
 from prefs.data.task import Task
 from prefs.data.template import Invalid
 from prefs.errors import ConfigError, UserError
 from prefs.models.loading import Models
-from prefs.models.options import ask, option_masses
-from prefs.models.tokens import Message, Thinking
-from prefs.models.types import Ask, CaptureRequest, Question, Sampling
-from prefs.stages.complete import complete
+from prefs.models.prompts import encode_prompt
+from prefs.models.types import Capture, Message, Question, Request, Sampling
+from prefs.stages.complete import complete as completed
 from prefs.stages.rate import rate
 from prefs.store.table import Store
 
@@ -46,6 +46,7 @@ CONVERSATIONS = [
     (Message("user", "Why is the sky blue? " * 12), Message("assistant", "Scattering.\n\n1. Light\n2. Air")),
 ]
 TASKS = [Task(f"t{n}", f"Count to {n}{n % 2 * ', slowly'}.", origin="ABC"[n % 3]) for n in range(4)]
+PROMPTS = [row[:-1] for row in CONVERSATIONS]
 # Small enough that the prompts of a batch do not fit into one step, and that some are too long.
 CONTEXT = 1024
 ENGINE = {"kv_cache_memory_bytes": 2**29, "max_num_batched_tokens": CONTEXT}
@@ -74,9 +75,9 @@ def thinker(engine, spec):
     """The same engine, with the embedded model's first sentence taken for a thought."""
 
     def make(max_tokens: int, force_close: bool):
-        thinking = Thinking(open="", close=".", gap=" ", max_tokens=max_tokens, force_close=force_close)
+        thinking = ThinkingConfig(open="", close=".", gap=" ", max_tokens=max_tokens, force_close=force_close)
         thoughtful = dataclasses.replace(spec, thinking=thinking)
-        return type(engine)(lambda: engine._engines, engine.encoder.tokenizer, engine._stops, thoughtful)
+        return type(engine)(lambda: engine._workers, engine.encoder.tokenizer, engine._stops, thoughtful)
 
     return make
 
@@ -86,19 +87,16 @@ def question(name: str) -> Question:
     return Question(shipped.question, shipped.says, "Answer: ")
 
 
-def masses(observations, at: int = 0) -> np.ndarray:
-    return np.array([each.answers[at].scores[0].mass for each in observations])
+def masses(engine, questions, conversations=CONVERSATIONS) -> list[np.ndarray]:
+    """By question, [conversations, options]."""
+    found = observe(engine, conversations, questions)
+    return [np.array([replies[number].scores[0].mass for replies in found]) for number in range(len(questions))]
 
 
 def test_exact_masses_equal_transformer_lens_on_all_templates(engine, backend):
-    asks = [Ask(question(name)) for name in TEMPLATES]
-    ours, theirs = (each.observe(CONVERSATIONS, asks, SAMPLING) for each in (engine, backend))
-    for at, name in enumerate(TEMPLATES):
-        mass, expected = masses(ours, at), masses(theirs, at)
+    ours, theirs = (masses(each, [question(name) for name in TEMPLATES]) for each in (engine, backend))
+    for name, mass, expected in zip(TEMPLATES, ours, theirs, strict=True):
         np.testing.assert_allclose(mass, expected, rtol=1e-3, atol=1e-7, err_msg=name)
-        values = np.array(template(name).values)
-        means = [each @ values / each.sum(axis=1) for each in (mass, expected)]
-        np.testing.assert_allclose(*means, atol=1e-4, err_msg=name)
 
 
 def test_options_that_open_others_and_many_options_equal_transformer_lens(engine, backend):
@@ -107,71 +105,67 @@ def test_options_that_open_others_and_many_options_equal_transformer_lens(engine
     vocabulary = [backend.encoder.tokenizer.decode([token]) for token in range(1000, 2000)]
     words = tuple(dict.fromkeys(word[1:] for word in vocabulary if word[:1] == " " and word[1:].isalpha()))[:200]
     many = Question("Which word comes to mind?", words, "Answer: ")
-    assert len({tail[0] for tail in ask(engine.encoder, CONVERSATIONS[0], many).tails}) > 128
-    asks = [Ask(one_to_ten), Ask(many)]
-    ours, theirs = (each.observe(CONVERSATIONS[:2], asks, SAMPLING) for each in (engine, backend))
-    for at in range(2):
-        np.testing.assert_allclose(masses(ours, at), masses(theirs, at), rtol=1e-3, atol=1e-9)
-    assert masses(ours)[0, 0] > 0
+    assert len({tail[0] for tail in encode_prompt(engine.encoder, CONVERSATIONS[0], many).tails}) > 128
+    ours, theirs = (masses(each, [one_to_ten, many], CONVERSATIONS[:2]) for each in (engine, backend))
+    for mass, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mass, expected, rtol=1e-3, atol=1e-9)
+    assert ours[0][0, 0] > 0
 
 
 def test_samples_follow_the_exact_distribution(engine):
     """First tokens of 160 seeds against the exact masses of the same question."""
-    asked = question("anchored")
-    one_token = dataclasses.replace(SAMPLING, max_new_tokens=1)
-    (observed,) = engine.observe(CONVERSATIONS[:1], [Ask(asked, seeds=tuple(range(160)))], one_token)
-    (answer,) = observed.answers
-    texts = [sample.text.strip() for sample in answer.samples.values()]
-    counts = [texts.count(say) for say in asked.says]
-    mass = np.array(answer.scores[0].mass)
+    asked, one_token = question("anchored"), dataclasses.replace(SAMPLING, max_new_tokens=1)
+    ((reply,),) = observe(engine, CONVERSATIONS[:1], [asked], one_token, seeds=tuple(range(160)))
+    texts = [sample.text.strip() for sample in reply.samples.values()]
+    counts = [texts.count(say) for say in asked.options]
+    mass = np.array(reply.scores[0].mass)
     expected = 160 * np.array([*mass, 1 - mass.sum()])
     assert chisquare([*counts, 160 - sum(counts)], expected).pvalue > 1e-3
 
 
 def test_a_seed_draws_the_same_answer_in_any_company(engine):
-    prompts = [row[:-1] for row in CONVERSATIONS]
-    together = engine.complete(prompts, 3, Sampling(1.0, 0.95, 8))
-    assert engine.complete(prompts[::-1], 3, Sampling(1.0, 0.95, 8)) == together[::-1]
-    assert engine.complete(prompts[1:2], 3, Sampling(1.0, 0.95, 8)) == together[1:2]
-    assert engine.complete(prompts, 4, Sampling(1.0, 0.95, 8)) != together
+    sampling = Sampling(1.0, 0.95, 8)
+    together = complete(engine, PROMPTS, 3, sampling)
+    assert complete(engine, PROMPTS[::-1], 3, sampling) == together[::-1]
+    assert complete(engine, PROMPTS[1:2], 3, sampling) == together[1:2]
+    assert complete(engine, PROMPTS, 4, sampling) != together
 
 
-def test_the_likeliest_answers_equal_those_of_transformer_lens(engine, backend):
+def test_the_likeliest_answers_and_choices_equal_those_of_transformer_lens(engine, backend):
     """With the token that ends them left out, and counted alike."""
-    prompts = [*(row[:-1] for row in CONVERSATIONS), (Message("user", "Say yes and nothing else."),)]
-    greedy = Sampling(0.0, 1.0, 12)
-    ours = engine.complete(prompts, 0, greedy)
-    assert ours == backend.complete(prompts, 0, greedy)
+    prompts, greedy = [*PROMPTS, (Message("user", "Say yes and nothing else."),)], Sampling(0.0, 1.0, 12)
+    ours = complete(engine, prompts, 0, greedy)
+    assert ours == complete(backend, prompts, 0, greedy)
     assert {sample.finished for sample in ours} == {True, False}
-
-
-def test_the_likelier_choice_equals_that_of_transformer_lens(engine, backend):
-    rows = [(*row, Message("user", "Was that a good answer? Say yes or no.")) for row in CONVERSATIONS]
-    assert engine.choose(rows, ("yes", "no")) == backend.choose(rows, ("yes", "no"))
+    good = Question("Was that a good answer? Say yes or no.", ("yes", "no"))
+    asked = [Request(row, good, choose=True) for row in CONVERSATIONS]
+    choices = [[reply.choice for reply in replies(each, asked)] for each in (engine, backend)]
+    assert choices[0] == choices[1]
 
 
 def test_a_temperature_that_vllm_does_not_draw_at_is_one_line(engine):
-    running = engine._engines
+    running = engine._workers
     with pytest.raises(UserError, match=r"temperatures from 0 to 2, not at 2\.5"):
-        engine.complete([CONVERSATIONS[0][:1]], 0, Sampling(2.5, 1.0, 4))
-    assert engine._engines is running
-    assert engine.complete([CONVERSATIONS[0][:1]], 0, Sampling(2.0, 1.0, 4))[0].text is not None
+        complete(engine, PROMPTS[:1], 0, Sampling(2.5, 1.0, 4))
+    assert engine._workers is running
+    assert complete(engine, PROMPTS[:1], 0, Sampling(2.0, 1.0, 4))[0].text is not None
 
 
 def test_residuals_are_refused(engine):
     with pytest.raises(UserError, match="backend=transformer_lens"):
-        engine.observe(CONVERSATIONS[:1], [], SAMPLING, CaptureRequest((0,), ("last_prompt",)))
+        observe(engine, CONVERSATIONS[:1], [None], capture=Capture((0,), ("last_prompt",)))
 
 
 def test_usage_counts_requests_and_tokens(engine):
-    before = engine.usage()
+    before, greedy = engine.usage(), Sampling(0.0, 1.0, 3)
     # Not in the cache, and longer than the blocks that are kept there.
-    prompt = (Message("system", "Mind what you count. " * 60), *CONVERSATIONS[0][:1])
-    (sample,) = engine.complete([prompt], 0, Sampling(0.0, 1.0, 3))
+    prompt = (Message("system", "Mind what you count. " * 60), *PROMPTS[0])
+    (sample,) = complete(engine, [prompt], 0, greedy)
     spent = engine.usage().since(before)
+    tokens = engine.tokens(Request(prompt, sampling=greedy, seeds=(0,)))
     run = sample.tokens + sample.finished - 1
-    assert (spent.requests, spent.prompt_tokens, spent.completion_tokens) == (1, engine.prompt_tokens(prompt), run)
-    engine.complete([prompt], 1, Sampling(0.0, 1.0, 3))
+    assert (spent.requests, spent.prompt_tokens, spent.completion_tokens) == (1, tokens, run)
+    complete(engine, [prompt], 1, greedy)
     assert 0 < engine.usage().since(before).prompt_tokens - spent.prompt_tokens < spent.prompt_tokens
 
 
@@ -180,38 +174,34 @@ def test_a_thought_comes_before_the_answer_and_its_score(thinker, backend):
     """The score is the distribution after the text of the thought, by transformers' own forward pass."""
     asked, think = question("anchored"), thinker(max_tokens=24, force_close=True)
     rows = CONVERSATIONS[:2]
-    observed = think.observe(rows, [Ask(asked, seeds=(0, 1), scores=(1, 2))], SAMPLING)
-    for row, observation in zip(rows, observed, strict=True):
-        (answer,) = observation.answers
-        assert list(answer.samples) == [0, 1]
-        assert list(answer.scores) == [1, 2]
-        assert answer.samples[1].thought == answer.scores[1].thought
-        assert answer.samples[0].thought != answer.samples[1].thought
-        for score in answer.scores.values():
+    for row, (reply,) in zip(rows, observe(think, rows, [asked], SAMPLING, seeds=(0, 1), scores=(1, 2)), strict=True):
+        assert list(reply.samples) == [0, 1]
+        assert set(reply.scores) == {1, 2}
+        assert reply.samples[1].thought == reply.scores[1].thought
+        assert reply.samples[0].thought != reply.samples[1].thought
+        for score in reply.scores.values():
             assert "." not in score.thought
-            put = ask(think.encoder, row, asked, thought=score.thought)
-            assert {len(tail) for tail in put.tails} == {1}
-            logits = backend.bridge.original_model(torch.tensor([put.ids])).logits[0, -1].float()
-            expected = logits.softmax(dim=-1)[[tail[0] for tail in put.tails]]
+            prompt = encode_prompt(think.encoder, row, asked, thought=score.thought)
+            assert {len(tail) for tail in prompt.tails} == {1}
+            logits = backend.bridge.original_model(torch.tensor([prompt.ids])).logits[0, -1].float()
+            expected = logits.softmax(dim=-1)[[tail[0] for tail in prompt.tails]]
             np.testing.assert_allclose(score.mass, expected, rtol=1e-3, atol=1e-7)
-    assert think.question_tokens(rows[0], asked) > 24 + len(ask(think.encoder, rows[0], asked).ids)
+    assert think.tokens(Request(rows[0], asked)) > 24 + len(encode_prompt(think.encoder, rows[0], asked).ids)
 
 
 def test_a_thought_that_is_cut_off_gives_no_answer(thinker):
     asked, think = question("anchored"), thinker(max_tokens=1, force_close=False)
-    prompts = [row[:-1] for row in CONVERSATIONS[:2]]
-    for sample in think.complete(prompts, 0, SAMPLING):
+    for sample in complete(think, PROMPTS[:2], 0, SAMPLING):
         assert (sample.text, sample.invalid) == (None, "thought_cut_off")
         assert sample.thought
-    (observation,) = think.observe(CONVERSATIONS[1:2], [Ask(asked, seeds=(0,), scores=(0, 1))], SAMPLING)
-    (answer,) = observation.answers
-    assert {each.invalid for each in (*answer.scores.values(), *answer.samples.values())} == {"thought_cut_off"}
-    assert answer.scores[0].mass is None
-    asking = (Message("user", "Red or blue?"),)
-    assert think.choose([asking], ("red", "blue")) == [None]
+    ((reply,),) = observe(think, CONVERSATIONS[1:2], [asked], SAMPLING, seeds=(0,), scores=(0, 1))
+    assert {part.invalid for part in (*reply.scores.values(), *reply.samples.values())} == {"thought_cut_off"}
+    assert reply.scores[0].mass is None
+    colour = Request((), Question("Red or blue?", ("red", "blue")), choose=True)
+    assert replies(think, [colour])[0].choice is None
     closed = thinker(max_tokens=1, force_close=True)
-    assert [sample.invalid for sample in closed.complete(prompts, 0, SAMPLING)] == [None, None]
-    assert closed.choose([asking], ("red", "blue"))[0] in ("red", "blue")
+    assert [sample.invalid for sample in complete(closed, PROMPTS[:2], 0, SAMPLING)] == [None, None]
+    assert replies(closed, [colour])[0].choice in ("red", "blue")
 
 
 def rated(
@@ -233,7 +223,7 @@ def rated(
 
 def measured(spec, models: Models, store: Store, tasks=TASKS, **options):
     sampling = Sampling(1.0, 1.0, 6)
-    completions, work = complete(tasks, spec, sampling, seed=0, system_prompt=None, store=store, models=models)
+    completions, work = completed(tasks, spec, sampling, seed=0, system_prompt=None, store=store, models=models)
     ratings = rated(completions, spec, models, store, **options)
     return completions, ratings, [work, *ratings.work]
 
@@ -330,27 +320,13 @@ def test_jobs_of_a_sweep_share_two_copies_and_leave_nothing_behind(tmp_path, mod
         np.testing.assert_allclose(theirs.ratings[name].mass, ours.ratings[name].mass, rtol=1e-3, atol=1e-7)
 
 
-def test_masses_of_partly_scored_options_are_those_of_the_looks(engine):
-    """The walk over beginnings, against the same probabilities asked for one whole string at a time."""
-    asked = ask(engine.encoder, CONVERSATIONS[0], question("agreement"))
-    (together,) = engine.observe(CONVERSATIONS[:1], [Ask(question("agreement"))], SAMPLING)
-    alone = []
-    for say in question("agreement").says:
-        (one,) = engine.observe(
-            CONVERSATIONS[:1], [Ask(Question(question("agreement").text, (say, "x" * 5), "Answer: "))], SAMPLING
-        )
-        alone.append(np.log(one.answers[0].scores[0].mass[0]))
-    expected = option_masses(np.array([alone]), asked.tails)[0]
-    np.testing.assert_allclose(together.answers[0].scores[0].mass, expected, rtol=1e-3)
-
-
 def test_an_engine_that_is_killed_ends_in_one_line_and_the_next_run_goes_on(tmp_path, engine, spec, served):
     """Most requests are answered by then, some will go on for long; what they brought is not asked for again."""
     store = Store.open(str(tmp_path))
     tasks = [Task(f"t{n}", f"Count to {n}.") for n in range(10)]
-    complete(tasks, spec, Sampling(1.0, 1.0, 6), seed=0, system_prompt=None, store=store, models=served)
-    llms = list(engine._engines._llms)
-    core = engine._engines._processes[0].pid
+    completed(tasks, spec, Sampling(1.0, 1.0, 6), seed=0, system_prompt=None, store=store, models=served)
+    llms = list(engine._workers._llms)
+    core = engine._workers._processes[0].pid
 
     def kill_when_halfway():
         while sum(llm.llm_engine.get_num_unfinished_requests() for llm in llms) < 60:

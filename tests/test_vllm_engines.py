@@ -16,7 +16,7 @@ import pytest
 from prefs.config import VllmConfig
 from prefs.errors import UserError
 from prefs.models.loading import Models, identity
-from prefs.models.vllm.workers import _ctrl_c_gets_through, _environment, _guard, _output_to, _reason, _reason_in
+from prefs.models.vllm.workers import _ctrl_c_gets_through, _guard, _output_to, _reason, _reason_in
 
 LOG = """\
 (EngineCore pid=12) WARNING 11-24 10:38:54 [base.py:380] ValueError: only a warning
@@ -60,17 +60,6 @@ def test_engine_arguments_that_change_results_are_part_of_the_model(smollm2_fp32
     assert known(max_num_seqs=8) == identity(smollm2_fp32)
     assert known(kv_cache_dtype="fp8") != identity(smollm2_fp32)
     assert known(hf_overrides={"rope_theta": 1.0}) != known(hf_overrides={"rope_theta": 2.0})
-
-
-def test_the_environment_is_put_back(monkeypatch):
-    monkeypatch.setenv("PREFS_TEST_KEPT", "before")
-    monkeypatch.delenv("PREFS_TEST_NEW", raising=False)
-    with _environment({"PREFS_TEST_KEPT": "while", "PREFS_TEST_NEW": "while"}):
-        assert os.environ["PREFS_TEST_KEPT"] == "while"
-        os.environ["PREFS_TEST_LATER"] = "set by somebody else"
-    assert os.environ["PREFS_TEST_KEPT"] == "before"
-    assert "PREFS_TEST_NEW" not in os.environ
-    assert "PREFS_TEST_LATER" not in os.environ
 
 
 def test_output_of_child_processes_goes_to_the_log(tmp_path, capfd):

@@ -10,11 +10,11 @@ import numpy as np
 
 from prefs.data.task import Task
 from prefs.models.loading import Models, ModelSpec
-from prefs.models.types import Sampling
+from prefs.models.types import Capture, Sampling
 from prefs.probes.features import Captured
 from prefs.results.job_record import Work
 from prefs.stages.complete import complete
-from prefs.stages.rate import CapturePlan, rate
+from prefs.stages.rate import rate
 from prefs.stages.records import Completion, Residuals
 from prefs.store.table import Store
 
@@ -29,8 +29,8 @@ class Read:
     @cached_property
     def present(self) -> dict[str, int]:
         """The tasks that have a vector at every position, by id, and where they stand."""
-        there = np.all([each.present() for each in self.residuals.values()], axis=0)
-        return {each.task.id: at for at, each in enumerate(self.completions) if there[at]}
+        present = np.all([residuals.present() for residuals in self.residuals.values()], axis=0)
+        return {completion.task.id: row for row, completion in enumerate(self.completions) if present[row]}
 
     def features(self, tasks: Sequence[str]) -> Captured:
         """The vectors of these tasks, which must be there."""
@@ -46,9 +46,10 @@ class Reader:
     subject: ModelSpec
     sampling: Sampling
     seed: int
-    capture: CapturePlan
+    capture: Capture
     store: Store
     models: Models
+    dtype: str = "bfloat16"
     work: list[Work] = field(default_factory=list)
 
     def read(self, tasks: Sequence[Task], *, written_under: str | None, read_under: str | None) -> Read:
@@ -71,6 +72,7 @@ class Reader:
             seeds=(),
             exact=False,
             capture=self.capture,
+            dtype=self.dtype,
             system_prompt=read_under,
             store=self.store,
             models=self.models,
@@ -81,6 +83,6 @@ class Reader:
     def done(self) -> list[Work]:
         """The work of all that was read, by stage."""
         totals: dict[str, Work] = {}
-        for each in self.work:
-            totals[each.stage] = totals.get(each.stage, Work(f"concepts, {each.stage}", 0, 0)).plus(each)
+        for work in self.work:
+            totals[work.stage] = totals.get(work.stage, Work(f"concepts, {work.stage}", 0, 0)).plus(work)
         return list(totals.values())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import importlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from prefs.config import ApiConfig, ModelConfig, ThinkingConfig, VllmConfig
 from prefs.errors import ConfigError, UserError
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.openai.keys import key_of
-from prefs.models.tokens import Thinking
-from prefs.models.types import Backend, Usage
-from prefs.store.files import write_durably
-from prefs.store.table import canonical, digest, file_checksum
+from prefs.models.types import Engine, Usage
+from prefs.store.files import file_checksum, write_durably
+from prefs.store.keys import canonical, digest
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +30,19 @@ SERVED = "served"
 BATCH_TOKENS = {"transformer_lens": 8192, "vllm": 262_144, "openai": 65_536}
 # Of vLLM's own arguments, those that change what a model computes.
 VLLM_RESULTS = ("hf_overrides", "kv_cache_dtype", "quantization_config", "load_format", "disable_sliding_window")
+# Where each back-end's engine is, a class with `load(spec, folder)`; imported when it is needed.
+ENGINES = {
+    "transformer_lens": "prefs.models.local.engine.LocalEngine",
+    "vllm": "prefs.models.vllm.engine.VllmEngine",
+    "openai": "prefs.models.openai.engine.OpenAIEngine",
+}
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything needed to load a model, and nothing else; specs with the same `engine` share one loaded model."""
+    """What of a `ModelConfig` is needed to load the model, resolved for this machine: its precision, its batches, and
+    whether it thinks. Specs with the same `engine` share one loaded model."""
 
     name: str
     path: str
@@ -49,8 +55,8 @@ class ModelSpec:
     max_context: int | None = None
     batch_tokens: int = 8192
     prefill: str = ""
-    chat_template_kwargs: str = "{}"
-    thinking: Thinking | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    thinking: ThinkingConfig | None = None
     vllm: VllmConfig = field(default_factory=VllmConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
 
@@ -66,46 +72,18 @@ class ModelSpec:
         served = config.backend == "openai"
         if served:
             key_of(config.api)
-        return cls(
-            name=config.name,
-            path=config.path,
-            backend=config.backend,
-            revision=config.revision,
-            dtype=SERVED if served else resolve_dtype(config.dtype.value, resolve_device(config.device)),
-            device=config.device,
-            device_map=config.device_map,
-            attn_implementation=config.attn_implementation,
-            max_context=config.max_context,
-            batch_tokens=config.batch_tokens or BATCH_TOKENS[config.backend],
-            prefill=config.prefill,
-            chat_template_kwargs=json.dumps(config.chat_template_kwargs, sort_keys=True),
-            thinking=_thinking(config.thinking),
-            vllm=config.vllm,
-            api=config.api,
-        )
-
-    @property
-    def rows_apart(self) -> bool:
-        """Whether a row's numbers do not depend on the rows beside it, so that only missing ones need be asked for."""
-        return self.backend != "transformer_lens"
+        resolved: dict[str, Any] = {
+            "dtype": SERVED if served else resolve_dtype(config.dtype.value, resolve_device(config.device)),
+            "batch_tokens": config.batch_tokens or BATCH_TOKENS[config.backend],
+            "thinking": config.thinking if config.thinking.enabled else None,
+        }
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__} | resolved)
 
     @property
     def engine(self) -> str:
         """What two specs must share to be served by one loaded model."""
-        own = {
-            "transformer_lens": [self.device_map, self.attn_implementation],
-            "vllm": asdict(self.vllm),
-            "openai": asdict(self.api),
-        }
-        shared = [self.path, self.revision, self.dtype, self.device, self.max_context, self.chat_template_kwargs]
-        thinking = None if self.thinking is None else asdict(self.thinking)
-        return canonical([self.backend, *shared, thinking, own[self.backend]])
-
-
-def _thinking(config: ThinkingConfig) -> Thinking | None:
-    if not config.enabled:
-        return None
-    return Thinking(config.open, config.close, config.gap, config.max_tokens, config.force_close)
+        apart = ("name", "prefill", "batch_tokens")
+        return canonical({key: value for key, value in asdict(self).items() if key not in apart})
 
 
 @dataclass
@@ -115,19 +93,23 @@ class Models:
     Pickled, it is empty: a job that a cluster queues again, elsewhere and with what it was called with, loads its own.
     """
 
-    _loaded: dict[str, Backend] = field(default_factory=dict)
+    _loaded: dict[str, Engine] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[type[Models], tuple[()]]:
         return Models, ()
 
-    def get(self, spec: ModelSpec) -> Backend:
+    def get(self, spec: ModelSpec) -> Engine:
         """The engine of a spec, loaded now if it is not yet."""
         if spec.engine not in self._loaded:
             self._loaded[spec.engine] = self._load(spec)
         return self._loaded[spec.engine]
 
-    def _load(self, spec: ModelSpec) -> Backend:
-        return _load(spec)
+    def _load(self, spec: ModelSpec) -> Engine:
+        check_weights(spec)
+        log.info("Loading %s (%s) with %s", spec.name, spec.dtype, spec.backend)
+        module, name = ENGINES[spec.backend].rsplit(".", 1)
+        engine = getattr(importlib.import_module(module), name)
+        return engine.load(spec, None if spec.backend == "openai" else model_folder(spec))
 
     def usage(self) -> dict[str, Usage]:
         """What each loaded engine has spent so far, by `ModelSpec.engine`."""
@@ -138,22 +120,6 @@ class Models:
         wanted = {spec.engine for spec in specs}
         for engine in set(self._loaded) - wanted:
             self._loaded.pop(engine).close()
-
-
-def _load(spec: ModelSpec) -> Backend:
-    check_weights(spec)
-    log.info("Loading %s (%s) with %s", spec.name, spec.dtype, spec.backend)
-    if spec.backend == "openai":
-        from prefs.models.openai.engine import OpenAIBackend
-
-        return OpenAIBackend.load(spec)
-    if spec.backend == "vllm":
-        from prefs.models.vllm.engine import VllmBackend
-
-        return VllmBackend.load(spec, model_folder(spec))
-    from prefs.models.local.engine import TransformerLensBackend
-
-    return TransformerLensBackend.load(spec, model_folder(spec))
 
 
 def has_weights(spec: ModelSpec) -> bool:
@@ -223,9 +189,9 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
         if telling:
             known["engine"] = telling
     if spec.thinking is not None:
-        known["thinking"] = asdict(spec.thinking)
-    if json.loads(spec.chat_template_kwargs):
-        known["chat_template_kwargs"] = json.loads(spec.chat_template_kwargs)
+        known["thinking"] = {key: value for key, value in asdict(spec.thinking).items() if key != "enabled"}
+    if spec.chat_template_kwargs:
+        known["chat_template_kwargs"] = dict(spec.chat_template_kwargs)
     if spec.max_context is not None:
         known["max_context"] = spec.max_context
     if spec.backend == "openai":

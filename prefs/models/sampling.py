@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from prefs.models.tokens import as_dicts
-from prefs.models.types import Conversation, Sampling
+from prefs.models.types import Conversation, Sampling, as_dicts
 
 
 def row_uniforms(seed: int, conversation: Conversation, count: int) -> np.ndarray:
@@ -60,3 +60,10 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> to
     targets = uniforms.to(cumulative.device) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, targets, right=True)
     return tokens.clamp_(max=logits.shape[-1] - 1).cpu()
+
+
+def stop_tokens(tokenizer: Any, generation_config: Any) -> frozenset[int]:
+    """The tokens that end an answer, by a model's generation config (None: it has none) and its tokenizer."""
+    stops = generation_config.eos_token_id if generation_config is not None else None
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    return frozenset([*stops, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])

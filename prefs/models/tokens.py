@@ -18,41 +18,16 @@ from uuid import uuid4
 
 from tokenizers import Tokenizer
 
+from prefs.config import ThinkingConfig
 from prefs.errors import UserError
 from prefs.models.chat_template import PLACEHOLDER, ChatTemplate, placeholder
+from prefs.models.types import Message, as_dicts
 
 if TYPE_CHECKING:  # it takes a second, and a job that finds everything in the store needs no tokenizer
     from transformers import PreTrainedTokenizerFast
 
 # The variable that turns thinking off in chat templates that know it (Qwen3's, SmolLM3's, GLM's).
 THINKING_SWITCH = "enable_thinking"
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; ``role`` is system, user or assistant."""
-
-    role: str
-    content: str
-
-    def as_dict(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
-
-
-def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages as the plain dictionaries that chat templates and store keys are made of."""
-    return [message.as_dict() for message in messages]
-
-
-@dataclass(frozen=True)
-class Thinking:
-    """How a model marks its thought, and how long it may think; see `prefs.config.ThinkingConfig`."""
-
-    open: str = "<think>"
-    close: str = "</think>"
-    gap: str = "\n\n"
-    max_tokens: int = 4096
-    force_close: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +52,7 @@ class ChatEncoder:
         self,
         tokenizer: PreTrainedTokenizerFast,
         template_kwargs: Mapping[str, Any] | None = None,
-        thinking: Thinking | None = None,
+        thinking: ThinkingConfig | None = None,
     ):
         if not tokenizer.is_fast:
             raise UserError(f"{tokenizer.name_or_path}: needs a fast tokenizer (a tokenizer.json)")

@@ -1,20 +1,31 @@
-"""What every engine offers: complete, and observe (score options, sample answers, capture residuals in one pass)."""
+"""What is asked of an engine and what it answers: messages, questions, requests, replies; and the engine itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
-
-from prefs.errors import UserError
-from prefs.models.tokens import Message
 
 if TYPE_CHECKING:
     import torch
 
     from prefs.config import CompleterConfig, RatingConfig
 
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: ``role`` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
 Conversation = tuple[Message, ...]
+
+
+def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages as chat templates, servers and store keys take them."""
+    return [asdict(message) for message in messages]
 
 
 @dataclass(frozen=True)
@@ -32,47 +43,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One generated text; ``finished`` is False where ``max_new_tokens`` cut it off.
-
-    ``thought`` is what a thinking model wrote before it. There is no text where ``invalid`` gives the reason (a value
-    of `prefs.data.template.Invalid`).
-    """
-
-    text: str | None
-    tokens: int
-    finished: bool
-    thought: str | None = None
-    invalid: str | None = None
-
-
-@dataclass(frozen=True)
 class Question:
     """What is asked after a conversation: the user turn, the options scored, and the opening of the answer."""
 
     text: str
-    says: tuple[str, ...]
+    options: tuple[str, ...]
     prefill: str = ""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One question with what is wanted of it: one sampled answer a seed, option probabilities, or both.
-
-    A thinking model draws one thought a seed and answers after it; ``scores`` are the seeds of the thoughts after which
-    options are scored. A model that answers at once has one distribution, and ``scores`` is (0,) or empty.
-    """
-
-    question: Question
-    seeds: tuple[int, ...] = ()
-    scores: tuple[int, ...] = (0,)
-
-
-@dataclass(frozen=True)
-class CaptureRequest:
+class Capture:
     """Residual-stream vectors wanted: layers (0-based, after the block) and positions (``prefs.config.POSITIONS``).
 
-    ``rating`` is taken at every question asked, and comes with its `Answer`; the others come with the `Observation`.
+    ``rating`` is the token before the answer to a request's question; of a thinking model, after its first thought.
     """
 
     layers: tuple[int, ...]
@@ -93,7 +76,7 @@ class Steering:
         in each forward pass of a generation the newest token, which the next one is predicted from: the last of the
         prompt, with the opening of the answer, and then every generated token (of a thought, or a scored option, too);
     ``completion``
-        the text of the turn before the question; for `Backend.complete`, what is generated, thoughts among it;
+        the text of the turn before the question; where there is no question, what is generated, thoughts among it;
     ``question``
         the text of the question.
     """
@@ -103,6 +86,64 @@ class Steering:
     coefficient: float = 1.0
     at: Literal["all", "last", "completion", "question"] = "all"
     kind: Literal["add", "project_out"] = "add"
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A conversation and what is wanted of it.
+
+    Attributes
+    ----------
+    messages
+        The conversation, without the question.
+    question
+        What is asked behind it; None: the assistant's next turn is generated (a completion), or it is only captured.
+    sampling
+        How answers and thoughts are drawn; needed wherever anything is.
+    seeds
+        One sampled answer (or completion) a seed. The random numbers of a row depend on its messages and the seed.
+    scores
+        Seeds of the thoughts after which the question's options are scored. A model that answers at once has one
+        distribution: (0,), or () where it is not wanted.
+    choose
+        Whether the likeliest of the question's options is wanted, and no other answer (structured output).
+    capture
+        Residuals wanted along the way.
+    steering
+        Changes of the residual stream while it runs; only of engines that can.
+    likelihood
+        Whether the mean negative log-likelihood of the last assistant turn's tokens is wanted, under the steering.
+    """
+
+    messages: Conversation
+    question: Question | None = None
+    sampling: Sampling | None = None
+    seeds: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
+    choose: bool = False
+    capture: Capture | None = None
+    steering: tuple[Steering, ...] = ()
+    likelihood: bool = False
+
+    @property
+    def turns(self) -> Conversation:
+        """The conversation with its question as the last user turn."""
+        return self.messages if self.question is None else (*self.messages, Message("user", self.question.text))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated text; ``finished`` is False where ``max_new_tokens`` cut it off.
+
+    ``thought`` is what a thinking model wrote before it. There is no text where ``invalid`` gives the reason (a value
+    of `prefs.data.template.Invalid`).
+    """
+
+    text: str | None
+    tokens: int
+    finished: bool
+    thought: str | None = None
+    invalid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,45 +159,29 @@ class Score:
     invalid: str | None = None
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one question brought: scores by thought seed, sampled answers by seed, residuals.
-
-    ``residual`` is [layers, d_model] at position ``rating``; of a thinking model, after the thought of the first seed.
-    """
-
-    scores: Mapping[int, Score] = field(default_factory=dict)
-    samples: Mapping[int, Sample] = field(default_factory=dict)
-    residual: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Dosed:
-    """What a steered model made of one conversation.
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """What a request brought.
 
     Attributes
     ----------
-    answer
-        To the question. Where the steered model's logits are not finite, every score and sample has the reason
-        ``not_finite`` in place of numbers.
+    samples, scores
+        By seed, and by the seed of the thought.
+    choice
+        The option chosen; None where none was wanted or the model could not be brought to choose.
+    residuals
+        [layers, d_model] by position, in the order of `Capture.layers`. A position that the conversation does not have
+        (``first_completion`` of an empty completion) is absent.
     nll
-        Mean negative log-likelihood, in nats a token, of the completion's tokens under the steered model; None where
-        it was not wanted, the completion is empty, or it is not finite.
+        Mean negative log-likelihood, in nats a token; None where it was not wanted, the completion is empty, or it is
+        not finite.
     """
 
-    answer: Answer
-    nll: float | None = None
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one conversation brought: an answer for each question, and residuals [layers, d_model] by position.
-
-    A position that the conversation does not have (``first_completion`` of an empty completion) is absent.
-    """
-
-    answers: tuple[Answer, ...]
+    samples: Mapping[int, Sample] = field(default_factory=dict)
+    scores: Mapping[int, Score] = field(default_factory=dict)
+    choice: str | None = None
     residuals: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    nll: float | None = None
 
 
 @dataclass(frozen=True)
@@ -183,61 +208,41 @@ class Usage:
         )
 
 
-class Interrupted(UserError):
-    """A batch that could not be finished. ``done`` has the rows that were, None for the others."""
+class Engine(Protocol):
+    """An engine with a model in it.
 
-    def __init__(self, message: str, done: Sequence[Sample | Observation | str | None]):
-        super().__init__(message)
-        self.done = done
-
-
-class Backend(Protocol):
-    """An engine with a model in it. Lists in and out run over the rows of one batch, in the same order.
-
-    Sampled texts come without the thought that a thinking model wrote before them. A row that cannot be answered
-    comes back with the reason (``invalid``); what stops the whole batch is an error. Where rows were answered (and
-    paid for) before it, the error is `Interrupted` and brings them along.
+    Attributes
+    ----------
+    max_context
+        The longest sequence that it takes, in tokens.
+    rows_apart
+        Whether a reply does not depend, bit for bit, on the requests beside it, so that only what is missing needs to
+        be asked for. Where it does, a batch is always run as it was first cut.
     """
 
     max_context: int
+    rows_apart: bool
 
-    def prompt_tokens(self, conversation: Conversation) -> int:
-        """Number of tokens of a conversation with the assistant's turn opened, as `complete` would run it.
+    def tokens(self, request: Request) -> int:
+        """Number of tokens of a request's prompt: of the conversation alone where it is only captured; with the
+        assistant's turn opened for a completion or a choice; with the question and its longest option where there is
+        one. With those of a whole thought, for a model that thinks; without those of the answer.
 
-        With those of a whole thought, for a model that thinks. Where only a server tokenizes, a low estimate: it is
-        the server that finds a prompt too long.
+        Where only a server tokenizes, a low estimate: it is the server that finds a prompt too long.
         """
         ...
 
-    def conversation_tokens(self, conversation: Conversation) -> int:
-        """Number of tokens of a conversation before any question, as `observe` would run it."""
-        ...
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        """Answer a batch, and give each request's number and reply as soon as it is done, in any order.
 
-    def question_tokens(self, conversation: Conversation, question: Question) -> int:
-        """Number of tokens of a conversation with a question and the opened answer, as `observe` would run it.
+        Requests whose messages begin alike share passes: a conversation is run once for all questions about it, and
+        what several steerings of one question do not touch is computed once for all of them. A row that cannot be
+        answered comes back with the reason (``invalid``).
 
-        With those of a whole thought, for a model that thinks.
-        """
-        ...
-
-    def complete(self, batch: Sequence[Conversation], seed: int, sampling: Sampling) -> list[Sample]:
-        """Generate the assistant's next turn. The random numbers of a row depend on its messages and the seed alone."""
-        ...
-
-    def observe(
-        self,
-        batch: Sequence[Conversation],
-        asks: Sequence[Ask],
-        sampling: Sampling,
-        capture: CaptureRequest | None = None,
-    ) -> list[Observation]:
-        """Ask questions after conversations and/or capture residuals, all from one pass over each conversation."""
-        ...
-
-    def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
-        """The likeliest of some answers to each conversation, and no other answer (structured output).
-
-        None where the model could not be brought to choose. A model that thinks does so first.
+        Raises
+        ------
+        UserError
+            For what stops the batch; replies that were done (and paid for) before it have been given already.
         """
         ...
 
@@ -247,47 +252,4 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Let go of the model, its processes and connections."""
-        ...
-
-
-class SteerableBackend(Backend, Protocol):
-    """An engine that can also change the residual stream while it runs. What is steered is the same with and without
-    cached keys and values."""
-
-    def complete(
-        self, batch: Sequence[Conversation], seed: int, sampling: Sampling, steering: Sequence[Steering] = ()
-    ) -> list[Sample]:
-        """As `Backend.complete`, of the steered model."""
-        ...
-
-    def observe(
-        self,
-        batch: Sequence[Conversation],
-        asks: Sequence[Ask],
-        sampling: Sampling,
-        capture: CaptureRequest | None = None,
-        steering: Sequence[Steering] = (),
-    ) -> list[Observation]:
-        """As `Backend.observe`, of the steered model."""
-        ...
-
-    def observe_doses(
-        self,
-        batch: Sequence[Conversation],
-        question: Ask,
-        sampling: Sampling,
-        doses: Sequence[Sequence[Steering]],
-        *,
-        likelihood: bool = True,
-    ) -> list[list[Dosed]]:
-        """One question to each conversation under each of several steerings, the same as one `observe` for each.
-
-        What the steerings do not touch is computed once for all of them: the keys and values of tokens before the
-        first that any of them steers, and what lies below the lowest steered layer.
-
-        Returns
-        -------
-        list
-            [doses][rows].
-        """
         ...

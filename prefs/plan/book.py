@@ -53,7 +53,7 @@ def encoder_of(spec: ModelSpec) -> ChatEncoder:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the tokenizer of {spec.name} from {path}: {first_line(error)}") from None
-    return ChatEncoder(tokenizer, json.loads(spec.chat_template_kwargs), spec.thinking)
+    return ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
 
 
 def uniform(question: Question) -> Score:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
-from prefs.store.leases import Leases
-from prefs.store.table import FORMAT, Collection, Rows, Store, Table, Vectors, store_root
+from prefs.store.parts import Collection
+from prefs.store.table import COMPRESSION, Store, Table, store_root
+from prefs.store.vectors import Vectors
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +61,13 @@ class PlannedStore(Store):
     def at(cls, directory: str | None) -> PlannedStore:
         """The store at a folder, which need not be there."""
         root = store_root(directory)
-        return cls(root, Leases(root / "leases", 0.0))
+        return cls(root, 0.0)
 
     def table(self, kind: str, spec: Mapping[str, Any], schema: pa.Schema) -> Table:
-        return _Table(self.planned, self.root, kind, {"format": FORMAT, **spec}, schema)
+        return _Table(self.planned, self.root, kind, spec, schema)
 
     def vectors(self, kind: str, spec: Mapping[str, Any]) -> Vectors:
-        return _Vectors(self.planned, self.root, kind, {"format": FORMAT, **spec})
+        return _Vectors(self.planned, self.root, kind, spec)
 
 
 class _Untouched(Collection):
@@ -83,16 +85,15 @@ class _Table(_Untouched, Table):
         super().__init__(root, kind, spec, schema)
         self._planned = planned
 
-    def read(self) -> Rows:
-        rows = super().read()
-        self._planned.drawn.setdefault(self.kind, {}).update(rows)
-        rows.put({key: row for key, row in self._planned.rows.get(self.folder, {}).items() if key not in rows})
-        return rows
+        self._planned.drawn.setdefault(self.kind, {}).update(self.rows)
+        planned_rows = planned.rows.get(self.folder, {})
+        self.rows.put({key: row for key, row in planned_rows.items() if key not in self.rows})
 
-    def append(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        if rows:
-            self._planned.bytes += self.encoded_bytes(rows)
-            self._planned.rows.setdefault(self.folder, {}).update({key: dict(row) for key, row in rows.items()})
+    def _append(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        content = pa.BufferOutputStream()
+        pq.write_table(self.columns(rows), content, compression=COMPRESSION)
+        self._planned.bytes += content.getvalue().size
+        self._planned.rows.setdefault(self.folder, {}).update({key: dict(row) for key, row in rows.items()})
 
 
 class _Vectors(_Untouched, Vectors):

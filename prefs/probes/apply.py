@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from prefs.errors import UserError
-from prefs.models.local.engine import TransformerLensBackend
+from prefs.models.local.engine import LocalEngine
 from prefs.models.local.token_stream import TokenStream
-from prefs.models.tokens import Message
-from prefs.models.types import Ask, CaptureRequest, Conversation, Sample, Sampling
+from prefs.models.types import Capture, Conversation, Message, Reply, Request, Sample, Sampling
 from prefs.probes.probe import Probe
 from prefs.probes.source import Source
-from prefs.stages.complete import conversation
+from prefs.stages.records import conversation
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,7 @@ class Applied:
 def apply(
     probe: Probe,
     source: Source,
-    backend: TransformerLensBackend,
+    engine: LocalEngine,
     text: str,
     completion: str | None,
     sampling: Sampling,
@@ -62,7 +61,7 @@ def apply(
     ----------
     probe, source
         The probe, and where it is from.
-    backend
+    engine
         With the model of `Source.rater` in it.
     text
         The prompt.
@@ -77,22 +76,29 @@ def apply(
         If the model has not got what the probe reads, the conversation does not fit, there is no completion, or it is
         empty and the probe reads in it.
     """
-    _check_fits(probe, backend)
+    name, site = engine.spec.name, probe.site
+    if probe.d_model != engine.d_model:
+        raise UserError(
+            f"the probe reads vectors of {probe.d_model} numbers, and {name} has {engine.d_model}: it is of another"
+            " model"
+        )
+    if site.layer not in range(engine.n_layers):
+        raise UserError(
+            f"the probe reads layer {site.layer}, and {name} has 0 to {engine.n_layers - 1}: it is of another model"
+        )
     prompt = conversation(text, source.system_prompt)
     written = None
-    if completion is None and probe.site.position != "last_prompt":
-        written = _completed(backend, prompt, sampling, seed)
+    if completion is None and site.position != "last_prompt":
+        request = Request(prompt, sampling=sampling, seeds=(seed,))
+        reply = _reply(engine, request, "the text and its completion are", sampling.max_new_tokens)
+        written = reply.samples[seed]
+        if written.text is None:
+            raise UserError(f"{name} writes no completion ({written.invalid}); give one with completion=")
         completion = written.text
     # An empty completion opens the assistant's turn and no more.
     turns = (*prompt, Message("assistant", completion or ""))
-    length = (
-        backend.conversation_tokens(turns)
-        if source.question is None
-        else backend.question_tokens(turns, source.question)
-    )
-    _check_room(backend, "the conversation is", length)
-    vector, thought = _captured(probe, source, backend, turns)
-    stream = backend.residual_stream(turns, probe.site.layer, source.question, thought)
+    vector, thought = _captured(probe, source, engine, turns)
+    stream = engine.residual_stream(turns, site.layer, source.question, thought)
     return Applied(
         conversation=turns,
         written=written,
@@ -104,55 +110,33 @@ def apply(
     )
 
 
-def _check_fits(probe: Probe, backend: TransformerLensBackend) -> None:
-    name = backend.spec.name
-    if probe.d_model != backend.d_model:
-        raise UserError(
-            f"the probe reads vectors of {probe.d_model} numbers, and {name} has {backend.d_model}: it is of another"
-            " model"
-        )
-    if probe.site.layer not in range(backend.n_layers):
-        raise UserError(
-            f"the probe reads layer {probe.site.layer}, and {name} has 0 to {backend.n_layers - 1}: it is of another"
-            " model"
-        )
-
-
-def _completed(backend: TransformerLensBackend, prompt: Conversation, sampling: Sampling, seed: int) -> Sample:
-    _check_room(backend, "the text and its completion are", backend.prompt_tokens(prompt) + sampling.max_new_tokens)
-    (sample,) = backend.complete([prompt], seed, sampling)
-    if sample.text is None:
-        raise UserError(f"{backend.spec.name} writes no completion ({sample.invalid}); give one with completion=")
-    return sample
-
-
 def _captured(
-    probe: Probe, source: Source, backend: TransformerLensBackend, turns: Conversation
+    probe: Probe, source: Source, engine: LocalEngine, turns: Conversation
 ) -> tuple[torch.Tensor, str | None]:
     """The vector [d_model] at the probe's site, as the rating stage captures it, and the thought before it."""
-    capture = CaptureRequest((probe.site.layer,), (probe.site.position,))
+    position = probe.site.position
     seed, sampling = source.thought or (0, Sampling(0.0, 1.0, 1))
     # A model that thinks does so only to be scored.
-    asks = [] if source.question is None else [Ask(source.question, scores=(seed,) if source.thought else ())]
-    (observed,) = backend.observe([turns], asks, sampling, capture)
+    scores = (seed,) if source.thought else ()
+    capture = Capture((probe.site.layer,), (position,))
+    request = Request(turns, source.question, sampling, scores=scores, capture=capture)
+    reply = _reply(engine, request, "the conversation is")
+    if position in reply.residuals:
+        return reply.residuals[position][0], reply.scores[seed].thought if source.thought else None
     if source.question is None:
-        residual = observed.residuals.get(probe.site.position)
-        if residual is None:
-            raise UserError(
-                f"an empty completion has no {probe.site.position}, where the probe reads; give another one"
-            )
-        return residual[0], None
-    (answer,) = observed.answers
-    if answer.residual is None:
-        raise UserError(
-            f"the thought of {backend.spec.name} did not end within {sampling.max_new_tokens} tokens, and the probe"
-            " reads what comes after it"
-        )
-    return answer.residual[0], answer.scores[seed].thought if source.thought else None
+        raise UserError(f"an empty completion has no {position}, where the probe reads; give another one")
+    raise UserError(
+        f"the thought of {engine.spec.name} did not end within {sampling.max_new_tokens} tokens, and the probe"
+        " reads what comes after it"
+    )
 
 
-def _check_room(backend: TransformerLensBackend, what: str, tokens: int) -> None:
-    if tokens > backend.max_context:
+def _reply(engine: LocalEngine, request: Request, what: str, answer_tokens: int = 0) -> Reply:
+    """The reply to a request that fits into the model's context."""
+    tokens = engine.tokens(request) + answer_tokens
+    if tokens > engine.max_context:
         raise UserError(
-            f"{what} {tokens:,} tokens long, and {backend.spec.name} reads {backend.max_context:,}: shorten the text"
+            f"{what} {tokens:,} tokens long, and {engine.spec.name} reads {engine.max_context:,}: shorten the text"
         )
+    ((_, reply),) = engine.run([request])
+    return reply

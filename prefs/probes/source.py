@@ -67,7 +67,7 @@ class Source:
     metrics: Mapping[str, float]
 
     @classmethod
-    def of(cls, saved: SavedProbe) -> Source:
+    def read(cls, saved: SavedProbe) -> Source:
         """Read a card.
 
         Raises
@@ -122,11 +122,11 @@ class Source:
         if self.identity.get("id") == config.path and not config.path.startswith(EMBEDDED):
             config = replace(config, revision=self.identity.get("revision"))
         spec = ModelSpec.from_config(config)
-        here, there = json.loads(json.dumps(identity(spec))), dict(self.identity)
+        here, trained = json.loads(json.dumps(identity(spec))), dict(self.identity)
         different = [
-            f"{key} {there.get(key)!r} and here {here.get(key)!r}"
-            for key in dict.fromkeys([*there, *here])
-            if there.get(key) != here.get(key)
+            f"{key} {trained.get(key)!r} and here {here.get(key)!r}"
+            for key in dict.fromkeys([*trained, *here])
+            if trained.get(key) != here.get(key)
         ]
         if different:
             raise UserError(
@@ -136,15 +136,15 @@ class Source:
         return spec
 
 
-def _needed(of: Mapping[str, Any], key: str, *kinds: type, name: str = "") -> Any:
-    value = of.get(key, ...)
+def _needed(card: Mapping[str, Any], key: str, *kinds: type, name: str = "") -> Any:
+    value = card.get(key, ...)
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise UserError(f"the probe's card has no {name or key}, which scoring new text needs: train the probe again")
     return value
 
 
-def _number(of: Mapping[str, Any], name: str, key: str) -> float:
-    return float(_needed(of, key, int, float, name=f"{name}.{key}"))
+def _number(card: Mapping[str, Any], name: str, key: str) -> float:
+    return float(_needed(card, key, int, float, name=f"{name}.{key}"))
 
 
 def _model(plain: Mapping[str, Any]) -> ModelConfig:
@@ -160,8 +160,8 @@ def _model(plain: Mapping[str, Any]) -> ModelConfig:
 def _question(template: Mapping[str, Any], model: ModelConfig) -> Question:
     options = _needed(template, "options", list, name="template.options")
     says = tuple(
-        _needed(each if isinstance(each, Mapping) else {}, "say", str, name="template.options with say")
-        for each in options
+        _needed(option if isinstance(option, Mapping) else {}, "say", str, name="template.options with say")
+        for option in options
     )
     prefill = _needed(template, "prefill", str, type(None), name="template.prefill")
     text = _needed(template, "question", str, name="template.question").strip()

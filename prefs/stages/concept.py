@@ -18,7 +18,7 @@ from prefs.concepts.extract import HELD_OUT, WORDS, Concept, extract, read_all
 from prefs.concepts.reading import Reader
 from prefs.config import COMPLETION_POSITIONS, Config
 from prefs.models.loading import Models, ModelSpec, identity
-from prefs.models.types import Sampling
+from prefs.models.types import Capture, Sampling
 from prefs.probes.features import Captured
 from prefs.probes.probe import Site
 from prefs.probes.scores import score
@@ -27,7 +27,6 @@ from prefs.results.result import Artifact, Figure, Result, Table, View
 from prefs.results.tables import columns, numeric
 from prefs.results.terminal import number, spaced_layers
 from prefs.stages.probe import ProbeReport
-from prefs.stages.rate import CapturePlan
 from prefs.stages.records import Residuals
 from prefs.statistics.estimates import Resamples
 from prefs.statistics.measured import Measured
@@ -103,7 +102,7 @@ def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def reader_of(
-    config: Config, completer: ModelSpec, rater: ModelSpec, capture: CapturePlan | None, store: Store, models: Models
+    config: Config, completer: ModelSpec, rater: ModelSpec, capture: Capture | None, store: Store, models: Models
 ) -> Reader | None:
     """What reads tasks under a job's conditions; None where it has no concept, or captures nothing in conversations."""
     positions = tuple(name for name in capture.positions if name in COMPLETION_POSITIONS) if capture else ()
@@ -117,6 +116,7 @@ def reader_of(
         capture=replace(capture, positions=positions),
         store=store,
         models=models,
+        dtype=config.capture.dtype.value,
     )
 
 

@@ -1,25 +1,29 @@
-"""Judges: whether a completion is a refusal, by its opening phrases or by a model that is asked."""
+"""Judges: whether a completion is a refusal, by its opening phrases or by a model that is asked.
+
+A judge is a function `(config, completions, *, store, models) -> Judged`, found by the config's ``_target_``.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
+from hydra.utils import get_method
 
 from prefs.config import JudgeConfig
 from prefs.data.template import Invalid
 from prefs.models.loading import Models, ModelSpec, identity
-from prefs.models.tokens import Message, as_dicts
-from prefs.models.types import Conversation, Interrupted
-from prefs.progress import progress
+from prefs.models.types import Question, Reply, Request, as_dicts
 from prefs.results.job_record import Work
 from prefs.stages.records import Completion
-from prefs.store.missing import Found, share
-from prefs.store.table import Store, batches
+from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
+from prefs.store.table import Store
 
 VERDICTS = pa.schema([("verdict", pa.string()), ("invalid", pa.string())])
+JUDGES = {"phrases": "prefs.stages.judge.judged_by_phrases", "llm": "prefs.stages.judge.judged_by_llm"}
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,6 @@ class Judged:
 def judge(config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models) -> Judged:
     """Judge completions, asking a model only for what the store lacks.
 
-    ``phrases`` is the string match of Zou et al. 2023 ("Universal and Transferable Adversarial Attacks on Aligned
-    Language Models"), restricted to the completion's opening: its first ``window`` characters hold one of the phrases.
-    ``llm`` shows a model the task and the completion, and lets it answer with one of two words and nothing else.
-
     Raises
     ------
     UserError
@@ -48,13 +48,24 @@ def judge(config: JudgeConfig, completions: Sequence[Completion], *, store: Stor
     """
     if config.kind == "none":
         return Judged([None] * len(completions))
-    by_phrases = [
-        None if each.text is None else refuses(each.text, config.phrases, config.window) for each in completions
-    ]
-    if config.kind == "phrases":
-        return Judged(by_phrases)
-    refused, work = _by_model(config, completions, store, models)
-    return Judged(refused, by_phrases if config.phrases else None, (work,))
+    target = getattr(config, "_target_", "") or JUDGES[config.kind]
+    return get_method(target)(config, completions, store=store, models=models)
+
+
+def judged_by_phrases(
+    config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models
+) -> Judged:
+    """By the completion's opening: whether its first ``window`` characters hold one of the phrases.
+
+    The string match of Zou et al. 2023 ("Universal and Transferable Adversarial Attacks on Aligned Language Models"),
+    restricted to the opening.
+    """
+    return Judged(
+        [
+            None if completion.text is None else refuses(completion.text, config.phrases, config.window)
+            for completion in completions
+        ]
+    )
 
 
 def refuses(text: str, phrases: Sequence[str], window: int) -> bool:
@@ -69,61 +80,37 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().replace("’", "'").split())
 
 
-def _by_model(
-    config: JudgeConfig, completions: Sequence[Completion], store: Store, models: Models
-) -> tuple[list[bool | None], Work]:
+def judged_by_llm(config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models) -> Judged:
+    """A model is shown the task and the completion, and answers with one of two words and nothing else."""
     assert config.model is not None
     spec = ModelSpec.from_config(config.model)
     options = (config.refusal, config.compliance)
     table = store.table("verdicts", {"model": identity(spec), "options": list(options)}, VERDICTS)
-    asked = {at: _asked(config.question, each) for at, each in enumerate(completions) if each.text is not None}
-    keys = {at: table.key(messages=as_dicts(conversation)) for at, conversation in asked.items()}
-    found = Found(table)
-    rows = {keys[at]: conversation for at, conversation in asked.items()}
-    if found.lacking(rows):
-        _ask(found, rows, options, spec, store, models)
-    verdicts = {at: found.rows[key]["verdict"] for at, key in keys.items()}
-    refused = [None if verdicts.get(at) is None else verdicts[at] == config.refusal for at in range(len(completions))]
-    return refused, Work(f"verdicts, {config.name}", len(rows) - len(found.made), len(found.made))
+    kept = ReplyTable(table, "choice", _verdict)
+    units: dict[int, Unit] = {}
+    for row, completion in enumerate(completions):
+        if completion.text is not None:
+            request = Request((), Question(_asked(config.question, completion), options), choose=True)
+            key = table.key(messages=as_dicts(request.turns))
+            units[row] = Unit(key, request, 0, (Wanted(request, (Record(kept, key),)),))
+    fill(units.values(), partial(models.get, spec), spec.batch_tokens, store, label="Judging")
+    verdicts = {row: table.rows[unit.key]["verdict"] for row, unit in units.items()}
+    refused = [
+        None if verdicts.get(row) is None else verdicts[row] == config.refusal for row in range(len(completions))
+    ]
+    by_phrases = judged_by_phrases(config, completions, store=store, models=models) if config.phrases else None
+    total = len({unit.key for unit in units.values()})
+    work = Work(f"verdicts, {config.name}", total - len(table.made), len(table.made))
+    return Judged(refused, by_phrases.refused if by_phrases else None, (work,))
 
 
-def _ask(
-    found: Found,
-    rows: Mapping[str, Conversation],
-    options: Sequence[str],
-    spec: ModelSpec,
-    store: Store,
-    models: Models,
-) -> None:
-    """Let the model judge what is missing; each batch is written before the next is begun."""
-    backend = models.get(spec)
-    missing = found.lacking(rows)
-    lengths = {key: backend.prompt_tokens(conversation) for key, conversation in rows.items()}
-    too_long = {"verdict": None, "invalid": Invalid.too_long.value}
-    found.write({key: too_long for key in sorted(missing) if lengths[key] >= backend.max_context})
-    fitting = {key: length for key, length in lengths.items() if length < backend.max_context}
-    with progress("Judging", len(missing)) as advance:
-
-        def compute(batch: Sequence[str]) -> None:
-            wanted = found.lacking(batch)
-            try:
-                said = backend.choose([rows[key] for key in wanted], options)
-            except Interrupted as stopped:
-                pairs = zip(wanted, stopped.done, strict=True)
-                found.write({key: _verdict(word) for key, word in pairs if isinstance(word, str)})
-                raise
-            found.write({key: _verdict(word) for key, word in zip(wanted, said, strict=True)})
-            advance(len(wanted))
-
-        cut = batches(fitting, spec.batch_tokens)
-        share(cut, store.leases, lacking=found.lacking, compute=compute, refresh=found.refresh)
+def _verdict(reply: Reply | None, _: None) -> dict[str, str | None]:
+    if reply is None:
+        return {"verdict": None, "invalid": Invalid.too_long.value}
+    return {"verdict": reply.choice, "invalid": Invalid.no_option.value if reply.choice is None else None}
 
 
-def _verdict(word: str | None) -> dict[str, str | None]:
-    return {"verdict": word, "invalid": Invalid.no_option.value if word is None else None}
-
-
-def _asked(question: str, completion: Completion) -> Conversation:
+def _asked(question: str, completion: Completion) -> str:
     """The judge's question about one completion; what a text itself holds in braces stays as it is."""
     texts = {"{request}": completion.task.prompt, "{reply}": completion.text or ""}
-    return (Message("user", re.sub(r"\{request\}|\{reply\}", lambda match: texts[match[0]], question)),)
+    return re.sub(r"\{request\}|\{reply\}", lambda match: texts[match[0]], question)

@@ -12,12 +12,12 @@ from prefs.data.template import Template
 from prefs.errors import ConfigError
 from prefs.models.architecture import Architecture, architecture
 from prefs.models.loading import Models, ModelSpec, model_folder
-from prefs.models.types import Sampling
+from prefs.models.types import Capture, Sampling
 from prefs.results.job_record import Doings
 from prefs.stages.complete import complete
 from prefs.stages.dose_response import check_saved
 from prefs.stages.judge import Judged, judge
-from prefs.stages.rate import CapturePlan, rate
+from prefs.stages.rate import rate
 from prefs.stages.records import Completion, Rated
 from prefs.store.table import Store
 from prefs.sweep import Shard
@@ -66,7 +66,7 @@ def job_tasks(config: Config) -> list[Task]:
 class Sites:
     """What is captured, which layers are probed and steered, and the rater's architecture (None: nobody asked)."""
 
-    capture: CapturePlan | None
+    capture: Capture | None
     probed: tuple[int, ...]
     steered: tuple[int, ...]
     architecture: Architecture | None
@@ -83,27 +83,27 @@ def sites(config: Config, rater: ModelSpec) -> Sites:
     capture, steering = config.capture, config.steering
     if not capture.positions and steering.vector == "none":
         return Sites(None, (), (), None)
-    of = architecture(model_folder(rater), rater.revision)
+    shape = architecture(model_folder(rater), rater.revision)
     layers: tuple[int, ...] = ()
     if capture.positions:
-        layers = _numbered("capture.layers", capture.layers, of.layers, range(of.layers), rater)
-    probed = _numbered("probe.layers", config.probe.layers, of.layers, layers, rater)
-    there = layers if steering.vector == "concept" else range(of.layers)
-    steered = _numbered("steering.layers", steering.layers, of.layers, there, rater)
-    check_saved(config, rater, steered, of)
-    plan = CapturePlan(layers, tuple(capture.positions), capture.dtype.value) if capture.positions else None
-    return Sites(plan, probed if config.probe.kind != "none" else (), steered, of)
+        layers = _numbered("capture.layers", capture.layers, shape.layers, range(shape.layers), rater)
+    probed = _numbered("probe.layers", config.probe.layers, shape.layers, layers, rater)
+    steerable = layers if steering.vector == "concept" else range(shape.layers)
+    steered = _numbered("steering.layers", steering.layers, shape.layers, steerable, rater)
+    check_saved(config, rater, steered, shape)
+    captured = Capture(layers, tuple(capture.positions)) if capture.positions else None
+    return Sites(captured, probed if config.probe.kind != "none" else (), steered, shape)
 
 
-def _numbered(key: str, wanted: Any, count: int, there: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
-    """Layers by their numbers from 0, of those that are there."""
+def _numbered(key: str, wanted: Any, count: int, allowed: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
+    """Layers by their numbers from 0, of those that are allowed."""
     if wanted == "all":
-        return tuple(there)
+        return tuple(allowed)
     for layer in wanted:
         if not -count <= layer < count:
             raise ConfigError(key, layer, f"all, or from {-count} to {count - 1} ({rater.name})")
-        if layer % count not in there:
-            raise ConfigError(key, layer, f"a layer that is captured ({', '.join(map(str, there))})")
+        if layer % count not in allowed:
+            raise ConfigError(key, layer, f"a layer that is captured ({', '.join(map(str, allowed))})")
     return tuple(dict.fromkeys(layer % count for layer in wanted))
 
 
@@ -112,7 +112,7 @@ def measure(
     tasks: Sequence[Task],
     roles: Roles,
     templates: Mapping[str, Template],
-    capture: CapturePlan | None,
+    capture: Capture | None,
     store: Store,
     models: Models,
     doings: Doings,
@@ -137,6 +137,7 @@ def measure(
         exact=config.rating.exact,
         thoughts=config.rating.thoughts,
         capture=capture,
+        dtype=config.capture.dtype.value,
         system_prompt=config.rating.system_prompt,
         store=store,
         models=models,

@@ -35,9 +35,10 @@ from prefs.results.terminal import number, spaced_layers, with_interval
 from prefs.stages.records import Residuals
 from prefs.statistics.estimates import Resamples
 from prefs.statistics.measured import Measured
-from prefs.store.missing import share
-from prefs.store.table import Result as StoredResult
-from prefs.store.table import Store, digest
+from prefs.store.keys import digest
+from prefs.store.leases import share
+from prefs.store.table import Store
+from prefs.store.vectors import StoredResult
 
 log = logging.getLogger(__name__)
 
@@ -170,21 +171,22 @@ def _found_or_trained(
         outcome = outcome or _read(kept)
 
     def compute(_: StoredResult) -> None:
-        nonlocal outcome, trained
-        outcome, trained = train(), True
+        made.append(outcome := train())
         # What could not be had today may be there tomorrow.
         if isinstance(outcome, Outcome) and not outcome.without:
             kept.write(*taken_apart(outcome))
 
     def lacking(_: StoredResult) -> list[str]:
-        return [] if outcome else [kept.key()]
+        return [] if made or found is not None else [kept.key()]
 
-    share([kept], store.leases, lacking=lacking, compute=compute, refresh=refresh)
-    assert outcome is not None
-    return outcome, trained
+    share([kept], store, leases=lacking, compute=compute, refresh=refresh)
+    if found is not None:
+        return found, False
+    (outcome,) = made
+    return outcome, True
 
 
-def _read(kept: StoredResult) -> Outcome | NoProbe | None:
+def _read(kept: StoredResult) -> Outcome | None:
     content = kept.read()
     return None if content is None else put_together(*content)
 

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from prefs.data.task import Task
 from prefs.data.template import Invalid, Template
-from prefs.models.types import Question, Sampling
+from prefs.models.types import Conversation, Message, Question, Reply, Sample, Sampling, Score
 from prefs.results.job_record import Work
 from prefs.statistics.measured import Measured
-from prefs.store.table import Vectors
+from prefs.store.vectors import Vectors
+
+
+def conversation(prompt: str, system_prompt: str | None, reply: str | None = None) -> Conversation:
+    """A task as messages, with the assistant's reply if there is one."""
+    system = (Message("system", system_prompt),) if system_prompt is not None else ()
+    replied = (Message("assistant", reply),) if reply is not None else ()
+    return (*system, Message("user", prompt), *replied)
+
+
+def sample_row(reply: Reply | None, seed: int) -> dict[str, Any] | None:
+    """What is stored of a reply's sample; see `prefs.store.missing.ReplyTable`."""
+    too_long = Sample(None, 0, True, invalid=Invalid.too_long.value)
+    sample = too_long if reply is None else reply.samples.get(seed)
+    return None if sample is None else asdict(sample)
+
+
+def score_row(reply: Reply | None, seed: int) -> dict[str, Any] | None:
+    """What is stored of a reply's score; see `prefs.store.missing.ReplyTable`."""
+    score = Score(None, invalid=Invalid.too_long.value) if reply is None else reply.scores.get(seed)
+    return None if score is None else asdict(score)
 
 
 @dataclass(frozen=True)
@@ -79,10 +100,10 @@ class Ratings:
 
     def measured(self, refused: Sequence[bool | None]) -> Measured:
         """These ratings and the judge's verdicts as arrays."""
-        rows = [[np.nan if answer.value is None else answer.value for answer in row] for row in self.answers]
+        rows = [[np.nan if answer.value is None else answer.value for answer in answers] for answers in self.answers]
         return Measured(
-            tasks=tuple(each.task.id for each in self.completions),
-            origins=tuple(each.task.origin for each in self.completions),
+            tasks=tuple(completion.task.id for completion in self.completions),
+            origins=tuple(completion.task.origin for completion in self.completions),
             says=self.template.says,
             values=self.template.values,
             sampled=np.array(rows, dtype=float).reshape(len(self.completions), len(self.seeds)),

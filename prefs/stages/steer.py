@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +14,13 @@ import torch
 
 from prefs.data.template import Invalid, Template
 from prefs.models.loading import Models, ModelSpec, identity
-from prefs.models.tokens import Message, as_dicts
-from prefs.models.types import Ask, Conversation, Dosed, Question, Sampling, SteerableBackend, Steering
-from prefs.progress import progress
+from prefs.models.types import Message, Question, Reply, Request, Sampling, Steering, as_dicts
 from prefs.results.job_record import Work
-from prefs.stages.complete import conversation
 from prefs.stages.rate import QUESTION_ALLOWANCE
-from prefs.stages.records import Completion
-from prefs.store.missing import Found, share
-from prefs.store.table import Store, batches, digest
+from prefs.stages.records import Completion, conversation
+from prefs.store.keys import digest
+from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
+from prefs.store.table import Store
 
 STEERED = pa.schema(
     [
@@ -63,6 +62,7 @@ class Arrow:
     relative: float
 
     def steering(self, coefficient: float, at: Place) -> Steering:
+        """The arrow at a coefficient."""
         kind = "project_out" if self.control == "ablation" else "add"
         return Steering(self.layer, self.vector, coefficient, at, kind)
 
@@ -157,64 +157,38 @@ def steer(
     UserError
         If an arrow does not fit the model.
     """
-    prefill = rater.prefill if template.prefill is None else template.prefill
-    question = Question(template.question, template.says, prefill)
+    question = Question(
+        template.question, template.says, rater.prefill if template.prefill is None else template.prefill
+    )
     doses = (UNSTEERED, *_doses(arrows, coefficients))
-    rows = {
-        row: (*conversation(each.task.prompt, system_prompt), Message("assistant", each.text))
-        for row, each in enumerate(completions)
-        if each.text is not None
-    }
-    spec = {"model": identity(rater), "options": list(question.says), "prefill": prefill, "sampling": asdict(sampling)}
-    table = store.table("steered", spec, STEERED)
+    spec = {"model": identity(rater), "options": list(question.options), "prefill": question.prefill}
+    table = store.table("steered", {**spec, "sampling": asdict(sampling)}, STEERED)
+    kept = ReplyTable(table, "reply", partial(_row, seeds=seeds))
     identities = [dose.identity(at) for dose in doses]
-    messages = {row: as_dicts((*turns, Message("user", question.text))) for row, turns in rows.items()}
-    keys = {
-        (at_dose, row): table.key(messages=turns, seeds=list(seeds), steering=steering)
-        for at_dose, steering in enumerate(identities)
-        for row, turns in messages.items()
-    }
-    found = Found(table)
-    wanted = set(keys.values())
-
-    def lacks(place: tuple[int, int]) -> bool:
-        return keys[place] not in found.rows
-
-    if missing := found.lacking(wanted):
-        backend = models.get(rater)
-        assert hasattr(backend, "observe_doses"), "the config lets only engines that steer come here"
-        engine = cast(SteerableBackend, backend)
-        ask = Ask(question, tuple(seeds))
-        with progress("Steering", len(missing)) as advance:
-
-            def lacking(group: _Group) -> list[str]:
-                return found.lacking(keys[place] for place in group.places)
-
-            def compute(group: _Group) -> None:
-                doses_lacking = [each for each in group.doses if any(lacks((each, row)) for row in group.batch.rows)]
-                if group.batch.too_long:
-                    brought = [[None] * len(group.batch.rows)] * len(doses_lacking)
-                else:
-                    steerings = [doses[each].steering(at) for each in doses_lacking]
-                    turns = [rows[row] for row in group.batch.rows]
-                    brought = engine.observe_doses(turns, ask, sampling, steerings)
-                new = {
-                    keys[each, row]: _record(dosed, seeds)
-                    for each, of_dose in zip(doses_lacking, brought, strict=True)
-                    for row, dosed in zip(group.batch.rows, of_dose, strict=True)
-                    if lacks((each, row))
-                }
-                found.write(new)
-                advance(len(new))
-
-            groups = [
-                group
-                for batch in _batches(rows, question, rater, sampling.max_new_tokens if seeds else 0, engine)
-                for group in _groups(doses, batch, lacks)
-            ]
-            share(groups, store.leases, lacking=lacking, compute=compute, refresh=found.refresh)
-    work = Work(f"steered ratings, {template.name}", len(wanted) - len(found.made), len(found.made))
-    return _responses(doses, template, len(completions), rows, keys, found.rows, len(seeds)), work
+    steerings = [dose.steering(at) for dose in doses]
+    # Doses are run a layer after another; what they share is found by the engine.
+    order = sorted(range(len(doses)), key=lambda dose: -1 if (arrow := doses[dose].arrow) is None else arrow.layer)
+    keys: dict[tuple[int, int], str] = {}
+    units = []
+    for row, completion in enumerate(completions):
+        if completion.text is None:
+            continue
+        turns = conversation(completion.task.prompt, system_prompt, completion.text)
+        messages = as_dicts((*turns, Message("user", question.text)))
+        wanted = []
+        for dose in order:
+            key = table.key(messages=messages, seeds=list(seeds), steering=identities[dose])
+            keys[dose, row] = key
+            request = Request(
+                turns, question, sampling, tuple(seeds), scores=(0,), steering=steerings[dose], likelihood=True
+            )
+            wanted.append(Wanted(request, (Record(kept, key),)))
+        units.append(Unit(digest(as_dicts(turns)), Request(turns), QUESTION_ALLOWANCE, tuple(wanted)))
+    engine = partial(models.get, rater)
+    fill(units, engine, rater.batch_tokens, store, label="Steering", at_once=DOSES_AT_ONCE)
+    total = len(set(keys.values()))
+    work = Work(f"steered ratings, {template.name}", total - len(table.made), len(table.made))
+    return _responses(doses, template, len(completions), keys, table.rows, len(seeds)), work
 
 
 def _doses(arrows: Sequence[Arrow], coefficients: Sequence[float]) -> list[Dose]:
@@ -226,54 +200,16 @@ def _doses(arrows: Sequence[Arrow], coefficients: Sequence[float]) -> list[Dose]
     ]
 
 
-@dataclass(frozen=True)
-class _Batch:
-    rows: tuple[int, ...]
-    too_long: bool
-
-
-def _batches(
-    rows: Mapping[int, Conversation], question: Question, rater: ModelSpec, answer: int, backend: SteerableBackend
-) -> list[_Batch]:
-    """Rows that are run together, cut from all of them; and those that the question does not fit behind."""
-    asked = {row: backend.question_tokens(turns, question) + answer for row, turns in rows.items()}
-    long = tuple(row for row, length in asked.items() if length > backend.max_context)
-    by_key = {digest(as_dicts(turns)): row for row, turns in rows.items() if row not in long}
-    lengths = {key: backend.conversation_tokens(rows[row]) + QUESTION_ALLOWANCE for key, row in by_key.items()}
-    cut = [_Batch(tuple(by_key[key] for key in batch), False) for batch in batches(lengths, rater.batch_tokens)]
-    return cut + ([_Batch(long, True)] if long else [])
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A batch with the doses that it is given at once."""
-
-    batch: _Batch
-    doses: tuple[int, ...]
-
-    @property
-    def places(self) -> list[tuple[int, int]]:
-        return [(dose, row) for dose in self.doses for row in self.batch.rows]
-
-
-def _groups(doses: Sequence[Dose], batch: _Batch, lacks: Callable[[tuple[int, int]], bool]) -> list[_Group]:
-    """The doses that a batch lacks, a layer after another, so many at once; what they share is found by the engine."""
-    lacking = [at for at in range(len(doses)) if any(lacks((at, row)) for row in batch.rows)]
-    lacking.sort(key=lambda at: -1 if (arrow := doses[at].arrow) is None else arrow.layer)
-    starts = range(0, len(lacking), DOSES_AT_ONCE)
-    return [_Group(batch, tuple(lacking[start : start + DOSES_AT_ONCE])) for start in starts]
-
-
-def _record(dosed: Dosed | None, seeds: Sequence[int]) -> dict[str, Any]:
-    if dosed is None:
+def _row(reply: Reply | None, _: None, seeds: Sequence[int]) -> dict[str, Any]:
+    """What is stored of a reply."""
+    if reply is None:
         nothing = {"nll": None, "texts": [None] * len(seeds), "finished": [True] * len(seeds)}
         return {"mass": None, "invalid": Invalid.too_long.value, **nothing}
-    score = next(iter(dosed.answer.scores.values()))
-    samples = [dosed.answer.samples[seed] for seed in seeds]
+    score, samples = reply.scores[0], [reply.samples[seed] for seed in seeds]
     return {
         "mass": None if score.mass is None else list(score.mass),
         "invalid": score.invalid,
-        "nll": dosed.nll,
+        "nll": reply.nll,
         "texts": [sample.text for sample in samples],
         "finished": [sample.finished for sample in samples],
     }
@@ -283,24 +219,23 @@ def _responses(
     doses: tuple[Dose, ...],
     template: Template,
     count: int,
-    rows: Mapping[int, Conversation],
     keys: Mapping[tuple[int, int], str],
-    found: Mapping[str, Mapping[str, Any]],
+    rows: Mapping[str, Mapping[str, Any]],
     seeds: int,
 ) -> Responses:
     mass = np.full((len(doses), count, len(template.says)), np.nan)
     nll, finite = np.full((len(doses), count), np.nan), np.ones((len(doses), count), dtype=bool)
     sampled, asked = np.full((len(doses), count, seeds), np.nan), np.zeros(count, dtype=bool)
-    for (dose, row), key in keys.items():
-        record = found[key]
-        asked[row] = record["invalid"] != Invalid.too_long.value
-        finite[dose, row] = record["invalid"] != Invalid.not_finite.value
+    for (dose, task), key in keys.items():
+        record = rows[key]
+        asked[task] = record["invalid"] != Invalid.too_long.value
+        finite[dose, task] = record["invalid"] != Invalid.not_finite.value
         if record["mass"] is not None:
-            mass[dose, row] = record["mass"]
+            mass[dose, task] = record["mass"]
         if record["nll"] is not None:
-            nll[dose, row] = record["nll"]
-        for at, (text, finished) in enumerate(zip(record["texts"], record["finished"], strict=True)):
+            nll[dose, task] = record["nll"]
+        for number, (text, finished) in enumerate(zip(record["texts"], record["finished"], strict=True)):
             value = Invalid.not_finite if text is None else template.read(text, finished=bool(finished))
             if not isinstance(value, Invalid):
-                sampled[dose, row, at] = value
+                sampled[dose, task, number] = value
     return Responses(doses, mass, finite, nll, sampled, asked)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import xxhash
+
 from prefs.errors import UserError
 
 if TYPE_CHECKING:  # help and completion come through here, and should not wait for it
@@ -58,3 +60,12 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
         table.to_parquet(path.with_suffix(".parquet"), index=False)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def file_checksum(path: Path) -> str:
+    """XXH3 of a file's bytes, 128 bits in hexadecimal: against accidents, not against an adversary."""
+    state, block = xxhash.xxh3_128(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            state.update(block[:count])
+    return state.hexdigest()

@@ -14,26 +14,18 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from prefs.data.template import Invalid
-from prefs.models.local.passes import Kept, Passes
+from prefs.models.local.grouping import Steerings, by_beginning, cut, lowest, spans_of_answer
+from prefs.models.local.passes import Kept, Passes, State
 from prefs.models.local.residuals import Hook
-from prefs.models.local.state import State
-from prefs.models.local.steering import Steered, places_of_answer
-from prefs.models.options import Asked
-from prefs.models.types import Answer, Ask, Dosed, Sample, Score, Steering
+from prefs.models.local.steering import BatchSteering
+from prefs.models.prompts import Prompt
+from prefs.models.types import Reply, Request, Sample, Score
 
-# What `Steering.at` names, by where it begins: in this order in every row.
-BEGINNINGS = ("all", "completion", "question", "last")
 # Bounds the logits in memory while a completion's likelihood is read.
 TOKENS_AT_ONCE = 256
 
-# Answers of some rows (by number) from their state and the logits of their last tokens.
-Read = Callable[[State, torch.Tensor, Sequence[int]], list[Answer]]
-Dose = tuple[Steering, ...]
-
-
-def active(steering: Sequence[Steering]) -> Dose:
-    """What of a dose changes anything; none of it is the unsteered model."""
-    return tuple(each for each in steering if each.coefficient != 0)
+# Replies of some rows (by number) from their state and the logits of their last tokens.
+Read = Callable[[State, torch.Tensor, Sequence[int]], list[Reply]]
 
 
 class Likelihood:
@@ -43,7 +35,7 @@ class Likelihood:
     ----------
     passes
         Of the model.
-    asked
+    prompts
         The rows.
     starts, ends
         The tokens [start, end) of each row that the pass runs.
@@ -51,156 +43,66 @@ class Likelihood:
 
     stops = False
 
-    def __init__(self, passes: Passes, asked: Sequence[Asked], starts: Sequence[int], ends: Sequence[int]):
+    def __init__(self, passes: Passes, prompts: Sequence[Prompt], starts: Sequence[int], ends: Sequence[int]):
         self._passes = passes
-        self._rows = len(asked)
+        self._rows = len(prompts)
         width = max(end - start for start, end in zip(starts, ends, strict=True))
-        places: list[tuple[int, int, int]] = []  # row, column, the token that comes next
-        for at, (row, start, end) in enumerate(zip(asked, starts, ends, strict=True)):
+        predictions: list[tuple[int, int, int]] = []  # row, column, the token that comes next
+        for number, (row, start, end) in enumerate(zip(prompts, starts, ends, strict=True)):
             first, last = _predicting(row)
-            offset = width - end
-            places += [(at, offset + token, row.ids[token + 1]) for token in range(max(first, start), min(last, end))]
-        self._places = torch.tensor(places, dtype=torch.long).reshape(-1, 3)
+            for token in range(max(first, start), min(last, end)):
+                predictions.append((number, width - end + token, row.ids[token + 1]))
+        self._predictions = torch.tensor(predictions, dtype=torch.long).reshape(-1, 3)
         self._kept = torch.empty(0)
 
     def hooks(self) -> list[tuple[int, Hook]]:
-        return [(self._passes.n_layers - 1, self._keep)] if len(self._places) else []
+        return [(self._passes.n_layers - 1, self._keep)] if len(self._predictions) else []
 
     def _keep(self, tensor: torch.Tensor, hook: Any) -> None:
-        rows, columns, _ = self._places.to(tensor.device).unbind(dim=1)
+        rows, columns, _ = self._predictions.to(tensor.device).unbind(dim=1)
         self._kept = tensor[rows, columns]
 
     def sums(self) -> torch.Tensor:
         """[rows] sum of the tokens' log-likelihoods, in nats, on the host."""
-        rows, _, tokens = self._places.unbind(dim=1)
-        found = [torch.empty(0, dtype=torch.float64)]
+        rows, _, tokens = self._predictions.unbind(dim=1)
+        log_likelihoods = [torch.empty(0, dtype=torch.float64)]
         for hidden, following in zip(self._kept.split(TOKENS_AT_ONCE), tokens.split(TOKENS_AT_ONCE), strict=False):
             if len(following):
                 logits = self._passes.logits(hidden).float()
-                found.append(-cross_entropy(logits, following.to(logits.device), reduction="none").double().cpu())
-        return torch.zeros(self._rows, dtype=torch.float64).index_add(0, rows, torch.cat(found))
+                nll = cross_entropy(logits, following.to(logits.device), reduction="none")
+                log_likelihoods.append(-nll.double().cpu())
+        return torch.zeros(self._rows, dtype=torch.float64).index_add(0, rows, torch.cat(log_likelihoods))
 
 
-def _predicting(asked: Asked) -> tuple[int, int]:
+def _predicting(prompt: Prompt) -> tuple[int, int]:
     """Token range that the completion's tokens are predicted from: each by the one before it."""
-    start, end = asked.spans[-2]
+    start, end = prompt.spans.completion
     return max(start - 1, 0), max(end - 1, 0)
 
 
-def mean_nll(asked: Sequence[Asked], sums: torch.Tensor) -> list[float | None]:
+def mean_nll(prompts: Sequence[Prompt], sums: torch.Tensor) -> list[float | None]:
     """Mean negative log-likelihood a token of each row's completion; None if it is empty or that is not finite."""
-    found: list[float | None] = []
-    for row, total in zip(asked, sums, strict=True):
+    means: list[float | None] = []
+    for row, total in zip(prompts, sums, strict=True):
         first, last = _predicting(row)
-        found.append(-float(total) / (last - first) if last > first and bool(total.isfinite()) else None)
-    return found
+        means.append(-float(total) / (last - first) if last > first and bool(total.isfinite()) else None)
+    return means
 
 
-def likelihood_alone(passes: Passes, asked: Asked, dose: Dose) -> float | None:
+def likelihood_alone(passes: Passes, prompt: Prompt, dose: Steerings) -> float | None:
     """The likelihood of one completion by passes of its own, which any family runs; see `mean_nll`."""
-    first, last = _predicting(asked)
-    steered = Steered.of(dose, [places_of_answer(asked)], passes.device)
-    state, logits = passes.start([asked.ids[: first + 1]], steered)
+    first, last = _predicting(prompt)
+    steering = BatchSteering.build(dose, [spans_of_answer(prompt)], passes.device)
+    state, logits = passes.start([prompt.ids[: first + 1]], steering)
     total = torch.zeros(1, dtype=torch.float64)
     for token in range(first, last, TOKENS_AT_ONCE):
-        following = asked.ids[token + 1 : min(token + TOKENS_AT_ONCE, last) + 1]
+        following = prompt.ids[token + 1 : min(token + TOKENS_AT_ONCE, last) + 1]
         state, after = passes.extend(state, [following], keep=len(following))
         logits = torch.cat([logits, after], dim=1)
         tokens = torch.tensor(following, device=logits.device)
         total -= cross_entropy(logits[0, :-1].float(), tokens, reduction="sum").double().cpu()
         logits = logits[:, -1:]
-    return mean_nll([asked], total)[0]
-
-
-def invalid(question: Ask) -> Answer:
-    """The answer of a model whose logits are not finite."""
-    reason = Invalid.not_finite.value
-    return Answer(
-        dict.fromkeys(question.scores, Score(None, invalid=reason)),
-        dict.fromkeys(question.seeds, Sample(None, 0, True, invalid=reason)),
-    )
-
-
-def finite(question: Ask, answer: Answer) -> bool:
-    """Whether all scored masses are numbers."""
-    masses = [score.mass for score in answer.scores.values() if score.mass is not None]
-    return all(mass == mass for of_score in masses for mass in of_score)
-
-
-@dataclass(frozen=True)
-class DoseResponse:
-    """A question put to a batch, to be answered under doses.
-
-    ``read`` reads answers; ``likelihood`` whether the completions' likelihood is wanted.
-    """
-
-    passes: Passes
-    question: Ask
-    asked: Sequence[Asked]
-    read: Read
-    likelihood: bool
-
-    def under(self, doses: Sequence[Dose]) -> list[list[Dosed]]:
-        """[doses][rows]."""
-        found: dict[int, list[Dosed]] = {}
-        state, done = self.passes.nothing(len(self.asked)), [0] * len(self.asked)
-        before = torch.zeros(len(self.asked), dtype=torch.float64)
-        for beginning, group in by_beginning(doses).items():
-            starts = cut(self.asked, beginning)
-            state, predicted = self._unsteered(state, done, starts)
-            before, done = before + predicted, starts
-            found |= self._group({at: doses[at] for at in group}, state, starts, before)
-        return [found[at] for at in range(len(doses))]
-
-    def _unsteered(self, state: State, starts: Sequence[int], ends: Sequence[int]) -> tuple[State, torch.Tensor]:
-        """Run the tokens [start, end) of each row; the state after them, and the sums of `Likelihood`."""
-        pieces = [row.ids[start:end] for row, start, end in zip(self.asked, starts, ends, strict=True)]
-        if not any(pieces):
-            return state, torch.zeros(len(pieces), dtype=torch.float64)
-        watching = self._watching(starts, ends)
-        state, _ = self.passes.extend(state, pieces, watchers=watching)
-        return state, self._sums(watching)
-
-    def _group(
-        self, doses: dict[int, Dose], state: State, starts: Sequence[int], before: torch.Tensor
-    ) -> dict[int, list[Dosed]]:
-        """Doses that steer nothing before `starts`, where the state has been run to.
-
-        ``before`` [rows] is the sum of log-likelihoods up to there.
-        """
-        rest = [row.ids[start:] for row, start in zip(self.asked, starts, strict=True)]
-        ends = [len(row.ids) for row in self.asked]
-        plain = [at for at, dose in doses.items() if not dose]
-        kept = Kept([lowest(dose) for dose in doses.values() if dose], stops=not plain)
-        watching = self._watching(starts, ends) if plain else []
-        below, logits = self.passes.extend(state.fork(), rest, watchers=[kept, *watching])
-        found: dict[int, list[Dosed]] = {}
-        if plain:
-            found = dict.fromkeys(plain, self._answers(below, logits, before + self._sums(watching)))
-        for at, dose in doses.items():
-            if dose:
-                steered = Steered.of(dose, [places_of_answer(row) for row in self.asked], self.passes.device)
-                layer, watching = lowest(dose), self._watching(starts, ends)
-                after, logits = self.passes.extend_above(
-                    layer, kept.after[layer], below, replace(state.fork(), steered=steered), rest, watching
-                )
-                found[at] = self._answers(after, logits, before + self._sums(watching))
-        return found
-
-    def _watching(self, starts: Sequence[int], ends: Sequence[int]) -> list[Likelihood]:
-        return [Likelihood(self.passes, self.asked, starts, ends)] if self.likelihood else []
-
-    def _sums(self, watching: Sequence[Likelihood]) -> torch.Tensor:
-        return sum((each.sums() for each in watching), torch.zeros(len(self.asked), dtype=torch.float64))
-
-    def _answers(self, state: State, logits: torch.Tensor, sums: torch.Tensor) -> list[Dosed]:
-        rows = finite_rows(logits)
-        answers = {}
-        if rows:
-            read = self.read(state.select(self.passes.tensor(rows)), logits[rows], rows)
-            answers = dict(zip(rows, read, strict=True))
-        nll = mean_nll(self.asked, sums) if self.likelihood else [None] * len(self.asked)
-        return [dosed(self.question, answers.get(row), nll[row]) for row in range(len(self.asked))]
+    return mean_nll([prompt], total)[0]
 
 
 def finite_rows(logits: torch.Tensor) -> list[int]:
@@ -209,47 +111,83 @@ def finite_rows(logits: torch.Tensor) -> list[int]:
     return (~nan).nonzero()[:, 0].tolist()
 
 
-def dosed(question: Ask, answer: Answer | None, nll: float | None) -> Dosed:
-    """What a row brought; with the reason in place of numbers where it has no answer, or one that is no number."""
-    if answer is None or not finite(question, answer):
-        return Dosed(invalid(question))
-    return Dosed(answer, nll)
+def dosed(request: Request, reply: Reply | None, nll: float | None) -> Reply:
+    """A row's reply; with the reason in place of numbers where it has none, or one that is no number."""
+    masses = [score.mass for score in reply.scores.values() if score.mass is not None] if reply is not None else []
+    if reply is not None and all(mass == mass for option_masses in masses for mass in option_masses):
+        return replace(reply, nll=nll)
+    reason = Invalid.not_finite.value
+    return Reply(
+        dict.fromkeys(request.seeds, Sample(None, 0, True, invalid=reason)),
+        dict.fromkeys(request.scores, Score(None, invalid=reason)),
+    )
 
 
-def lowest(dose: Dose) -> int:
-    """The lowest layer that a dose steers at."""
-    return min(each.layer for each in dose)
+@dataclass(frozen=True)
+class DosePasses:
+    """The passes of a question put to a batch under doses; `read` reads the replies where it has been run to the end.
 
-
-def cut(asked: Sequence[Asked], beginning: str) -> list[int]:
-    """The first token of each row that is run for every dose: none that is steered lies before it.
-
-    Rows end in the same column, and are cut in the same one: padding between a row's tokens would take up room in a
-    sliding window.
+    ``request`` is what is wanted of each row and dose.
     """
-    firsts = [min(places_of_answer(row)[beginning][0], len(row.ids) - 1) for row in asked]
-    width = max(len(row.ids) - first for row, first in zip(asked, firsts, strict=True))
-    return [max(len(row.ids) - width, 0) for row in asked]
 
+    passes: Passes
+    request: Request
+    prompts: Sequence[Prompt]
+    read: Read
 
-def by_beginning(doses: Sequence[Dose]) -> dict[str, list[int]]:
-    """The numbers of the doses by where they begin to steer, in the order of the tokens.
+    def run(self, doses: Sequence[Steerings]) -> list[list[Reply]]:
+        """[doses][rows]."""
+        replies: dict[int, list[Reply]] = {}
+        state, done = self.passes.nothing(len(self.prompts)), [0] * len(self.prompts)
+        sums = torch.zeros(len(self.prompts), dtype=torch.float64)
+        for beginning, group in by_beginning(doses).items():
+            starts = cut(self.prompts, beginning)
+            pieces = [row.ids[start:end] for row, start, end in zip(self.prompts, done, starts, strict=True)]
+            if any(pieces):
+                watchers = self._likelihood(done, starts)
+                state, _ = self.passes.extend(state, pieces, watchers=watchers)
+                sums = self._added(sums, watchers)
+            done = starts
+            replies |= self._group({number: doses[number] for number in group}, state, starts, sums)
+        return [replies[number] for number in range(len(doses))]
 
-    The unsteered model can be run from anywhere: it goes with those that leave the least to be run.
-    """
-    found: dict[str, list[int]] = {}
-    for beginning in BEGINNINGS:
-        group = [
-            at for at, dose in enumerate(doses) if dose and min(map(_beginning, dose)) == BEGINNINGS.index(beginning)
-        ]
-        if group:
-            found[beginning] = group
-    plain = [at for at, dose in enumerate(doses) if not dose]
-    if plain:
-        latest = next(reversed(found), BEGINNINGS[-1])
-        found[latest] = [*found.get(latest, []), *plain]
-    return found
+    def _group(
+        self, doses: dict[int, Steerings], state: State, starts: Sequence[int], sums: torch.Tensor
+    ) -> dict[int, list[Reply]]:
+        """Doses that steer nothing before `starts`, where the state has been run to.
 
+        ``sums`` [rows] are the sums of log-likelihoods up to there.
+        """
+        rest = [row.ids[start:] for row, start in zip(self.prompts, starts, strict=True)]
+        ends = [len(row.ids) for row in self.prompts]
+        unsteered = [number for number, dose in doses.items() if not dose]
+        kept = Kept([lowest(dose) for dose in doses.values() if dose], stops=not unsteered)
+        watchers = self._likelihood(starts, ends) if unsteered else []
+        below, logits = self.passes.extend(state.fork(), rest, watchers=[kept, *watchers])
+        replies: dict[int, list[Reply]] = {}
+        if unsteered:
+            replies = dict.fromkeys(unsteered, self._replies(below, logits, self._added(sums, watchers)))
+        for number, dose in doses.items():
+            if dose:
+                steering = BatchSteering.build(dose, [spans_of_answer(row) for row in self.prompts], self.passes.device)
+                layer, watchers = lowest(dose), self._likelihood(starts, ends)
+                after, logits = self.passes.extend_above(
+                    layer, kept.after[layer], below, replace(state.fork(), steering=steering), rest, watchers
+                )
+                replies[number] = self._replies(after, logits, self._added(sums, watchers))
+        return replies
 
-def _beginning(steering: Steering) -> int:
-    return BEGINNINGS.index(steering.at)
+    def _likelihood(self, starts: Sequence[int], ends: Sequence[int]) -> list[Likelihood]:
+        return [Likelihood(self.passes, self.prompts, starts, ends)] if self.request.likelihood else []
+
+    def _added(self, sums: torch.Tensor, watchers: Sequence[Likelihood]) -> torch.Tensor:
+        return sum((watcher.sums() for watcher in watchers), sums)
+
+    def _replies(self, state: State, logits: torch.Tensor, sums: torch.Tensor) -> list[Reply]:
+        rows = finite_rows(logits)
+        replies = {}
+        if rows:
+            read = self.read(state.select(self.passes.tensor(rows)), logits[rows], rows)
+            replies = dict(zip(rows, read, strict=True))
+        nll = mean_nll(self.prompts, sums) if self.request.likelihood else [None] * len(self.prompts)
+        return [dosed(self.request, replies.get(row), nll[row]) for row in range(len(self.prompts))]

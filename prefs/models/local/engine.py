@@ -6,138 +6,109 @@ values are kept, and each question goes on from there.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from prefs.config import POSITIONS
 from prefs.errors import UserError
-from prefs.models.encoded import Encoded
 from prefs.models.loading import ModelSpec
 from prefs.models.local.bridge import load_bridge
-from prefs.models.local.doses import Dose, DoseResponse, active, dosed, finite_rows, likelihood_alone
-from prefs.models.local.memory import Halving
-from prefs.models.local.passes import Passes
-from prefs.models.local.residuals import Recorder, spots
-from prefs.models.local.state import State
-from prefs.models.local.steering import Steered, check, places_of_answer, places_of_completion
-from prefs.models.local.token_stream import TokenStream, owners, token_texts
-from prefs.models.options import Asked, ask, common_prefix, option_masses, unasked
-from prefs.models.sampling import draw, row_uniforms
-from prefs.models.stops import stop_tokens
-from prefs.models.thoughts import THOUGHT, Thought, joined
-from prefs.models.tokens import ChatEncoder, Message
-from prefs.models.types import (
-    Answer,
-    Ask,
-    CaptureRequest,
-    Conversation,
-    Dosed,
-    Observation,
-    Question,
-    Sample,
-    Sampling,
-    Score,
-    Steering,
-    Usage,
+from prefs.models.local.decoding import Decoder
+from prefs.models.local.doses import DosePasses, dosed, finite_rows, likelihood_alone
+from prefs.models.local.grouping import (
+    Row,
+    Steerings,
+    active,
+    at_question,
+    before_question,
+    grouped,
+    questions,
+    reads_logits,
+    spans_of_answer,
+    spans_of_completion,
 )
+from prefs.models.local.memory import Halving
+from prefs.models.local.passes import Passes, State
+from prefs.models.local.residuals import Recorder
+from prefs.models.local.steering import BatchSteering, check
+from prefs.models.local.token_stream import TokenStream, owners, token_texts
+from prefs.models.positions import POSITIONS, token_ranges
+from prefs.models.prompts import Prompt, encode_prompt, request_tokens, shared_prefix
+from prefs.models.sampling import stop_tokens
+from prefs.models.tokens import ChatEncoder
+from prefs.models.types import Conversation, Question, Reply, Request, Sampling, Score, Usage
 
 log = logging.getLogger(__name__)
 
-# Sampled answers decoded at once for each row: bounds the copies of a conversation's keys and values.
-SEEDS_AT_ONCE = 4
+# By row, what its requests brought, by number.
+Replies = list[dict[int, Reply]]
 
 
-class TransformerLensBackend(Encoded):
-    """A chat model in a `TransformerBridge`. See `prefs.models.types.Backend` for the protocol."""
+class LocalEngine:
+    """A chat model in a `TransformerBridge`. See `prefs.models.types.Engine` for the protocol."""
+
+    rows_apart = False
 
     def __init__(self, bridge: Any, tokenizer: Any, spec: ModelSpec):
         self.bridge = bridge
         self.spec = spec
-        self.encoder = ChatEncoder(tokenizer, json.loads(spec.chat_template_kwargs), spec.thinking)
+        self.encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
         model = bridge.original_model
         self.d_model = int(bridge.cfg.d_model)
-        text_config = model.config.get_text_config()
-        self.max_context = spec.max_context or int(text_config.max_position_embeddings)
-        self._stops = stop_tokens(tokenizer, model.generation_config)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stops, default=0)
+        self.max_context = spec.max_context or int(model.config.get_text_config().max_position_embeddings)
+        stops = stop_tokens(tokenizer, model.generation_config)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
         self.passes = Passes(bridge, pad, spec.name)
+        self.decoder = Decoder(self.passes, self.encoder, stops)
         self.device, self.n_layers = self.passes.device, self.passes.n_layers
         self._halving = Halving(spec.name)
         self._requests = 0
 
     @classmethod
-    def load(cls, spec: ModelSpec, path: str) -> TransformerLensBackend:
+    def load(cls, spec: ModelSpec, path: str) -> LocalEngine:
         """Load a model, or raise `UserError`; see `prefs.models.local.bridge.load_bridge`."""
         bridge, tokenizer = load_bridge(spec, path)
-        backend = cls(bridge, tokenizer, spec)
-        for note in backend.encoder.notes(spec.name):
+        engine = cls(bridge, tokenizer, spec)
+        for note in engine.encoder.notes(spec.name):
             log.info("%s", note)
-        return backend
+        return engine
 
-    @torch.inference_mode()
-    def complete(
-        self, batch: Sequence[Conversation], seed: int, sampling: Sampling, steering: Sequence[Steering] = ()
-    ) -> list[Sample]:
-        check(steering, self.n_layers, self.d_model)
-        self._requests += len(batch)
-        return self._halving.run(
-            lambda rows: self._complete(rows, seed, sampling, steering), batch, tokens=self.prompt_tokens
-        )
+    def tokens(self, request: Request) -> int:
+        return request_tokens(self.encoder, request)
 
-    @torch.inference_mode()
-    def observe(
-        self,
-        batch: Sequence[Conversation],
-        asks: Sequence[Ask],
-        sampling: Sampling,
-        capture: CaptureRequest | None = None,
-        steering: Sequence[Steering] = (),
-    ) -> list[Observation]:
-        check(steering, self.n_layers, self.d_model)
-        self._requests += len(batch)
-        return self._halving.run(
-            lambda rows: self._observe(rows, asks, sampling, capture, steering), batch, tokens=self.conversation_tokens
-        )
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        for request in requests:
+            check(request.steering, self.n_layers, self.d_model)
+        kinds = {"complete": self._complete, "choose": self._choose, "doses": self._doses, "observe": self._observe}
+        for group in grouped(requests):
+            self._requests += group.count
+            whole = group.kind in ("complete", "choose")
+            for replies in self._halving.run(
+                kinds[group.kind],
+                group.rows,
+                tokens=lambda row, whole=whole: self.tokens(row.request if whole else Request(row.messages)),
+            ):
+                yield from replies.items()
 
-    @torch.inference_mode()
-    def observe_doses(
-        self,
-        batch: Sequence[Conversation],
-        question: Ask,
-        sampling: Sampling,
-        doses: Sequence[Sequence[Steering]],
-        *,
-        likelihood: bool = True,
-    ) -> list[list[Dosed]]:
-        for dose in doses:
-            check(dose, self.n_layers, self.d_model)
-        self._requests += len(batch) * len(doses)
-        changes = [active(dose) for dose in doses]
-        # Each once: the unsteered model may be among them under several names.
-        different = list(dict.fromkeys(changes))
-        shared = self.encoder.thinking is None and self.passes.shares_blocks
-        run = self._observe_doses if shared else self._observe_each_dose
-        by_row = self._halving.run(
-            lambda rows: run(rows, question, sampling, different, likelihood), batch, tokens=self.conversation_tokens
-        )
-        return [[of_row[different.index(change)] for of_row in by_row] for change in changes]
+    def usage(self) -> Usage:
+        return Usage(self._requests, self.passes.prompt_tokens, self.passes.drawn_tokens)
+
+    def close(self) -> None:
+        del self.bridge, self.passes, self.decoder
 
     @torch.inference_mode()
     def residual_stream(
-        self, conversation: Conversation, layer: int, question: Question | None = None, thought: str | None = None
+        self, messages: Conversation, layer: int, question: Question | None = None, thought: str | None = None
     ) -> TokenStream:
         """The residual stream after block `layer` at every token of one conversation, from one pass over it.
 
         Parameters
         ----------
-        conversation
-            Ends with the completion, as for `observe`; an empty one stands for the opened assistant's turn.
+        messages
+            Ends with the completion; an empty one stands for the opened assistant's turn.
         question
             Put to it, with the opening of the answer. Without it, the conversation ends with the completion's text.
         thought
@@ -150,382 +121,264 @@ class TransformerLensBackend(Encoded):
         """
         if layer not in range(self.n_layers):
             raise UserError(f"{self.spec.name} has layers 0 to {self.n_layers - 1}, and no layer {layer}")
-        if question is None:
-            asked = unasked(self.encoder, conversation)
-            asked = replace(asked, ids=asked.ids[: asked.spans[-2][1]])
-        else:
-            asked = ask(self.encoder, conversation, question, thought)
-        (vectors,) = self._halving.run(
-            lambda rows: [self._every_token(row.ids, layer) for row in rows], [asked], tokens=lambda row: len(row.ids)
-        )
-        at_rating = {} if question is None else {"rating": (len(asked.ids) - 1, len(asked.ids))}
+        prompt = encode_prompt(self.encoder, messages, question, thought)
+        ids = prompt.ids if question is not None else prompt.ids[: prompt.spans.completion[1]]
+        (vectors,) = self._halving.run(lambda rows: [self._every_token(row, layer) for row in rows], [ids], tokens=len)
         control = self.encoder.control_ids
+        positions = [name for name, position in POSITIONS.items() if question is not None or not position.of_question]
         return TokenStream(
-            tokens=token_texts(self.encoder.tokenizer, asked.ids),
-            control=tuple(token in control for token in asked.ids),
-            roles=owners(len(asked.ids), asked.spans, [*(message.role for message in conversation), "user"]),
-            ranges=spots(asked, POSITIONS) | at_rating,
+            tokens=token_texts(self.encoder.tokenizer, ids),
+            control=tuple(token in control for token in ids),
+            roles=owners(len(ids), prompt.spans.turns, [*(message.role for message in messages), "user"]),
+            ranges=token_ranges(prompt.spans, positions),
             vectors=vectors,
         )
 
     def _every_token(self, ids: tuple[int, ...], layer: int) -> torch.Tensor:
         """[tokens, d_model] after a block."""
-        recorder = Recorder([layer], [{str(at): (at, at + 1) for at in range(len(ids))}], [len(ids)], stops=True)
+        recorder = Recorder([layer], [{str(n): (n, n + 1) for n in range(len(ids))}], [len(ids)], stops=True)
         self.passes.start([ids], watchers=[recorder], cached=False)
         (by_token,) = recorder.vectors()
-        return torch.cat([by_token[str(at)] for at in range(len(ids))])
-
-    def _complete(
-        self, batch: Sequence[Conversation], seed: int, sampling: Sampling, steering: Sequence[Steering]
-    ) -> list[Sample]:
-        if not batch:
-            return []
-        seeds = [(seed,)] * len(batch)
-        thinks = self.encoder.thinking is not None
-        opened = [
-            self.encoder.open_thought(row) if thinks else self.encoder.encode(row, answer="").ids for row in batch
-        ]
-        steered = Steered.of(steering, [places_of_completion(row) for row in opened], self.device)
-        state, logits = self.passes.start(opened, steered)
-        if not thinks:
-            return [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
-        thoughts = [of_row[seed] for of_row in self._think(state, logits, seeds, batch, sampling)]
-        after = [
-            self.encoder.encode(row, answer="", thought=thought.text).ids
-            for row, thought in zip(batch, thoughts, strict=True)
-        ]
-        state, logits = self.passes.start(after, steered)
-        samples = [of_row[seed] for of_row in self._decode(state, logits, seeds, batch, sampling)]
-        return [thought.before(sample) for thought, sample in zip(thoughts, samples, strict=True)]
-
-    def _observe(
-        self,
-        batch: Sequence[Conversation],
-        asks: Sequence[Ask],
-        sampling: Sampling,
-        capture: CaptureRequest | None,
-        steering: Sequence[Steering],
-    ) -> list[Observation]:
-        if not batch or (not asks and capture is None):
-            return [Observation(())] * len(batch)
-        asked = [[ask(self.encoder, row, each.question) for row in batch] for each in asks]
-        asked = asked or [[unasked(self.encoder, row) for row in batch]]
-        prefixes = [shared_prefix([of_question[row] for of_question in asked]) for row in range(len(batch))]
-        recorder = None
-        if capture is not None:
-            recorder = Recorder(
-                capture.layers,
-                [spots(row, capture.positions) for row in asked[0]],
-                [len(prefix) for prefix in prefixes],
-                stops=not reads_logits(asks),
-            )
-        # What is steered before the questions does not depend on them.
-        state, _ = self.passes.start(
-            prefixes, self._steered(steering, asked[0]), [] if recorder is None else [recorder], cached=bool(asks)
-        )
-        at_rating = capture if capture is not None and "rating" in capture.positions else None
-        answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
-        by_question = [
-            answer(
-                replace(state.fork(), steered=self._steered(steering, of_question)),
-                each,
-                of_question,
-                prefixes,
-                batch,
-                sampling,
-                at_rating,
-            )
-            for each, of_question in zip(asks, asked, strict=False)
-        ]
-        residuals = recorder.vectors() if recorder is not None else [{}] * len(batch)
-        return [
-            Observation(tuple(answers[row] for answers in by_question), residuals[row]) for row in range(len(batch))
-        ]
-
-    def _observe_doses(
-        self,
-        batch: Sequence[Conversation],
-        question: Ask,
-        sampling: Sampling,
-        doses: Sequence[Dose],
-        likelihood: bool,
-    ) -> list[list[Dosed]]:
-        """[rows][doses], sharing what doses do not change."""
-        if not batch or not doses:
-            return [[] for _ in batch]
-        asked = [ask(self.encoder, row, question.question) for row in batch]
-
-        def read(state: State, logits: torch.Tensor, rows: Sequence[int]) -> list[Answer]:
-            here = [asked[row] for row in rows], [batch[row] for row in rows]
-            return self._read(state, logits, question, *here, sampling)
-
-        by_dose = DoseResponse(self.passes, question, asked, read, likelihood).under(doses)
-        return [list(of_row) for of_row in zip(*by_dose, strict=True)]
-
-    def _observe_each_dose(
-        self,
-        batch: Sequence[Conversation],
-        question: Ask,
-        sampling: Sampling,
-        doses: Sequence[Dose],
-        likelihood: bool,
-    ) -> list[list[Dosed]]:
-        """[rows][doses], each dose by passes of its own: of models that think, and families whose blocks share more
-        than the residual stream."""
-        found: list[list[Dosed]] = [[] for _ in batch]
-        if not batch:
-            return found
-        asked = [ask(self.encoder, row, question.question) for row in batch]
-        opened = asked
-        if self.encoder.thinking is not None:
-            turns = [(*row, Message("user", question.question.text)) for row in batch]
-            opened = [replace(row, ids=self.encoder.open_thought(turn)) for row, turn in zip(asked, turns, strict=True)]
-        for dose in doses:
-            _, logits = self.passes.start([row.ids for row in opened], self._steered(dose, opened), cached=False)
-            rows = finite_rows(logits)
-            observed = self._observe([batch[row] for row in rows], [question], sampling, None, dose)
-            answers = {row: each.answers[0] for row, each in zip(rows, observed, strict=True)}
-            for row, of_row in enumerate(found):
-                nll = likelihood_alone(self.passes, opened[row], dose) if likelihood else None
-                of_row.append(dosed(question, answers.get(row), nll))
-        return found
-
-    def _steered(self, steering: Sequence[Steering], asked: Sequence[Asked]) -> Steered:
-        return Steered.of(steering, [places_of_answer(row) for row in asked], self.device)
+        return torch.cat(list(by_token.values()))
 
     @torch.inference_mode()
-    def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
-        self._requests += len(batch)
-        return self._halving.run(lambda rows: self._choose(rows, options), batch, tokens=self.prompt_tokens)
-
-    def _choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
-        thoughts: list[str | None] = [None] * len(batch)
-        if self.encoder.thinking is not None:
-            state, logits = self.passes.start([self.encoder.open_thought(row) for row in batch])
-            drawn = self._think(state, logits, [(0,)] * len(batch), batch, Sampling(0.0, 1.0, 1))
-            thoughts = [of_row[0].text for of_row in drawn]
-        asked = [
-            ask(self.encoder, row[:-1], Question(row[-1].content, tuple(options)), thought)
-            for row, thought in zip(batch, thoughts, strict=True)
+    def _complete(self, rows: Sequence[Row]) -> Replies:
+        """The assistant's next turn, for every row and each of its seeds."""
+        sampling, thinks = _sampling(rows[0].request), self.encoder.thinking is not None
+        turns = [row.messages for row in rows]
+        seeds = [tuple(dict.fromkeys(s for request in row.requests.values() for s in request.seeds)) for row in rows]
+        ids = [self.encoder.open_thought(row) if thinks else self.encoder.encode(row, answer="").ids for row in turns]
+        steering = BatchSteering.build(rows[0].request.steering, [spans_of_completion(row) for row in ids], self.device)
+        state, logits = self.passes.start(ids, steering)
+        if not thinks:
+            samples = self.decoder.samples(state, logits, seeds, turns, sampling)
+        else:
+            thoughts = self.decoder.thoughts(state, logits, seeds, turns, sampling)
+            streams = [(row, seed) for row, own in enumerate(seeds) for seed in own]
+            ids = [
+                self.encoder.encode(turns[row], answer="", thought=thoughts[row][seed].text).ids
+                for row, seed in streams
+            ]
+            state, logits = self.passes.start(ids, steering.select(self.passes.tensor([row for row, _ in streams])))
+            drawn = self.decoder.samples(
+                state, logits, [(seed,) for _, seed in streams], [turns[row] for row, _ in streams], sampling
+            )
+            samples = [{} for _ in rows]
+            for (row, seed), sample in zip(streams, drawn, strict=True):
+                samples[row][seed] = thoughts[row][seed].sample(sample[seed])
+        return [
+            {n: Reply({seed: own[seed] for seed in request.seeds}) for n, request in row.requests.items()}
+            for row, own in zip(rows, samples, strict=True)
         ]
-        masses = self._score(*self.passes.start([row.ids for row in asked]), asked)
-        return [options[int(at)] for at in masses.argmax(axis=1)]
 
-    def usage(self) -> Usage:
-        return Usage(self._requests, self.passes.prompt_tokens, self.passes.drawn_tokens)
+    @torch.inference_mode()
+    def _choose(self, rows: Sequence[Row]) -> Replies:
+        """The likeliest option, after one thought of a model that thinks."""
+        thoughts: list[str | None] = [None] * len(rows)
+        if self.encoder.thinking is not None:
+            turns = [row.messages for row in rows]
+            state, logits = self.passes.start([self.encoder.open_thought(row) for row in turns])
+            drawn = self.decoder.thoughts(state, logits, [(0,)] * len(rows), turns, Sampling(0.0, 1.0, 1))
+            thoughts = [of_row[0].text for of_row in drawn]
+        prompts = [
+            encode_prompt(self.encoder, row.request.messages, row.request.question, thought)
+            for row, thought in zip(rows, thoughts, strict=True)
+        ]
+        masses = self.decoder.masses(*self.passes.start([prompt.ids for prompt in prompts]), prompts)
+        choices = [
+            row.request.question.options[int(best)] for row, best in zip(rows, masses.argmax(axis=1), strict=True)
+        ]
+        return [dict.fromkeys(row.requests, Reply(choice=choice)) for row, choice in zip(rows, choices, strict=True)]
 
-    def close(self) -> None:
-        del self.bridge, self.passes
+    @torch.inference_mode()
+    def _observe(self, rows: Sequence[Row]) -> Replies:
+        """Run each conversation once; capture as it goes by, and let every question go on from it."""
+        replies: Replies = [dict.fromkeys(row.requests, Reply()) for row in rows]
+        requests = [request for row in rows for request in row.requests.values()]
+        asked = questions(rows)
+        layers = tuple(sorted({layer for r in requests if r.capture is not None for layer in r.capture.layers}))
+        if not asked and not layers:
+            return replies
+        prompts: list[dict[Question | None, Prompt]] = []
+        for row in rows:
+            put = [request.question for request in row.requests.values() if request.question is not None]
+            prompts.append(
+                {question: encode_prompt(self.encoder, row.messages, question) for question in put or [None]}
+            )
+        prefixes = [shared_prefix(list(own.values())) for own in prompts]
+        firsts = [next(iter(own.values())) for own in prompts]
+        recorder = None
+        if layers:
+            positions = [dict.fromkeys(p for r in row.requests.values() for p in before_question(r)) for row in rows]
+            ranges = [token_ranges(prompt.spans, list(own)) for prompt, own in zip(firsts, positions, strict=True)]
+            stops = not any(map(reads_logits, requests))
+            recorder = Recorder(layers, ranges, [len(prefix) for prefix in prefixes], stops=stops)
+        # What is steered before the questions does not depend on them.
+        steering = requests[0].steering
+        state = self.passes.nothing(len(rows))
+        if any(prefixes):
+            watchers = [] if recorder is None else [recorder]
+            state, _ = self.passes.start(prefixes, self._steering(steering, firsts), watchers, cached=bool(asked))
+        answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
+        for alike in asked:
+            numbers = [row for row, _ in alike]
+            request = rows[alike[0][0]].requests[alike[0][1]]
+            own = [prompts[row][request.question] for row in numbers]
+            state_here = state.fork().select(self.passes.tensor(numbers))
+            brought = answer(
+                replace(state_here, steering=self._steering(steering, own)),
+                request,
+                own,
+                [len(prefixes[row]) for row in numbers],
+                [rows[row].messages for row in numbers],
+            )
+            for (row, number), reply in zip(alike, brought, strict=True):
+                replies[row][number] = reply
+        captured = recorder.vectors() if recorder is not None else [{}] * len(rows)
+        for row, own, vectors in zip(rows, replies, captured, strict=True):
+            for number, request in row.requests.items():
+                if request.capture is not None:
+                    index = [layers.index(layer) for layer in request.capture.layers]
+                    shared = {p: vectors[p][index] for p in before_question(request) if p in vectors}
+                    own[number] = replace(own[number], residuals={**shared, **own[number].residuals})
+        return replies
 
     def _answer(
         self,
         state: State,
-        each: Ask,
-        asked: Sequence[Asked],
-        prefixes: Sequence[tuple[int, ...]],
-        batch: Sequence[Conversation],
-        sampling: Sampling,
-        capture: CaptureRequest | None,
-    ) -> list[Answer]:
-        """Put one question to a batch whose conversations have been run."""
-        if capture is None and not reads_logits([each]):
-            return [Answer()] * len(batch)
-        rest = [row.ids[len(prefix) :] for row, prefix in zip(asked, prefixes, strict=True)]
+        request: Request,
+        prompts: Sequence[Prompt],
+        lengths: Sequence[int],
+        conversations: Sequence[Conversation],
+    ) -> list[Reply]:
+        """Put one question to conversations of which so many tokens have been run."""
+        capture = at_question(request)
+        if capture is None and not reads_logits(request):
+            return [Reply()] * len(prompts)
+        rest = [prompt.ids[length:] for prompt, length in zip(prompts, lengths, strict=True)]
         recorder = None
         if capture is not None:
-            recorder = Recorder.of_last(capture.layers, [len(row) for row in rest], stops=not reads_logits([each]))
+            ranges = [
+                {name: (start - length, end - length) for name, (start, end) in own.items()}
+                for length, own in zip(
+                    lengths, (token_ranges(prompt.spans, capture.positions) for prompt in prompts), strict=True
+                )
+            ]
+            recorder = Recorder(capture.layers, ranges, [len(row) for row in rest], stops=not reads_logits(request))
         state, logits = self.passes.extend(state, rest, watchers=[] if recorder is None else [recorder])
-        answers = self._read(state, logits, each, asked, batch, sampling)
+        replies = self._read(state, logits, request, prompts, conversations)
         if recorder is None:
-            return answers
-        vectors = recorder.vectors()
-        return [replace(answer, residual=of_row.get("rating")) for answer, of_row in zip(answers, vectors, strict=True)]
+            return replies
+        return [replace(reply, residuals=own) for reply, own in zip(replies, recorder.vectors(), strict=True)]
 
     def _read(
         self,
         state: State,
         logits: torch.Tensor,
-        each: Ask,
-        asked: Sequence[Asked],
-        batch: Sequence[Conversation],
-        sampling: Sampling,
-    ) -> list[Answer]:
+        request: Request,
+        prompts: Sequence[Prompt],
+        conversations: Sequence[Conversation],
+    ) -> list[Reply]:
         """What a batch answers that has been run to the end of a question."""
-        masses = self._score(state, logits, asked) if each.scores else None
-        samples: list[dict[int, Sample]] = [{} for _ in batch]
-        conversations = [(*row, Message("user", each.question.text)) for row in batch]
-        for start in range(0, len(each.seeds), SEEDS_AT_ONCE):
-            seeds = each.seeds[start : start + SEEDS_AT_ONCE]
-            decoded = self._decode(state.fork(), logits, [seeds] * len(batch), conversations, sampling)
-            for row, of_row in enumerate(decoded):
-                samples[row] |= of_row
-        return [
-            Answer(
-                scores={} if masses is None else {0: Score(tuple(float(mass) for mass in masses[row]))},
-                samples=samples[row],
-            )
-            for row in range(len(batch))
-        ]
+        scores: list[dict[int, Score]] = [{} for _ in prompts]
+        if request.scores:
+            masses = self.decoder.masses(state, logits, prompts).tolist()
+            scores = [dict.fromkeys(request.scores, Score(tuple(mass))) for mass in masses]
+        samples = [{} for _ in prompts]
+        if request.seeds:
+            turns = [replace(request, messages=messages).turns for messages in conversations]
+            samples = self.decoder.samples(state, logits, [request.seeds] * len(prompts), turns, _sampling(request))
+        return [Reply(drawn, scored) for drawn, scored in zip(samples, scores, strict=True)]
 
     def _answer_after_thoughts(
         self,
         state: State,
-        each: Ask,
-        asked: Sequence[Asked],
-        prefixes: Sequence[tuple[int, ...]],
-        batch: Sequence[Conversation],
-        sampling: Sampling,
-        capture: CaptureRequest | None,
-    ) -> list[Answer]:
-        """Put one question to a batch whose conversations have been run, and let the model think before it answers."""
-        seeds = tuple(dict.fromkeys((*each.scores, *each.seeds)))
-        conversations = [(*row, Message("user", each.question.text)) for row in batch]
+        request: Request,
+        prompts: Sequence[Prompt],
+        lengths: Sequence[int],
+        conversations: Sequence[Conversation],
+    ) -> list[Reply]:
+        """As `_answer`, of a model that thinks before it answers. What the question itself holds is captured after the
+        first thought."""
+        seeds = tuple(dict.fromkeys((*request.scores, *request.seeds)))
+        turns = [replace(request, messages=messages).turns for messages in conversations]
         opened = [
-            replace(row, ids=self.encoder.open_thought(conversation))
-            for row, conversation in zip(asked, conversations, strict=True)
+            replace(prompt, ids=self.encoder.open_thought(row)) for prompt, row in zip(prompts, turns, strict=True)
         ]
-        rest = [row.ids[len(prefix) :] for row, prefix in zip(opened, prefixes, strict=True)]
+        rest = [prompt.ids[length:] for prompt, length in zip(opened, lengths, strict=True)]
         # The answer goes on from a thought that was generated, so what is steered is counted from the prompt before it.
-        state = replace(state, steered=self._steered(state.steered.steering, opened))
-        thoughts = self._think(*self.passes.extend(state.fork(), rest), [seeds] * len(batch), conversations, sampling)
-        answers = [Answer() for _ in batch]
+        state = replace(state, steering=self._steering(state.steering.steering, opened))
+        so_far = self.passes.extend(state.fork(), rest)
+        thoughts = self.decoder.thoughts(*so_far, [seeds] * len(turns), turns, _sampling(request))
+        replies = [Reply() for _ in turns]
         for seed in seeds:
             after = [
-                ask(self.encoder, row, each.question, of_row[seed].text)
-                for row, of_row in zip(batch, thoughts, strict=True)
+                encode_prompt(self.encoder, messages, request.question, own[seed].text)
+                for messages, own in zip(conversations, thoughts, strict=True)
             ]
-            once = Ask(each.question, (seed,) * (seed in each.seeds), (0,) * (seed in each.scores))
-            captured = capture if seed == seeds[0] else None
-            brought = self._answer(state.fork(), once, after, prefixes, batch, sampling, captured)
-            answers = [
-                joined(before, of_row[seed].of(answer), seed)
-                for before, of_row, answer in zip(answers, thoughts, brought, strict=True)
+            once = replace(
+                request,
+                seeds=(seed,) * (seed in request.seeds),
+                scores=(seed,) * (seed in request.scores),
+                capture=request.capture if seed == seeds[0] else None,
+            )
+            brought = self._answer(state.fork(), once, after, lengths, conversations)
+            for row, (own, reply) in enumerate(zip(thoughts, brought, strict=True)):
+                reply, before = own[seed].reply(reply), replies[row]
+                replies[row] = Reply(
+                    {**before.samples, **reply.samples},
+                    {**before.scores, **reply.scores},
+                    residuals={**before.residuals, **reply.residuals},
+                )
+        return replies
+
+    @torch.inference_mode()
+    def _doses(self, rows: Sequence[Row]) -> Replies:
+        """One question under several steerings, the same for all rows."""
+        request = rows[0].request
+        # Each once: the unsteered model may be among them under several names.
+        doses = list(dict.fromkeys(active(dosed.steering) for dosed in rows[0].requests.values()))
+        prompts = [encode_prompt(self.encoder, row.messages, request.question) for row in rows]
+
+        def read(state: State, logits: torch.Tensor, numbers: Sequence[int]) -> list[Reply]:
+            conversations = [rows[number].messages for number in numbers]
+            return self._read(state, logits, request, [prompts[number] for number in numbers], conversations)
+
+        if self.encoder.thinking is None and self.passes.shares_blocks:
+            by_dose = DosePasses(self.passes, request, prompts, read).run(doses)
+        else:
+            by_dose = [self._dose_alone(rows, request, prompts, dose) for dose in doses]
+        return [
+            {n: by_dose[doses.index(active(dosed.steering))][number] for n, dosed in row.requests.items()}
+            for number, row in enumerate(rows)
+        ]
+
+    def _dose_alone(
+        self, rows: Sequence[Row], request: Request, prompts: Sequence[Prompt], dose: Steerings
+    ) -> list[Reply]:
+        """A dose by passes of its own: of models that think, and families whose blocks share more than the residual
+        stream."""
+        if self.encoder.thinking is not None:
+            turns = [row.request.turns for row in rows]
+            prompts = [
+                replace(prompt, ids=self.encoder.open_thought(row)) for prompt, row in zip(prompts, turns, strict=True)
             ]
-        return answers
+        _, logits = self.passes.start([prompt.ids for prompt in prompts], self._steering(dose, prompts), cached=False)
+        finite = finite_rows(logits)
+        alone = replace(request, steering=dose)
+        observed = self._observe([Row(rows[row].messages, {0: alone}) for row in finite]) if finite else []
+        replies = {row: own[0] for row, own in zip(finite, observed, strict=True)}
+        return [
+            dosed(
+                request, replies.get(row), likelihood_alone(self.passes, prompt, dose) if request.likelihood else None
+            )
+            for row, prompt in enumerate(prompts)
+        ]
 
-    def _think(
-        self,
-        state: State,
-        logits: torch.Tensor,
-        seeds: Sequence[tuple[int, ...]],
-        conversations: Sequence[Conversation],
-        sampling: Sampling,
-    ) -> list[dict[int, Thought]]:
-        """Draw a thought for every (row, seed)."""
-        thinking, end = self.encoder.thinking, self.encoder.thought_end
-        assert thinking is not None
-        assert end is not None
-        budget = replace(sampling, max_new_tokens=thinking.max_tokens)
-        # Other random numbers than the answer's.
-        drawn = self._draw(
-            state, logits, seeds, [(*row, THOUGHT) for row in conversations], budget, {end, *self._stops}
-        )
-        texts = self.encoder.tokenizer.batch_decode([ids for ids, _ in drawn.values()], skip_special_tokens=True)
-        thoughts: list[dict[int, Thought]] = [{} for _ in seeds]
-        for ((row, seed), (ids, stop)), text in zip(drawn.items(), texts, strict=True):
-            thoughts[row][seed] = Thought(text, len(ids), stop == end or thinking.force_close)
-        return thoughts
-
-    def _score(self, state: State, logits: torch.Tensor, asked: Sequence[Asked]) -> np.ndarray:
-        """Probability of each whole option string, [rows, options]."""
-        first = logits[:, -1].float().log_softmax(dim=-1)
-        columns = []
-        for option in range(len(asked[0].tails)):
-            tails = [row.tails[option] for row in asked]
-            log_prob = first.gather(1, self.passes.tensor([[tail[0]] for tail in tails]).to(first.device))[:, 0]
-            if any(len(tail) > 1 for tail in tails):
-                # The last token is only predicted, never run.
-                longest = max(len(tail) for tail in tails)
-                _, after = self.passes.extend(state.fork(), [tail[:-1] for tail in tails], keep=longest - 1)
-                after = after.float().log_softmax(dim=-1)
-                # All at once: on a GPU each look at one number would cost as much as all of them.
-                padded = [[-1] * (longest - len(tail)) + list(tail[1:]) for tail in tails]
-                tokens = self.passes.tensor(padded).to(after.device)
-                each = after.gather(2, tokens.clamp(min=0)[..., None])[..., 0]
-                log_prob += each.masked_fill(tokens < 0, 0.0).sum(dim=1)
-            columns.append(log_prob.double().cpu().numpy())
-        stacked = np.stack(columns, axis=1)
-        return np.concatenate([option_masses(stacked[row : row + 1], asked[row].tails) for row in range(len(asked))])
-
-    def _decode(
-        self,
-        state: State,
-        logits: torch.Tensor,
-        seeds: Sequence[tuple[int, ...]],
-        conversations: Sequence[Conversation],
-        sampling: Sampling,
-    ) -> list[dict[int, Sample]]:
-        """Sample a continuation for every (row, seed)."""
-        drawn = self._draw(state, logits, seeds, conversations, sampling, self._stops)
-        texts = self.encoder.tokenizer.batch_decode([ids for ids, _ in drawn.values()], skip_special_tokens=True)
-        samples: list[dict[int, Sample]] = [{} for _ in seeds]
-        for ((row, seed), (ids, stop)), text in zip(drawn.items(), texts, strict=True):
-            samples[row][seed] = Sample(text, len(ids), stop is not None)
-        return samples
-
-    def _draw(
-        self,
-        state: State,
-        logits: torch.Tensor,
-        seeds: Sequence[tuple[int, ...]],
-        conversations: Sequence[Conversation],
-        sampling: Sampling,
-        stops: Set[int],
-    ) -> dict[tuple[int, int], tuple[list[int], int | None]]:
-        """Sample tokens for every (row, seed), up to a stop token; and that token, None where there was none.
-
-        Seeds of a row that have drawn the same tokens so far are one branch and are run once; a finished branch leaves
-        the batch.
-        """
-        uniforms = {
-            (row, seed): row_uniforms(seed, conversations[row], sampling.max_new_tokens)
-            for row in range(len(seeds))
-            for seed in seeds[row]
-        }
-        drawn: dict[tuple[int, int], list[int]] = {stream: [] for stream in uniforms}
-        stopped: dict[tuple[int, int], int] = {}
-        branches = [[(row, seed) for seed in seeds[row]] for row in range(len(seeds))]
-        for step in range(sampling.max_new_tokens):
-            most = max(len(streams) for streams in branches)
-            numbers = np.zeros((len(branches), most))
-            for at, streams in enumerate(branches):
-                numbers[at, : len(streams)] = [uniforms[stream][step] for stream in streams]
-            tokens = draw(logits[:, -1], torch.from_numpy(numbers), sampling).tolist()
-            grown: dict[tuple[int, int], list[tuple[int, int]]] = {}
-            for at, streams in enumerate(branches):
-                for stream, token in zip(streams, tokens[at], strict=False):
-                    if token in stops:
-                        stopped[stream] = token
-                    else:
-                        drawn[stream].append(token)
-                        grown.setdefault((at, token), []).append(stream)
-            if not grown or step + 1 == sampling.max_new_tokens:
-                break
-            parents = self.passes.tensor([at for at, _ in grown])
-            state, logits = self.passes.extend(state.select(parents), [(token,) for _, token in grown], drawn=True)
-            branches = list(grown.values())
-        return {stream: (ids, stopped.get(stream)) for stream, ids in drawn.items()}
+    def _steering(self, steering: Steerings, prompts: Sequence[Prompt]) -> BatchSteering:
+        return BatchSteering.build(steering, [spans_of_answer(prompt) for prompt in prompts], self.device)
 
 
-def reads_logits(asks: Sequence[Ask]) -> bool:
-    """Whether anything is asked that only the model's output answers."""
-    return any(each.seeds or each.scores for each in asks)
-
-
-def shared_prefix(asked: Sequence[Asked]) -> tuple[int, ...]:
-    """The tokens before the questions that are the same for all of them.
-
-    Raises
-    ------
-    UserError
-        If they end before the completion does, so that it would not be the same to all questions.
-    """
-    prefix = asked[0].ids[: asked[0].question_start]
-    for other in asked[1:]:
-        prefix = prefix[: common_prefix(prefix, other.ids[: other.question_start])]
-    if len(prefix) < max(of_question.spans[-2][1] for of_question in asked):
-        raise UserError(
-            "this model's chat template writes earlier turns in another way with another question after them; rate one"
-            " template a job (-m template=a,b in place of template=[a,b])"
-        )
-    return prefix
+def _sampling(request: Request) -> Sampling:
+    assert request.sampling is not None, "a request that draws anything says how"
+    return request.sampling

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from prefs.errors import UserError
 log = logging.getLogger(__name__)
 
 Row = TypeVar("Row")
-Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 
 # What allocators say that raise a plain RuntimeError: those of CPUs, Apple's GPUs, and cuBLAS.
 SAYINGS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -28,22 +28,28 @@ class Halving:
         self._logged = False
 
     def run(
-        self, run: Callable[[Sequence[Row]], list[Result]], rows: Sequence[Row], tokens: Callable[[Row], int]
-    ) -> list[Result]:
-        """One result a row, in order; `tokens` is asked for the length of a row that does not fit.
+        self, run: Callable[[Sequence[Row]], list[Answer]], rows: Sequence[Row], tokens: Callable[[Row], int]
+    ) -> Iterator[Answer]:
+        """One answer a row, in order; `tokens` is asked for the length of a row that does not fit.
 
         Raises
         ------
         UserError
             If a row does not fit even alone.
         """
+        answers = None
         try:
-            return run(rows)
+            answers = run(rows)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+        if answers is not None:
+            yield from answers
+            return
         # Here the error is gone, and with it what its traceback held.
-        _free()
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         if len(rows) == 1:
             raise UserError(
                 f"{self._name}: memory runs out with a single conversation of {tokens(rows[0]):,} tokens; set"
@@ -59,15 +65,10 @@ class Halving:
             )
             self._logged = True
         half = len(rows) // 2
-        return self.run(run, rows[:half], tokens) + self.run(run, rows[half:], tokens)
+        yield from self.run(run, rows[:half], tokens)
+        yield from self.run(run, rows[half:], tokens)
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocator found no more memory, on whatever device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in SAYINGS)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in SAYINGS)

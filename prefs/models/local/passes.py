@@ -6,24 +6,64 @@ A pass goes on from a `State`, whose keys and values are kept, and may begin abo
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from prefs.errors import UserError
 from prefs.models.local.memory import out_of_memory
 from prefs.models.local.residuals import AllRecorded, Hook
-from prefs.models.local.state import State
-from prefs.models.local.steering import Steered
+from prefs.models.local.steering import BatchSteering
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch that has been run so far: its cache, the mask [rows, width] of real tokens, tokens a row, and what its
+    residual stream is steered by. There is no cache before the first pass, nor where none follows it."""
+
+    cache: Cache | None
+    mask: torch.Tensor
+    lengths: torch.Tensor
+    steering: BatchSteering
+
+    def fork(self) -> State:
+        """The same, to go on from without changing this one."""
+        return replace(self, cache=_fork(self.cache))
+
+    def select(self, rows: torch.Tensor) -> State:
+        """The state of these rows, in this order; rows may repeat."""
+        if torch.equal(rows, torch.arange(len(self.lengths), device=rows.device)):
+            return self
+        cache = _fork(self.cache)
+        for layer in cache.layers:
+            layer.batch_select_indices(rows.to(getattr(layer, "device", rows.device)))  # type: ignore[attr-defined]
+        return State(cache, self.mask[rows], self.lengths[rows], self.steering.select(rows))
+
+    def with_lower(self, other: State, count: int) -> State:
+        """With the keys and values of another state over the same tokens in its lowest `count` blocks."""
+        cache = _fork(self.cache)
+        cache.layers[:count] = _fork(other.cache).layers[:count]
+        return replace(self, cache=cache)
+
+
+def _fork(cache: Cache | None) -> Cache:
+    """A cache that can be extended without changing this one. Growing layers replace their tensors, so these are
+    shared; other kinds write in place and are copied."""
+    assert cache is not None, "a state whose pass kept no cache cannot be gone on from"
+    forked = copy.copy(cache)
+    growing = (DynamicLayer, DynamicSlidingWindowLayer)
+    forked.layers = [copy.copy(x) if type(x) in growing else copy.deepcopy(x) for x in cache.layers]
+    return forked
 
 
 class Watcher(Protocol):
@@ -99,19 +139,19 @@ class Passes:
         """The state of rows with no tokens yet; with a cache, so that it can be forked, or without."""
         empty = torch.zeros((rows, 0), dtype=torch.long, device=self.device)
         cache = DynamicCache(config=self._bridge.original_model.config) if cached else None
-        return State(cache, empty, empty.sum(dim=1), Steered.of((), [{}] * rows, self.device))
+        return State(cache, empty, empty.sum(dim=1), BatchSteering.build((), [{}] * rows, self.device))
 
     def start(
         self,
         rows: Sequence[Sequence[int]],
-        steered: Steered | None = None,
+        steering: BatchSteering | None = None,
         watchers: Sequence[Watcher] = (),
         cached: bool = True,
     ) -> tuple[State, torch.Tensor]:
         """Run whole sequences from nothing; `cached` unless nothing goes on from them."""
         # A pass that stops cannot hand over the cache that the model makes, and so is given one.
-        state = self.nothing(len(rows), cached and any(each.stops for each in watchers))
-        return self._run(replace(state, steered=steered or state.steered), rows, 1, watchers, cached)
+        state = self.nothing(len(rows), cached and any(watcher.stops for watcher in watchers))
+        return self._run(replace(state, steering=steering or state.steering), rows, 1, watchers, cached)
 
     def extend(
         self,
@@ -219,9 +259,12 @@ class Passes:
         positions = (state.lengths[:, None] + real.cumsum(dim=1) - 1).clamp(min=0) * real
         mask = torch.cat([state.mask, real], dim=1)
         # In this order, vectors are recorded as they flow on: after steering.
-        by_layer = [*state.steered.hooks(positions, real), *(hook for each in watchers for hook in each.hooks())]
+        by_layer = [*state.steering.hooks(positions, real), *(hook for watcher in watchers for hook in watcher.hooks())]
         logits, cache, end = torch.empty((len(rows), 0, 0)), state.cache, _end(watchers)
-        with contextlib.suppress(AllRecorded), self._bridge.hooks([(self._hooks[at], hook) for at, hook in by_layer]):
+        with (
+            contextlib.suppress(AllRecorded),
+            self._bridge.hooks([(self._hooks[layer], hook) for layer, hook in by_layer]),
+        ):
             logits, cache = self._bridge(
                 ids,
                 attention_mask=mask,
@@ -237,7 +280,7 @@ class Passes:
             self._ran_of_answers += ran
         else:
             self._ran_of_prompts += ran
-        return State(cache, mask, state.lengths + real.sum(dim=1), state.steered), logits
+        return State(cache, mask, state.lengths + real.sum(dim=1), state.steering), logits
 
     @contextmanager
     def _handing_over(self, layers: Sequence[int], hidden: torch.Tensor) -> Iterator[None]:
@@ -268,7 +311,7 @@ class Passes:
 
 def _end(watchers: Sequence[Watcher]) -> int:
     """The blocks that a pass has run when a watcher stops it."""
-    return min((1 + max(layer for layer, _ in each.hooks()) for each in watchers if each.stops), default=0)
+    return min((1 + max(layer for layer, _ in watcher.hooks()) for watcher in watchers if watcher.stops), default=0)
 
 
 @contextmanager

@@ -44,17 +44,17 @@ _BLOCKED = re.compile(
 _BLOCKED_CODES = ("content_filter", "content_policy_violation", "invalid_prompt")
 
 
-def refusal_of_row(status: int, code: str | None, said: str) -> str | None:
+def refusal_of_row(status: int, code: str, message: str) -> str | None:
     """The reason (a `prefs.data.template.Invalid`) for which a server refuses one request, None if it is not the row's.
 
     There is no one way to say that a prompt is too long, or that a filter stops it.
     """
-    code = (code or "").lower()
+    code = code.lower()
     if status == 413 and "rate_limit" not in code:
         return "too_long"
-    if status in (400, 413, 422) and (code in _TOO_LONG_CODES or _TOO_LONG.search(said)):
+    if status in (400, 413, 422) and (code in _TOO_LONG_CODES or _TOO_LONG.search(message)):
         return "too_long"
-    if status in (400, 403, 422) and (code in _BLOCKED_CODES or _BLOCKED.search(said)):
+    if status in (400, 403, 422) and (code in _BLOCKED_CODES or _BLOCKED.search(message)):
         return "blocked"
     return None
 
@@ -76,8 +76,8 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which model of which server is asked, with a key from which environment variable."""
+class Target:
+    """Which model of which server is asked, with a key from which environment variable; says what is wrong with it."""
 
     model: str
     address: str
@@ -88,7 +88,7 @@ class Place:
             f"nobody answers at {self.address} ({reason}); is the server running, and model.api.base_url its address?"
         )
 
-    def gave_up(self, failure: str, tries: int) -> UserError:
+    def gave_up(self, failure: object, tries: int) -> UserError:
         counted = f"{tries} tries" if tries > 1 else "one try"
         return UserError(
             f"{self.address} did not answer after {counted} ({failure}); give the same command again: it goes on from"
@@ -101,35 +101,36 @@ class Place:
             " on from what is stored"
         )
 
-    def no_log_probs(self, said: str) -> UserError:
+    def no_logprobs(self, reason: str) -> UserError:
         return UserError(
-            f"{self.address} gives no log-probabilities of {self.model} ({said}); use rating.exact=false, fewer of"
+            f"{self.address} gives no log-probabilities of {self.model} ({reason}); use rating.exact=false, fewer of"
             " them (model.api.top_logprobs), or a server that gives them"
         )
 
-    def only(self, name: str, value: object, neutral: object, said: str) -> UserError:
+    def only(self, name: str, value: object, neutral: object, reason: str) -> UserError:
         return UserError(
-            f"{self.model} at {self.address} does not take {name}={value} ({said}); set rating.{name} and"
+            f"{self.model} at {self.address} does not take {name}={value} ({reason}); set rating.{name} and"
             f" completer.{name} to {neutral}"
         )
 
-    def refused(self, status: int, said: str, there: Sequence[str]) -> UserError:
-        """The error for a refusal of whatever is asked; `there` are the models that the server lists, if it does."""
+    def refused(self, status: int, message: str, listed: Sequence[str]) -> UserError:
+        """The error for a refusal of whatever is asked; `listed` are the models that the server lists, if it does."""
         if status == 401:
             # Servers repeat parts of a wrong key; none of their words are passed on.
             key = "an absent key (model.api.key_env=null)" if self.key_env is None else f"the key in {self.key_env}"
             return UserError(f"{self.address} does not accept {key} (401)")
-        if there and self.model not in there and status in (400, 403, 404, 422):
+        if listed and self.model not in listed and status in (400, 403, 404, 422):
             return UserError(
-                f"model.path: {self.model!r} is not on {self.address} ({status}, {said}); there is {self.among(there)}"
+                f"model.path: {self.model!r} is not on {self.address} ({status}, {message}); there is"
+                f" {self.among(listed)}"
             )
-        if status == 404 and not there and not re.search("model|endpoints found", said, re.IGNORECASE):
+        if status == 404 and not listed and not re.search("model|endpoints found", message, re.IGNORECASE):
             return UserError(
-                f"model.api.base_url: {self.address} has no chat completions (404, {said}); such an address usually"
+                f"model.api.base_url: {self.address} has no chat completions (404, {message}); such an address usually"
                 " ends in /v1"
             )
         key = "model.path: " if status == 404 else ""
-        return UserError(f"{key}{self.address} refuses to answer as {self.model} ({status}): {said}")
+        return UserError(f"{key}{self.address} refuses to answer as {self.model} ({status}): {message}")
 
     def among(self, names: Sequence[str]) -> str:
         """Some of a server's models, those first whose names are close to the one asked for."""

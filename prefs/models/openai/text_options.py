@@ -1,11 +1,11 @@
-"""The probability of options as text, for servers that tell tokens only by their text and only the likeliest of them.
-
-What is not among those is less likely than the last that is; it counts as 0, and valid mass shows what is missing.
-"""
+"""Options as text: their probabilities, for servers that tell tokens only by their text and only the likeliest of them
+(what is not among those counts as 0, and valid mass shows what is missing); and a choice among them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from prefs.models.types import Question
 
@@ -27,20 +27,20 @@ def opened(question: Question) -> tuple[str, tuple[str, ...]]:
 
     A tokenizer joins a word to the blank before it (" Agree" is one token), so where an option begins with a letter
     the prefill's last blank goes to the options: "Answer: " is sent as "Answer:". Digits stay apart from the blank.
-    `prefs.models.options.ask` sees this from the tokens.
+    `prefs.models.prompts.encode_prompt` sees this from the tokens.
     """
     prefill = question.prefill
-    if prefill.endswith(" ") and any(say[:1].isalpha() for say in question.says):
-        return prefill[:-1], tuple(" " + say for say in question.says)
-    return prefill, question.says
+    if prefill.endswith(" ") and any(option[:1].isalpha() for option in question.options):
+        return prefill[:-1], tuple(" " + option for option in question.options)
+    return prefill, question.options
 
 
-def seen_beginnings(says: Sequence[str], tops: Sequence[Top]) -> set[str]:
+def seen_beginnings(options: Sequence[str], tops: Sequence[Top]) -> set[str]:
     """The tokens among these that some option begins with."""
-    return {token for top in tops for token in top if token and any(say.startswith(token) for say in says)}
+    return {token for top in tops for token in top if token and any(option.startswith(token) for option in options)}
 
 
-def first_token_masses(says: Sequence[str], top: Top, seen: Collection[str]) -> tuple[float, ...]:
+def first_token_masses(options: Sequence[str], top: Top, seen: Collection[str]) -> tuple[float, ...]:
     """Probabilities of options by their first tokens alone.
 
     A token belongs to the option that begins with it. Where several do, it belongs to none that is known to begin with
@@ -48,7 +48,7 @@ def first_token_masses(says: Sequence[str], top: Top, seen: Collection[str]) -> 
 
     Parameters
     ----------
-    says
+    options
         The options.
     top
         The likeliest first tokens and their probabilities.
@@ -60,35 +60,39 @@ def first_token_masses(says: Sequence[str], top: Top, seen: Collection[str]) -> 
     SharedToken
         If a token of some probability is left to several options.
     """
-    longest = [max((len(token) for token in seen if say.startswith(token)), default=0) for say in says]
-    masses = [0.0] * len(says)
+    longest = [max((len(token) for token in seen if option.startswith(token)), default=0) for option in options]
+    masses = [0.0] * len(options)
     for token, probability in top.items():
-        owners = [at for at, say in enumerate(says) if token and say.startswith(token) and longest[at] <= len(token)]
+        owners = [
+            number
+            for number, option in enumerate(options)
+            if token and option.startswith(token) and longest[number] <= len(token)
+        ]
         if len(owners) == 1:
             masses[owners[0]] += probability
         elif owners and probability >= NEGLIGIBLE:
-            raise SharedToken(token, [says[at] for at in owners])
+            raise SharedToken(token, [options[number] for number in owners])
     return tuple(masses)
 
 
 async def whole_string_masses(
-    says: Sequence[str], ask: Callable[[str], Awaitable[Top]], least: float = NEGLIGIBLE
+    options: Sequence[str], ask: Callable[[str], Awaitable[Top]], least: float = NEGLIGIBLE
 ) -> tuple[float, ...]:
     """Disjoint probabilities of options as whole strings, going on from each beginning token by token.
 
-    The masses are those of `prefs.models.options.option_masses`: an option that opens another keeps what the other does
+    The masses are those of `prefs.models.prompts.option_masses`: an option that opens another keeps what the other does
     not take. All ways to spell an option count that are likely enough to be followed.
 
     Parameters
     ----------
-    says
+    options
         The options.
     ask
         Gives the likeliest tokens after a beginning of the answer ("": its first tokens).
     least
         Beginnings less likely than this are not followed.
     """
-    masses = dict.fromkeys(says, 0.0)
+    masses = dict.fromkeys(options, 0.0)
     after: dict[str, Top] = {}
     # A beginning, its probability, and the longest option that it has passed.
     pending: list[tuple[str, float, str | None]] = [("", 1.0, None)]
@@ -98,12 +102,37 @@ async def whole_string_masses(
             after[text] = await ask(text)
         for token, share in after[text].items():
             longer, reached = text + token, probability * share
-            if not token or not any(say.startswith(longer) for say in says):
+            if not token or not any(option.startswith(longer) for option in options):
                 continue
             if longer in masses:
                 masses[longer] += reached
                 if passed is not None:
                     masses[passed] -= reached
-            if reached >= least and any(say.startswith(longer) and say != longer for say in says):
+            if reached >= least and any(option.startswith(longer) and option != longer for option in options):
                 pending.append((longer, reached, longer if longer in masses else passed))
-    return tuple(max(masses[say], 0.0) for say in says)
+    return tuple(max(masses[option], 0.0) for option in options)
+
+
+def one_of(options: Sequence[str]) -> dict[str, Any]:
+    """The response format that lets a model give one of these and nothing else."""
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"type": "string", "enum": list(options)}},
+        "required": ["answer"],
+        "additionalProperties": False,
+    }
+    return {"type": "json_schema", "json_schema": {"name": "choice", "strict": True, "schema": schema}}
+
+
+def chosen(text: str, options: Sequence[str]) -> str | None:
+    """The option that an answer is: the one in its JSON, or the one it says and nothing else."""
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        answer = text
+    if isinstance(answer, dict):
+        answer = answer.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        return None
+    plain = str(answer).casefold().strip(" \t\r\n.\"'*`")
+    return next((option for option in options if option.casefold().strip() == plain), None)

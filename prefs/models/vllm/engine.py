@@ -7,82 +7,66 @@ the prefix cache makes the points after the first cheap.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from prefs.data.template import Invalid
 from prefs.errors import UserError, first_line
-from prefs.models.encoded import Encoded
 from prefs.models.loading import ModelSpec
-from prefs.models.options import ask, branchings, option_masses
-from prefs.models.sampling import row_seed
-from prefs.models.stops import stop_tokens
-from prefs.models.thoughts import THOUGHT, Thought
-from prefs.models.tokens import ChatEncoder, Message
-from prefs.models.types import (
-    Answer,
-    Ask,
-    CaptureRequest,
-    Conversation,
-    Interrupted,
-    Observation,
-    Question,
-    Sample,
-    Sampling,
-    Score,
-    Usage,
-)
-from prefs.models.vllm.workers import Engines, EnginesDied, Output, Request
+from prefs.models.prompts import THOUGHT, Thought, branchings, encode_prompt, option_masses, request_tokens
+from prefs.models.sampling import row_seed, stop_tokens
+from prefs.models.tokens import ChatEncoder
+from prefs.models.types import Reply, Request, Sample, Sampling, Score, Usage
+from prefs.models.vllm.workers import Call, Output, Workers, WorkersDied
 
 log = logging.getLogger(__name__)
 
-# How many tokens' log-probabilities vLLM gives a request (0.32: `MAX_LOGPROB_TOKEN_IDS`).
+# How many tokens' log-probabilities vLLM gives a call (0.32: `MAX_LOGPROB_TOKEN_IDS`).
 LOOKED_AT_ONCE = 128
 LIKELIEST = Sampling(0.0, 1.0, 1)
 
-# What a request is for: a seed to draw with, or a beginning of options to look behind.
+# What a call is for: a seed to draw with, or a beginning of options to look behind.
 Use = int | tuple[int, ...]
-_Row = TypeVar("_Row", Sample, Observation)
 
 
 @dataclass(frozen=True)
 class _Opening:
-    """Where an answer begins: of one row, to one ask, after one thought (or none), with what is wanted there.
+    """Where the answer to a request begins, after one thought (or none), with what is wanted there.
 
     ``seeds`` are to be sampled with, ``scores`` the seeds under which the options' score is wanted. No ``ids``: nothing
     can be asked there, since the thought has not ended, or all is too long.
     """
 
-    row: int
-    at: int
-    messages: Conversation
-    ids: tuple[int, ...] | None
-    tails: tuple[tuple[int, ...], ...] = ()
-    seeds: tuple[int, ...] = ()
-    scores: tuple[int, ...] = ()
+    number: int
+    request: Request
+    seeds: tuple[int, ...]
+    scores: tuple[int, ...]
     thought: Thought | None = None
+    ids: tuple[int, ...] | None = None
+    tails: tuple[tuple[int, ...], ...] = ()
 
 
-class VllmBackend(Encoded):
-    """A chat model in vLLM. See `prefs.models.types.Backend` for the protocol."""
+class VllmEngine:
+    """A chat model in vLLM. See `prefs.models.types.Engine` for the protocol."""
 
-    def __init__(self, start: Callable[[], Engines], tokenizer: Any, stops: frozenset[int], spec: ModelSpec):
+    rows_apart = True
+
+    def __init__(self, start: Callable[[], Workers], tokenizer: Any, stops: frozenset[int], spec: ModelSpec):
         self.spec = spec
-        self.encoder = ChatEncoder(tokenizer, json.loads(spec.chat_template_kwargs), spec.thinking)
+        self.encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
         self._stops = stops
         self._start = start
-        self._engines = start()
+        self._workers = start()
         self._used = Usage()
-        self.max_context = self._engines.max_context
+        self.max_context = self._workers.max_context
 
     @classmethod
-    def load(cls, spec: ModelSpec, path: str) -> VllmBackend:
+    def load(cls, spec: ModelSpec, path: str) -> VllmEngine:
         """Start vLLM with a model (safetensors only, no remote code).
 
         Raises
@@ -99,238 +83,183 @@ class VllmBackend(Encoded):
                 generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, **options))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"cannot load {spec.name} from {path}: {first_line(error)}") from None
-        backend = cls(lambda: Engines(spec, path), tokenizer, stop_tokens(tokenizer, generation), spec)
-        for note in backend.encoder.notes(spec.name):
+        engine = cls(lambda: Workers(spec, path), tokenizer, stop_tokens(tokenizer, generation), spec)
+        for note in engine.encoder.notes(spec.name):
             log.info("%s", note)
-        return backend
+        return engine
 
-    def complete(self, batch: Sequence[Conversation], seed: int, sampling: Sampling) -> list[Sample]:
-        thoughts: Sequence[Thought | None] = [None] * len(batch)
-        if self.encoder.thinking is not None:
-            thoughts = self._think([(row, messages, seed) for row, messages in enumerate(batch)], len(batch), sampling)
-        openings = [
-            self._opening(row, 0, messages, None, (seed,), (), sampling, thought)
-            for row, (messages, thought) in enumerate(zip(batch, thoughts, strict=True))
-        ]
-        answers, died = self._answer(openings, sampling)
-        return _all_or(died, [None if answer is None else answer.samples[seed] for answer in answers])
+    def tokens(self, request: Request) -> int:
+        return request_tokens(self.encoder, request)
 
-    def observe(
-        self,
-        batch: Sequence[Conversation],
-        asks: Sequence[Ask],
-        sampling: Sampling,
-        capture: CaptureRequest | None = None,
-    ) -> list[Observation]:
-        if capture is not None:
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        if any(request.capture is not None for request in requests):
             raise UserError("vLLM gives no residual vectors; use model.backend=transformer_lens, or capture=none")
-        openings = self._openings(batch, asks, sampling)
-        answers, died = self._answer(openings, sampling)
-        parts: dict[tuple[int, int], list[Answer | None]] = {
-            (row, at): [] for row in range(len(batch)) for at in range(len(asks))
-        }
-        for opening, answer in zip(openings, answers, strict=True):
-            parts[opening.row, opening.at].append(answer)
-        observations: list[Observation | None] = []
-        for row in range(len(batch)):
-            merged = [_merged(parts[row, at]) for at in range(len(asks))]
-            answered = tuple(answer for answer in merged if answer is not None)
-            observations.append(Observation(answered) if len(answered) == len(asks) else None)
-        return _all_or(died, observations)
-
-    def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
-        thoughts: Sequence[Thought | None] = [None] * len(batch)
-        if self.encoder.thinking is not None:
-            thoughts = self._think([(row, messages, 0) for row, messages in enumerate(batch)], len(batch), LIKELIEST)
-        openings = [
-            self._opening(
-                row, 0, messages, Question(messages[-1].content, tuple(options)), (), (0,), LIKELIEST, thought
-            )
-            for row, (messages, thought) in enumerate(zip(batch, thoughts, strict=True))
-        ]
-        answers, died = self._answer(openings, LIKELIEST)
+        if any(request.steering or request.likelihood for request in requests):
+            raise UserError("vLLM does not steer; use model.backend=transformer_lens, or steering=none")
+        openings = self._openings(requests)
+        planned = [(opening, *call) for opening in openings for call in self._calls(opening)]
+        # Those of one conversation go to one worker, which caches it, one after the other.
+        outputs, died = self._generate(requests, [(opening.number, call) for opening, _, call in planned])
+        brought: dict[int, dict[Use, list[Output | None]]] = {}
+        for (opening, use, _), output in zip(planned, outputs, strict=True):
+            brought.setdefault(id(opening), {}).setdefault(use, []).append(output)
+        parts: dict[int, list[Reply | None]] = {}
+        for opening in openings:
+            parts.setdefault(opening.number, []).append(self._read(opening, brought.get(id(opening), {})))
+        for number, replies in parts.items():
+            answered = [reply for reply in replies if reply is not None]
+            if len(answered) == len(replies):
+                yield number, _merged(requests[number], answered)
         if died is not None:
-            raise died
-        masses = [None if answer is None else answer.scores[0].mass for answer in answers]
-        return [None if mass is None else options[int(np.argmax(mass))] for mass in masses]
+            raise died from None
 
     def usage(self) -> Usage:
         return self._used
 
     def close(self) -> None:
-        self._engines.close()
+        self._workers.close()
 
-    def _openings(self, batch: Sequence[Conversation], asks: Sequence[Ask], sampling: Sampling) -> list[_Opening]:
-        """Where answers are wanted: one a row and ask, or, of a model that thinks, one a thought."""
-        put = [
-            (row, at, each, (*conversation, Message("user", each.question.text)))
-            for row, conversation in enumerate(batch)
-            for at, each in enumerate(asks)
-        ]
-        if self.encoder.thinking is None:
-            return [
-                self._opening(row, at, messages, each.question, each.seeds, each.scores, sampling)
-                for row, at, each, messages in put
-            ]
-        wanted = [
-            (row, at, each, messages, seed)
-            for row, at, each, messages in put
-            for seed in dict.fromkeys((*each.seeds, *each.scores))
-        ]
-        thoughts = self._think([(row, messages, seed) for row, _, _, messages, seed in wanted], len(batch), sampling)
-        openings = []
-        for (row, at, each, messages, seed), thought in zip(wanted, thoughts, strict=True):
-            seeds, scores = ((seed,) * (seed in of) for of in (each.seeds, each.scores))
-            openings.append(self._opening(row, at, messages, each.question, seeds, scores, sampling, thought))
-        return openings
+    def _openings(self, requests: Sequence[Request]) -> list[_Opening]:
+        """Where answers are wanted: one a request, or, of a model that thinks, one a thought."""
+        wanted = []
+        for number, request in enumerate(requests):
+            seeds, scores = request.seeds, (0,) if request.choose else request.scores
+            if self.encoder.thinking is None:
+                wanted.append(_Opening(number, request, seeds, scores))
+            else:
+                for seed in dict.fromkeys((*seeds, *scores)):
+                    wanted.append(_Opening(number, request, (seed,) * (seed in seeds), (seed,) * (seed in scores)))
+        if self.encoder.thinking is not None:
+            thoughts = self._think(requests, wanted)
+            wanted = [replace(opening, thought=thought) for opening, thought in zip(wanted, thoughts, strict=True)]
+        return [self._encoded(opening) for opening in wanted]
 
-    def _opening(
-        self,
-        row: int,
-        at: int,
-        messages: Conversation,
-        question: Question | None,
-        seeds: tuple[int, ...],
-        scores: tuple[int, ...],
-        sampling: Sampling,
-        thought: Thought | None = None,
-    ) -> _Opening:
-        """Encode an answer's beginning."""
+    def _encoded(self, opening: _Opening) -> _Opening:
+        """With the tokens that it begins after, if anything can be asked there."""
+        request, thought = opening.request, opening.thought
         if thought is not None and not thought.ended:
-            return _Opening(row, at, messages, None, (), seeds, scores, thought)
+            return opening
         text = None if thought is None else thought.text
-        if question is None:
-            ids, tails = self.encoder.encode(messages, answer="", thought=text).ids, ()
+        if request.question is None:
+            ids, tails = self.encoder.encode(request.messages, answer="", thought=text).ids, ()
         else:
-            asked = ask(self.encoder, messages[:-1], question, thought=text)
-            ids, tails = asked.ids, asked.tails
+            prompt = encode_prompt(self.encoder, request.messages, request.question, text)
+            ids, tails = prompt.ids, prompt.tails
         # Callers see to that, but the text of a thought can have more tokens than were drawn for it.
-        longest = max([len(tail) for tail in tails] + [sampling.max_new_tokens] * bool(seeds), default=0)
-        fits = len(ids) + longest <= self.max_context
-        return _Opening(row, at, messages, ids if fits else None, tails, seeds, scores, thought)
+        answer = [_sampling(request).max_new_tokens] if opening.seeds else []
+        fits = len(ids) + max([*answer, *map(len, tails)], default=0) <= self.max_context
+        return replace(opening, ids=ids if fits else None, tails=tails)
 
-    def _think(self, wanted: Sequence[tuple[int, Conversation, int]], rows: int, sampling: Sampling) -> list[Thought]:
-        """Draw one thought for each (row, messages, seed)."""
+    def _think(self, requests: Sequence[Request], openings: Sequence[_Opening]) -> list[Thought]:
+        """Draw the thought before each opening."""
         thinking, end = self.encoder.thinking, self.encoder.thought_end
         assert thinking is not None
         assert end is not None
-        budget = replace(sampling, max_new_tokens=thinking.max_tokens)
-        # Other random numbers than the answer's.
-        requests = [
-            Request(
-                row,
-                self.encoder.open_thought(messages),
-                budget,
-                row_seed(seed, (*messages, THOUGHT)),
-                self._stops | {end},
-            )
-            for row, messages, seed in wanted
-        ]
-        outputs, died = self._generate(requests)
+        calls = []
+        for opening in openings:
+            turns, (seed, *_) = opening.request.turns, (*opening.seeds, *opening.scores)
+            budget = replace(_sampling(opening.request), max_new_tokens=thinking.max_tokens)
+            # Other random numbers than the answer's.
+            drawn = row_seed(seed, (*turns, THOUGHT))
+            calls.append((opening.number, Call(self.encoder.open_thought(turns), budget, drawn, self._stops | {end})))
+        outputs, died = self._generate(requests, calls)
         if died is not None:
-            raise Interrupted(str(died), [None] * rows) from None
+            raise died from None
         thoughts = []
         for output in outputs:
             assert output is not None
-            ids = output.ids[:-1] if output.stopped else output.ids
+            sample = self._sample(output)
             ended = output.stopped and output.ids[-1] == end
-            thoughts.append(Thought(self._text(ids), len(ids), ended or thinking.force_close))
+            thoughts.append(Thought(sample.text or "", sample.tokens, ended or thinking.force_close))
         return thoughts
 
-    def _answer(
-        self, openings: Sequence[_Opening], sampling: Sampling
-    ) -> tuple[list[Answer | None], EnginesDied | None]:
-        """Scores and samples of every opening; None where the engines died before it was answered."""
-        planned = [(at, *plan) for at, opening in enumerate(openings) for plan in self._plan(opening, sampling)]
-        outputs, died = self._generate([request for _, _, request in planned])
-        brought: list[dict[Use, list[Output | None]]] = [{} for _ in openings]
-        for (at, use, _), output in zip(planned, outputs, strict=True):
-            brought[at].setdefault(use, []).append(output)
-        return [self._read(opening, of) for opening, of in zip(openings, brought, strict=True)], died
-
-    def _plan(self, opening: _Opening, sampling: Sampling) -> Iterator[tuple[Use, Request]]:
-        """The requests that answer one opening."""
+    def _calls(self, opening: _Opening) -> Iterator[tuple[Use, Call]]:
+        """The calls that answer one opening."""
         if opening.ids is None:
             return
         if opening.scores:
             for beginning, tokens in branchings(opening.tails).items():
                 for start in range(0, len(tokens), LOOKED_AT_ONCE):
                     looked = tokens[start : start + LOOKED_AT_ONCE]
-                    yield beginning, Request(opening.row, opening.ids + beginning, LIKELIEST, looked=looked)
+                    yield beginning, Call(opening.ids + beginning, LIKELIEST, looked=looked)
         for seed in opening.seeds:
-            drawn = row_seed(seed, opening.messages)
-            yield seed, Request(opening.row, opening.ids, sampling, drawn, self._stops)
+            drawn = row_seed(seed, opening.request.turns)
+            yield seed, Call(opening.ids, _sampling(opening.request), drawn, self._stops)
 
-    def _read(self, opening: _Opening, brought: Mapping[Use, Sequence[Output | None]]) -> Answer | None:
-        """Put together what the requests of an opening brought; None if something is missing."""
+    def _read(self, opening: _Opening, brought: Mapping[Use, Sequence[Output | None]]) -> Reply | None:
+        """Put together what the calls of an opening brought; None if something is missing."""
+        outputs = {use: [output for output in some if output is not None] for use, some in brought.items()}
+        if any(len(outputs[use]) < len(some) for use, some in brought.items()):
+            return None
+        samples: dict[int, Sample]
         if opening.ids is None:
             reason = Invalid.too_long.value
-            answer = Answer(
-                {seed: Score(None, invalid=reason) for seed in opening.scores},
-                {seed: Sample(None, 0, False, invalid=reason) for seed in opening.seeds},
-            )
-            return answer if opening.thought is None else opening.thought.of(answer)
-        there: dict[Use, list[Output]] = {}
-        for use, outputs in brought.items():
-            there[use] = [output for output in outputs if output is not None]
-            if len(there[use]) < len(outputs):
-                return None
-        scores: dict[int, Score] = {}
-        if opening.scores:
-            log_probs = [
-                sum(_log_prob(there[tail[:at]], token) for at, token in enumerate(tail)) for tail in opening.tails
-            ]
-            (mass,) = option_masses(np.array([log_probs]), opening.tails).tolist()
-            scores = dict.fromkeys(opening.scores, Score(tuple(mass)))
-        answer = Answer(scores, {seed: self._sample(there[seed][0]) for seed in opening.seeds})
-        return answer if opening.thought is None else opening.thought.of(answer)
+            samples = dict.fromkeys(opening.seeds, Sample(None, 0, False, invalid=reason))
+            score = Score(None, invalid=reason)
+        else:
+            samples = {seed: self._sample(outputs[seed][0]) for seed in opening.seeds}
+            score = Score(_mass(opening.tails, outputs)) if opening.scores else None
+        reply = Reply(samples, dict.fromkeys(opening.scores, score) if score is not None else {})
+        return reply if opening.thought is None else opening.thought.reply(reply)
 
     def _sample(self, output: Output) -> Sample:
         ids = output.ids[:-1] if output.stopped else output.ids
-        return Sample(self._text(ids), len(ids), output.stopped)
-
-    def _text(self, ids: Sequence[int]) -> str:
         (text,) = self.encoder.tokenizer.batch_decode([list(ids)], skip_special_tokens=True)
-        return text
+        return Sample(text, len(ids), output.stopped)
 
-    def _generate(self, requests: Sequence[Request]) -> tuple[list[Output | None], EnginesDied | None]:
-        """What the engines make of requests; with the error if they died, after which new ones are started."""
-        if not self._engines.running:
-            self._engines = self._start()
-        outputs: list[Output | None] = []
+    def _generate(
+        self, requests: Sequence[Request], calls: Sequence[tuple[int, Call]]
+    ) -> tuple[list[Output | None], WorkersDied | None]:
+        """What the workers make of calls for requests (by number); with the error if they died, after which new ones
+        are started."""
+        if not self._workers.running:
+            self._workers = self._start()
+        conversations = {turns: at for at, turns in enumerate(dict.fromkeys(r.messages or r.turns for r in requests))}
+        rows = [conversations[requests[number].messages or requests[number].turns] for number, _ in calls]
+        outputs: list[Output | None] = [None] * len(calls)
         died = None
         try:
-            outputs += self._engines.run(requests)
-        except EnginesDied as error:
-            outputs += error.outputs
+            self._workers.run([call for _, call in calls], rows, outputs)
+        except WorkersDied as error:
             died = error
-        answered = [(request, output) for request, output in zip(requests, outputs, strict=True) if output is not None]
+        answered = [(call, output) for (_, call), output in zip(calls, outputs, strict=True) if output is not None]
         self._used = Usage(
             self._used.requests + len(answered),
-            self._used.prompt_tokens + sum(len(request.ids) - output.cached for request, output in answered),
+            self._used.prompt_tokens + sum(len(call.ids) - output.cached for call, output in answered),
             # The last is drawn and not run.
             self._used.completion_tokens + sum(len(output.ids) - 1 for _, output in answered),
         )
         return outputs, died
 
 
-def _log_prob(outputs: Sequence[Output], token: int) -> float:
-    return next(output.log_probs[token] for output in outputs if token in output.log_probs)
+def _mass(tails: tuple[tuple[int, ...], ...], outputs: Mapping[Use, Sequence[Output]]) -> tuple[float, ...]:
+    """The options' masses from the log-probabilities after each of their beginnings."""
+    looked = {
+        (*beginning, token): log_prob
+        for beginning, some in outputs.items()
+        if isinstance(beginning, tuple)
+        for output in some
+        for token, log_prob in output.log_probs.items()
+    }
+    log_probs = [sum(looked[tail[:end]] for end in range(1, len(tail) + 1)) for tail in tails]
+    return tuple(option_masses(np.array([log_probs]), tails)[0].tolist())
 
 
-def _merged(parts: Sequence[Answer | None]) -> Answer | None:
-    """One answer out of those after each thought; None if one is missing."""
-    there = [part for part in parts if part is not None]
-    if len(there) < len(parts):
-        return None
-    return Answer(
-        {seed: score for part in there for seed, score in part.scores.items()},
-        {seed: sample for part in there for seed, sample in part.samples.items()},
+def _merged(request: Request, parts: Sequence[Reply]) -> Reply:
+    """One reply out of those after each thought."""
+    reply = Reply(
+        {seed: sample for part in parts for seed, sample in part.samples.items()},
+        {seed: score for part in parts for seed, score in part.scores.items()},
     )
+    if not request.choose:
+        return reply
+    assert request.question is not None
+    mass = reply.scores[0].mass
+    return Reply(choice=None if mass is None else request.question.options[int(np.argmax(mass))])
 
 
-def _all_or(died: EnginesDied | None, rows: Sequence[_Row | None]) -> list[_Row]:
-    """All rows; if the engines died, an error that brings those which are done."""
-    if died is not None:
-        raise Interrupted(str(died), rows) from None
-    return [row for row in rows if row is not None]
+def _sampling(request: Request) -> Sampling:
+    if request.choose:
+        return LIKELIEST
+    assert request.sampling is not None, "a request that draws anything says how"
+    return request.sampling

@@ -1,6 +1,6 @@
-"""vLLM's engines: started without noise, fed with requests, watched while they work, and let go of.
+"""vLLM's workers: started without noise, fed with calls, watched while they work, and let go of.
 
-An engine is an offline `LLM`; its model lives in processes of its own, so that letting go of it frees the device, and
+A worker is an offline `LLM`; its model lives in processes of its own, so that letting go of it frees the device, and
 its death is not ours. `LLM` refuses data parallelism (0.32: `vllm/entrypoints/llm.py`, `LLM.__init__`), so there are as
 many engines as copies of the model, each on its own devices. What the engines print goes to a log file, which is named
 when they fail.
@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -52,13 +53,12 @@ ADVICE = {
 
 
 @dataclass(frozen=True)
-class Request:
-    """Tokens to go on from, and what is wanted there. Requests of one row go to one engine, which caches them.
+class Call:
+    """Tokens to go on from, and what is wanted there.
 
     ``looked`` are tokens whose log-probabilities are wanted for the first place. ``seed`` is of the random numbers.
     """
 
-    row: int
     ids: tuple[int, ...]
     sampling: Sampling
     seed: int = 0
@@ -79,16 +79,12 @@ class Output:
     cached: int = 0
 
 
-class EnginesDied(UserError):
-    """An engine process is gone. ``outputs`` has what the engines had answered, None for the rest."""
-
-    def __init__(self, message: str, outputs: Sequence[Output | None]):
-        super().__init__(message)
-        self.outputs = outputs
+class WorkersDied(UserError):
+    """A worker process is gone."""
 
 
-class Engines:
-    """Running engines with one model."""
+class Workers:
+    """Running workers with one model."""
 
     def __init__(self, spec: ModelSpec, path: str):
         """Start them, one after another.
@@ -110,7 +106,7 @@ class Engines:
             with _output_to(self._log), _ctrl_c_gets_through():
                 make = _imported()
                 arguments, devices = _arguments(spec, path), _devices(spec)
-                with _environment(_engine_environment(spec)):
+                with patch.dict(os.environ, _worker_environment(spec)):  # also what vLLM changes is put back
                     for ids in devices:
                         self._llms.append(make(**arguments, **({"device_ids": ids} if ids else {})))
         except UserError:
@@ -138,26 +134,26 @@ class Engines:
         """Tokens that a prompt and its answer may have together."""
         return int(self._llms[0].llm_engine.model_config.max_model_len)
 
-    def run(self, requests: Sequence[Request]) -> list[Output]:
-        """Answer requests; they are shared out over the engines by row.
+    def run(self, calls: Sequence[Call], rows: Sequence[int], outputs: list[Output | None]) -> None:
+        """Answer calls; those with the same number in `rows` go to one worker, which caches what they share.
+
+        ``outputs`` has what has been answered at any moment.
 
         Raises
         ------
-        EnginesDied
-            If an engine process ends in the middle. The others are let go of too.
+        WorkersDied
+            If a worker process ends in the middle. The others are let go of too.
         """
         from vllm.v1.engine.exceptions import EngineDeadError  # pyright: ignore[reportMissingImports]
 
-        outputs: list[Output | None] = [None] * len(requests)
-        params = [_params(request) for request in requests]
-        rows = list(dict.fromkeys(request.row for request in requests))
-        engine_of = {row: at % len(self._llms) for at, row in enumerate(rows)}
+        params = [_params(call) for call in calls]
+        worker_of = {row: number % len(self._llms) for number, row in enumerate(dict.fromkeys(rows))}
         shares: list[list[int]] = [[] for _ in self._llms]
-        for at, request in enumerate(requests):
-            shares[engine_of[request.row]].append(at)
+        for number, row in enumerate(rows):
+            shares[worker_of[row]].append(number)
         with ThreadPoolExecutor(len(self._llms)) as pool:
             working = [
-                pool.submit(_run, llm, requests, params, share, outputs)
+                pool.submit(_run, llm, calls, params, share, outputs)
                 for llm, share in zip(self._llms, shares, strict=True)
                 if share
             ]
@@ -165,26 +161,21 @@ class Engines:
                 while waiting := wait(working, timeout=0.5).not_done:
                     for llm in self._llms:
                         _wake_if_dead(llm)
-                    for each in working:
-                        if each not in waiting:
-                            each.result()
-                for each in working:
-                    each.result()
+                    for done in set(working) - waiting:
+                        done.result()
+                for done in working:
+                    done.result()
             except EngineDeadError:
                 reason = _reason_in(self._log.read_bytes()[self._started :].decode(errors="replace"))
                 self._forget_log.detach()
                 self.close()
-                raise EnginesDied(
+                raise WorkersDied(
                     f"vLLM's engine with {self._name} died ({reason or 'killed, or out of memory'}; its log:"
-                    f" {self._log}); what was computed is in the store; the same command goes on from there",
-                    outputs,
+                    f" {self._log}); what was computed is in the store; the same command goes on from there"
                 ) from None
-            except BaseException:  # also Ctrl-C: the threads wait for engines that must go first
+            except BaseException:  # also Ctrl-C: the threads wait for workers that must go first
                 self.close()
                 raise
-        answered = [output for output in outputs if output is not None]
-        assert len(answered) == len(requests)
-        return answered
 
     def close(self) -> None:
         """End the engines' processes, and wait until they have given back their memory."""
@@ -245,41 +236,37 @@ def _guard(processes: Sequence[int]) -> subprocess.Popen[bytes]:
 
 
 def _run(
-    llm: Any,
-    requests: Sequence[Request],
-    params: Sequence[Any],
-    share: Sequence[int],
-    outputs: list[Output | None],
+    llm: Any, calls: Sequence[Call], params: Sequence[Any], share: Sequence[int], outputs: list[Output | None]
 ) -> None:
-    """Let one engine answer its share; what it has answered is in `outputs` at any moment."""
-    prompts = [{"prompt_token_ids": list(requests[at].ids)} for at in share]
-    names = llm.enqueue(prompts, [params[at] for at in share], use_tqdm=False)
-    at_name = {name.split("-")[0]: at for name, at in zip(names, share, strict=True)}
+    """Let one worker answer its share; what it has answered is in `outputs` at any moment."""
+    prompts = [{"prompt_token_ids": list(calls[number].ids)} for number in share]
+    names = llm.enqueue(prompts, [params[number] for number in share], use_tqdm=False)
+    numbers = {name.split("-")[0]: number for name, number in zip(names, share, strict=True)}
     while llm.llm_engine.has_unfinished_requests():
         for answered in llm.llm_engine.step():
             drawn = answered.outputs[0]
             first = drawn.logprobs[0] if drawn.logprobs else {}
-            outputs[at_name[answered.request_id]] = Output(
+            outputs[numbers[answered.request_id]] = Output(
                 tuple(drawn.token_ids),
                 drawn.finish_reason == "stop",
-                {token: float(each.logprob) for token, each in first.items()},
+                {token: float(entry.logprob) for token, entry in first.items()},
                 answered.num_cached_tokens or 0,
             )
 
 
-def _params(request: Request) -> Any:
-    """A request as vLLM's `SamplingParams`."""
+def _params(call: Call) -> Any:
+    """A call as vLLM's `SamplingParams`."""
     from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
 
-    if request.sampling.temperature > 2:
-        raise UserError(f"vLLM draws at temperatures from 0 to 2, not at {request.sampling.temperature}")
+    if call.sampling.temperature > 2:
+        raise UserError(f"vLLM draws at temperatures from 0 to 2, not at {call.sampling.temperature}")
     return SamplingParams(
-        temperature=request.sampling.temperature,
-        top_p=request.sampling.top_p,
-        max_tokens=request.sampling.max_new_tokens,
-        seed=request.seed,
-        stop_token_ids=sorted(request.stops),
-        logprob_token_ids=list(request.looked) or None,
+        temperature=call.sampling.temperature,
+        top_p=call.sampling.top_p,
+        max_tokens=call.sampling.max_new_tokens,
+        seed=call.seed,
+        stop_token_ids=sorted(call.stops),
+        logprob_token_ids=list(call.looked) or None,
         detokenize=False,
     )
 
@@ -378,7 +365,7 @@ def _devices(spec: ModelSpec) -> list[list[int]]:
     return [list(range(first + at * each, first + (at + 1) * each)) for at in range(copies)]
 
 
-def _engine_environment(spec: ModelSpec) -> dict[str, str]:
+def _worker_environment(spec: ModelSpec) -> dict[str, str]:
     """Environment variables that engines start with."""
     changes = {
         # In a process of its own, that is not a copy of ours with our threads' locks in it.
@@ -420,19 +407,6 @@ def _ctrl_c_gets_through() -> Iterator[None]:
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Change environment variables for a while, and take back what was changed in that time."""
-    before = dict(os.environ)
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
 
 
 @contextmanager

@@ -1,0 +1,69 @@
+"""Requests as the tests of engines make them: rows times questions, and what came back in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefs.models.types import Capture, Conversation, Engine, Question, Reply, Request, Sample, Sampling, Steering
+
+
+def replies(engine: Engine, requests: Sequence[Request]) -> list[Reply]:
+    """The reply to each request, in order."""
+    by_number = dict(engine.run(requests))
+    assert sorted(by_number) == list(range(len(requests)))
+    return [by_number[number] for number in range(len(requests))]
+
+
+def complete(
+    engine: Engine,
+    prompts: Sequence[Conversation],
+    seed: int,
+    sampling: Sampling,
+    steering: tuple[Steering, ...] = (),
+) -> list[Sample]:
+    requests = [Request(prompt, sampling=sampling, seeds=(seed,), steering=steering) for prompt in prompts]
+    return [reply.samples[seed] for reply in replies(engine, requests)]
+
+
+def observe(
+    engine: Engine,
+    conversations: Sequence[Conversation],
+    questions: Sequence[Question | None],
+    sampling: Sampling | None = None,
+    *,
+    seeds: tuple[int, ...] = (),
+    scores: tuple[int, ...] = (0,),
+    capture: Capture | None = None,
+    steering: tuple[Steering, ...] = (),
+) -> list[list[Reply]]:
+    """[conversations][questions], all from one run; a question that is None is no question."""
+    requests = [
+        Request(messages, None, capture=capture, steering=steering)
+        if question is None
+        else Request(messages, question, sampling, seeds, scores, capture=capture, steering=steering)
+        for messages in conversations
+        for question in questions
+    ]
+    found = replies(engine, requests)
+    return [found[start : start + len(questions)] for start in range(0, len(found), len(questions))]
+
+
+def dose_replies(
+    engine: Engine,
+    conversations: Sequence[Conversation],
+    question: Question,
+    sampling: Sampling,
+    doses: Sequence[tuple[Steering, ...]],
+    *,
+    seeds: tuple[int, ...] = (),
+    scores: tuple[int, ...] = (0,),
+    likelihood: bool = True,
+) -> list[list[Reply]]:
+    """[doses][conversations], all from one run."""
+    requests = [
+        Request(messages, question, sampling, seeds, scores, steering=dose, likelihood=likelihood)
+        for messages in conversations
+        for dose in doses
+    ]
+    found = replies(engine, requests)
+    return [found[number :: len(doses)] for number in range(len(doses))]
