@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from prefs.models.options import unasked
 from shapes import CHOICES, lens_model, plain_model, prefs_model
 from transformers import AutoTokenizer
 
@@ -36,7 +37,6 @@ from prefs.data.task import load_tasks
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import BATCH_TOKENS, ModelSpec
-from prefs.models.options import unasked
 from prefs.models.tokens import ChatEncoder, Message
 from prefs.models.types import CaptureRequest, Conversation, Observation, Sampling
 from prefs.store.missing import batches

@@ -29,6 +29,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from prefs.models.options import Asked, ask
 from shapes import CHOICES, lens_model, plain_model, prefs_model
 
 from prefs.config import CONF, DatasetConfig, register
@@ -36,7 +37,6 @@ from prefs.data.task import load_tasks
 from prefs.data.template import Template
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.loading import BATCH_TOKENS, ModelSpec
-from prefs.models.options import Asked, ask
 from prefs.models.tokens import Message
 from prefs.models.types import Ask, Conversation, Observation, Question, Sampling
 from prefs.statistics.exact import exact_summary

@@ -174,8 +174,8 @@ def job(folder: Path, *, simulated: bool) -> dict[str, Any]:
 
     from prefs import pipeline as job
     from prefs.config import CONF, register, typed
-    from prefs.models.loading import Models, ModelSpec
     from prefs.job import JobCounts
+    from prefs.models.loading import Models, ModelSpec
     from prefs.stages import measure as stages
 
     register()

@@ -11,7 +11,9 @@ import time
 
 import numpy as np
 
-from prefs.results.summary import groups_by_origin, refusals, stability
+from prefs.results.refusals import refusals
+from prefs.results.stability import stability
+from prefs.statistics.groups import groups_by_origin
 from prefs.statistics.measured import Measured
 
 

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 import numpy as np
 import psutil
 from exact_ratings import TEMPLATES, conversations, templates
+from prefs.models.options import ask
 
 from prefs.config import ModelConfig, ModelDType, VllmConfig
 from prefs.data.template import Template
 from prefs.models.loading import Models, ModelSpec
-from prefs.models.options import ask
 from prefs.models.types import Ask, Backend, Conversation, Question, Sampling
 from prefs.store.missing import batches
 

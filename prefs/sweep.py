@@ -119,8 +119,8 @@ def comparing_sweeps() -> Iterator[None]:
 
 def _compare(folders: list[Path]) -> None:
     for folder in folders:
-        from prefs.results.job_record import FILE as JOB
-        from prefs.results.job_record import read_job
+        from prefs.job import FILE as JOB
+        from prefs.job import read_job
 
         try:
             if all(read_job(path.parent).is_shard for path in folder.glob(f"*/{JOB}")):

@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from prefs.config import CONF, Config, typed, with_prompts
 from prefs.errors import UserError, explain
 from prefs.models.loading import ModelSpec
-from prefs.results.summary import groups_by_origin, stability, stability_table
+from prefs.results.stability import stability, stability_table
+from prefs.statistics.groups import groups_by_origin
 from prefs.statistics.measured import Measured
 
 

@@ -14,11 +14,11 @@ import torch
 from simulated_vectors import probe_config, residuals, signal_and_noise
 
 from prefs.config import ProbeConfig, ProbeControlsConfig
+from prefs.job import StageCounts
 from prefs.models.types import Sampling
 from prefs.probes import tested
 from prefs.probes.card import load_probe
 from prefs.probes.outcome import NoProbe
-from prefs.job import StageCounts
 from prefs.stages.probe import ProbeReport, Subject, probe, probe_result
 from prefs.stages.records import Residuals
 from prefs.statistics.measured import Measured

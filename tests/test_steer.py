@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import template
+from prefs.concepts.card import SavedVectors
 from tiny_models import llama, tiny_model
 
-from prefs.concepts.card import SavedVectors
 from prefs.config import CoherenceConfig, SteeringConfig, SteeringControlsConfig
 from prefs.data.task import Task
 from prefs.errors import UserError

@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 
 from prefs.data.task import Task
+from prefs.job import StageCounts
 from prefs.models.loading import Models, ModelSpec
 from prefs.models.types import Capture, Sampling
 from prefs.probes.features import Captured
-from prefs.results.job_record import Work
 from prefs.stages.complete import complete
 from prefs.stages.rate import rate
 from prefs.stages.records import Completion, Residuals
@@ -50,7 +50,7 @@ class Reader:
     store: Store
     models: Models
     dtype: str = "bfloat16"
-    work: list[Work] = field(default_factory=list)
+    work: list[StageCounts] = field(default_factory=list)
 
     def read(self, tasks: Sequence[Task], *, written_under: str | None, read_under: str | None) -> Read:
         """Complete tasks under one system prompt (None: without), and capture them under another; what the store has
@@ -80,9 +80,9 @@ class Reader:
         self.work.extend([completed, *rated.work])
         return Read(completions, rated.residuals)
 
-    def done(self) -> list[Work]:
+    def done(self) -> list[StageCounts]:
         """The work of all that was read, by stage."""
-        totals: dict[str, Work] = {}
+        totals: dict[str, StageCounts] = {}
         for work in self.work:
-            totals[work.stage] = totals.get(work.stage, Work(f"concepts, {work.stage}", 0, 0)).plus(work)
+            totals[work.stage] = totals.get(work.stage, StageCounts(f"concepts, {work.stage}", 0, 0)).plus(work)
         return list(totals.values())

@@ -15,13 +15,13 @@ from prefs.concepts.extract import extract, read_all
 from prefs.concepts.reading import Reader
 from prefs.config import Config, ModelConfig, SteeringControlsConfig
 from prefs.data.task import Task
+from prefs.job import JobCounts, StageCounts
 from prefs.models.architecture import active_parameters
 from prefs.models.loading import ModelSpec, has_weights, model_folder
 from prefs.plan.book import COMPLETER, JUDGE, RATER, ROLES, Book, Tally
 from prefs.plan.engines import PlannedModels
 from prefs.plan.lengths import Lengths
 from prefs.plan.store import Planned, PlannedStore
-from prefs.results.job_record import Doings, Work
 from prefs.stages.concept import reader_of
 from prefs.stages.dose_response import arrows, steered_along
 from prefs.stages.measure import Roles, Sites, job_tasks, measure, sites
@@ -98,7 +98,7 @@ class Plan:
     """
 
     tasks: int
-    work: Sequence[Work]
+    work: Sequence[StageCounts]
     roles: Sequence[RoleCost]
     vector_bytes: Amount
     store_bytes: Amount
@@ -148,7 +148,7 @@ def _expects(planned: Planned, roles: Roles) -> bool:
 
 @dataclass(frozen=True)
 class _Counted:
-    work: Sequence[Work]
+    work: Sequence[StageCounts]
     book: Book
     planned: Planned
     remarks: Sequence[str]
@@ -158,17 +158,17 @@ def _counted(config: Config, tasks: Sequence[Task], roles: Roles, of: Sites, *, 
     """Run the stages of a job with engines that count."""
     store = PlannedStore.at(config.store.dir)
     models = PlannedModels(lengths=Lengths(store.planned, bound))
-    doings, remarks = Doings(logged=False), []
-    _, rated, _ = measure(config, tasks, roles, config.template, of.capture, store, models, doings)
+    counts, remarks = JobCounts(logged=False), []
+    _, rated, _ = measure(config, tasks, roles, config.template, of.capture, store, models, counts)
     reader = reader_of(config, roles.completer, roles.rater, of.capture, store, models)
     if reader is not None:
         read_all(config.concept, tasks, reader)
-        doings.did(reader.done())
+        counts.add(reader.done())
     if config.steering.vector != "none":
         found, remarks = _arrows(config, tasks, of, reader)
         for ratings in rated.ratings.values() if found else ():
-            steered_along(config, found, ratings, roles.rater, store, models, doings)
-    return _Counted(doings.work, models.book, store.planned, remarks)
+            steered_along(config, found, ratings, roles.rater, store, models, counts)
+    return _Counted(counts.work, models.book, store.planned, remarks)
 
 
 def _arrows(config: Config, tasks: Sequence[Task], of: Sites, reader: Reader | None) -> tuple[list[Arrow], list[str]]:

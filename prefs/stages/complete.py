@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from prefs.data.task import Task
 from prefs.data.template import Invalid
+from prefs.job import StageCounts
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.models.types import Request, Sampling, as_dicts
-from prefs.results.job_record import Work
 from prefs.stages.records import Completion, conversation, sample_row
 from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
 from prefs.store.table import Store
@@ -37,7 +37,7 @@ def complete(
     system_prompt: str | None,
     store: Store,
     models: Models,
-) -> tuple[list[Completion], Work]:
+) -> tuple[list[Completion], StageCounts]:
     """Complete tasks, doing only what the store lacks.
 
     Returns
@@ -70,4 +70,4 @@ def complete(
         text, reason = (row["text"], Invalid.too_long) if row["invalid"] is None else (None, Invalid(row["invalid"]))
         completions.append(Completion(task, text, bool(row["finished"]), reason))
     total = len({unit.key for unit in units})
-    return completions, Work("completions", total - len(table.made), len(table.made))
+    return completions, StageCounts("completions", total - len(table.made), len(table.made))

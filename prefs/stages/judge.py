@@ -15,9 +15,9 @@ from hydra.utils import get_method
 
 from prefs.config import JudgeConfig
 from prefs.data.template import Invalid
+from prefs.job import StageCounts
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.models.types import Question, Reply, Request, as_dicts
-from prefs.results.job_record import Work
 from prefs.stages.records import Completion
 from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
 from prefs.store.table import Store
@@ -35,7 +35,7 @@ class Judged:
 
     refused: list[bool | None]
     by_phrases: list[bool | None] | None = None
-    work: tuple[Work, ...] = ()
+    work: tuple[StageCounts, ...] = ()
 
 
 def judge(config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models) -> Judged:
@@ -100,7 +100,7 @@ def judged_by_llm(config: JudgeConfig, completions: Sequence[Completion], *, sto
     ]
     by_phrases = judged_by_phrases(config, completions, store=store, models=models) if config.phrases else None
     total = len({unit.key for unit in units.values()})
-    work = Work(f"verdicts, {config.name}", total - len(table.made), len(table.made))
+    work = StageCounts(f"verdicts, {config.name}", total - len(table.made), len(table.made))
     return Judged(refused, by_phrases.refused if by_phrases else None, (work,))
 
 

@@ -10,10 +10,10 @@ from prefs.config import Config
 from prefs.data.task import Task, load_tasks
 from prefs.data.template import Template
 from prefs.errors import ConfigError
+from prefs.job import JobCounts
 from prefs.models.architecture import Architecture, architecture
 from prefs.models.loading import Models, ModelSpec, model_folder
 from prefs.models.types import Capture, Sampling
-from prefs.results.job_record import Doings
 from prefs.stages.complete import complete
 from prefs.stages.dose_response import check_saved
 from prefs.stages.judge import Judged, judge
@@ -115,7 +115,7 @@ def measure(
     capture: Capture | None,
     store: Store,
     models: Models,
-    doings: Doings,
+    counts: JobCounts,
 ) -> tuple[list[Completion], Rated, Judged]:
     """Complete, rate and capture, and judge, doing only what the store lacks."""
     completions, completed = complete(
@@ -127,7 +127,7 @@ def measure(
         store=store,
         models=models,
     )
-    doings.did([completed])
+    counts.add([completed])
     rated = rate(
         completions,
         roles.rater,
@@ -142,7 +142,7 @@ def measure(
         store=store,
         models=models,
     )
-    doings.did(rated.work)
+    counts.add(rated.work)
     judged = judge(config.judge, completions, store=store, models=models)
-    doings.did(judged.work)
+    counts.add(judged.work)
     return completions, rated, judged

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from prefs.data.template import Invalid, Template
+from prefs.job import StageCounts
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.models.types import Capture, Conversation, Message, Question, Request, Sampling, as_dicts
-from prefs.results.job_record import Work
 from prefs.stages.records import (
     Answer,
     Completion,
@@ -104,7 +104,7 @@ def rate(
         vectors = [*positions.values(), *at_rating.values()]
         made, total = sum(len(kept.vectors.made) for kept, _ in vectors), sum(len(keys) for _, keys in vectors)
         written = sum(kept.vectors.bytes_made for kept, _ in vectors)
-        work.append(Work("residual vectors", total - made, made, written))
+        work.append(StageCounts("residual vectors", total - made, made, written))
 
     def residuals(position: str, captured: _Captured) -> Residuals:
         kept, keys = captured
@@ -224,15 +224,15 @@ class _Cell:
         records += [Record(self.rating[0], self.rating[1][row], "rating")] if self.rating else []
         return Wanted(request, tuple(records), thought if first else None)
 
-    def work(self) -> list[Work]:
+    def work(self) -> list[StageCounts]:
         """What of the ratings was reused and what computed."""
         work = []
         if self.seeds:
             made = len(self.answers.table.made)
-            work.append(Work(f"sampled ratings, {self.template.name}", len(self.answer_keys) - made, made))
+            work.append(StageCounts(f"sampled ratings, {self.template.name}", len(self.answer_keys) - made, made))
         if self.thoughts:
             made = len(self.scores.table.made)
-            work.append(Work(f"exact ratings, {self.template.name}", len(self.score_keys) - made, made))
+            work.append(StageCounts(f"exact ratings, {self.template.name}", len(self.score_keys) - made, made))
         return work
 
     def ratings(self, completions: Sequence[Completion]) -> Ratings:

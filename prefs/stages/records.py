@@ -10,8 +10,8 @@ import numpy as np
 
 from prefs.data.task import Task
 from prefs.data.template import Invalid, Template
+from prefs.job import StageCounts
 from prefs.models.types import Conversation, Message, Question, Reply, Sample, Sampling, Score
-from prefs.results.job_record import Work
 from prefs.statistics.measured import Measured
 from prefs.store.vectors import Vectors
 
@@ -146,4 +146,4 @@ class Rated:
     ratings: Mapping[str, Ratings]
     residuals: Mapping[str, Residuals]
     rating_residuals: Mapping[str, Residuals]
-    work: Sequence[Work]
+    work: Sequence[StageCounts]

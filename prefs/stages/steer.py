@@ -13,9 +13,9 @@ import pyarrow as pa
 import torch
 
 from prefs.data.template import Invalid, Template
+from prefs.job import StageCounts
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.models.types import Message, Question, Reply, Request, Sampling, Steering, as_dicts
-from prefs.results.job_record import Work
 from prefs.stages.rate import QUESTION_ALLOWANCE
 from prefs.stages.records import Completion, conversation
 from prefs.store.keys import digest
@@ -140,7 +140,7 @@ def steer(
     system_prompt: str | None,
     store: Store,
     models: Models,
-) -> tuple[Responses, Work]:
+) -> tuple[Responses, StageCounts]:
     """Rate completions under every dose, doing only what the store lacks.
 
     Each arrow is given at each coefficient, an ablation at 1, and no arrow once for all of them.
@@ -187,7 +187,7 @@ def steer(
     engine = partial(models.get, rater)
     fill(units, engine, rater.batch_tokens, store, label="Steering", at_once=DOSES_AT_ONCE)
     total = len(set(keys.values()))
-    work = Work(f"steered ratings, {template.name}", total - len(table.made), len(table.made))
+    work = StageCounts(f"steered ratings, {template.name}", total - len(table.made), len(table.made))
     return _responses(doses, template, len(completions), keys, table.rows, len(seeds)), work
 
 
