@@ -94,23 +94,23 @@ def _checked(hub: FakeHub, repo: str, revision: str, what: str, rest: list[str],
     if not folder.is_dir():
         return 404, b"", {"X-Error-Code": "RevisionNotFound"}
     commit = {"X-Repo-Commit": folder.name}
-    place = folder.joinpath(*rest)
-    if what == "resolve" and place.is_file():
-        content = place.read_bytes()
+    path = folder.joinpath(*rest)
+    if what == "resolve" and path.is_file():
+        content = path.read_bytes()
         return 200, content, {**commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
     if what == "revision":
         siblings = [{"rfilename": str(file.relative_to(folder))} for file in folder.rglob("*") if file.is_file()]
         return 200, json.dumps({"id": repo, "sha": folder.name, "siblings": siblings}).encode(), {}
-    if what == "tree" and place.is_dir():
-        return 200, json.dumps([_entry(folder, each) for each in sorted(place.iterdir())]).encode(), {}
+    if what == "tree" and path.is_dir():
+        return 200, json.dumps([_entry(folder, entry) for entry in sorted(path.iterdir())]).encode(), {}
     if what == "paths-info":
-        wanted = [folder / each for each in parse_qs(body.decode()).get("paths", [])]
-        return 200, json.dumps([_entry(folder, each) for each in wanted if each.exists()]).encode(), {}
+        wanted = [folder / name for name in parse_qs(body.decode()).get("paths", [])]
+        return 200, json.dumps([_entry(folder, entry) for entry in wanted if entry.exists()]).encode(), {}
     return 404, b"", {**commit, "X-Error-Code": "EntryNotFound"}
 
 
-def _entry(folder: Path, place: Path) -> dict[str, Any]:
-    path = str(place.relative_to(folder))
-    if place.is_dir():
+def _entry(folder: Path, entry: Path) -> dict[str, Any]:
+    path = str(entry.relative_to(folder))
+    if entry.is_dir():
         return {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
-    return {"type": "file", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": place.stat().st_size}
+    return {"type": "file", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": entry.stat().st_size}

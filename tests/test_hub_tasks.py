@@ -117,21 +117,18 @@ def test_alpaca_joins_instruction_and_input(tmp_path, prefs_log, kind):
     assert messages(prefs_log) == ["alpaca: 3 tasks of 5 rows read; skipped 2 empty"]
 
 
-def test_jsonl_with_fields_of_all_kinds(tmp_path, prefs_log):
+def test_rows_of_all_kinds(tmp_path, prefs_log):
     rows = [{"instruction": value, "input": ""} for value in ("Name a tree", 5, ["a"], {"b": 1}, True, None)]
     rows += [{"input": "no instruction"}, {"instruction": "Add", "input": 7, "output": {"x": [1]}}]
-    dataset = shipped("alpaca", f"dataset.sources.alpaca.path={written(tmp_path, rows, 'jsonl')}")
+    dataset = shipped("alpaca", f"dataset.sources.alpaca.path={written(tmp_path / 'alpaca', rows, 'jsonl')}")
     assert [task.prompt for task in load_tasks(dataset)] == ["Name a tree"]
-    assert messages(prefs_log) == ["alpaca: 1 tasks of 8 rows read; skipped 5 not text, 2 empty"]
-
-
-def test_conversations_of_all_kinds(tmp_path, prefs_log):
     turns = [chat(("user", "Name a tree")), "text", 3, [4, None], [{"role": "user", "content": ["parts"]}], {"role": 1}]
-    rows = [wildchat(value, key=str(at)) for at, value in enumerate(turns)]
-    dataset = shipped("wildchat", f"dataset.sources.wildchat.path={written(tmp_path, rows, 'jsonl')}")
+    rows = [wildchat(value, key=str(number)) for number, value in enumerate(turns)]
+    dataset = shipped("wildchat", f"dataset.sources.wildchat.path={written(tmp_path / 'wildchat', rows, 'jsonl')}")
     assert load_tasks(dataset) == [Task("wildchat-0", "Name a tree", "WILDCHAT", None)]
-    (line,) = messages(prefs_log)
-    assert counted(line.partition("; skipped ")[2]) == {
+    alpaca, wild = messages(prefs_log)
+    assert alpaca == "alpaca: 1 tasks of 8 rows read; skipped 5 not text, 2 empty"
+    assert counted(wild.partition("; skipped ")[2]) == {
         "not a conversation": 3,
         "without a user turn": 1,
         "not text": 1,
@@ -181,8 +178,8 @@ def four(tmp_path_factory) -> list[str]:
     for name, rows in (("bailbench", bail), ("wildchat", wild), ("alpaca", alpaca)):
         written(folder / name, rows)
     subjects = shipped("math").sources["math"].configs
-    for at, subject in enumerate(subjects):
-        written(folder / "math", math[at :: len(subjects)], name=f"{subject}/train")
+    for number, subject in enumerate(subjects):
+        written(folder / "math", math[number :: len(subjects)], name=f"{subject}/train")
     return [f"dataset.sources.{name}.path={folder / name}" for name in SIZES]
 
 
@@ -235,7 +232,7 @@ def test_a_small_limit_reads_few_rows_of_many(tmp_path, prefs_log):
     )
     assert len(tasks) == 300
     (line,) = messages(prefs_log)
-    read, skipped = (int(part.split()[at]) for part, at in ((line.split(" of ")[1], 0), (line.split("skipped ")[1], 0)))
+    read, skipped = (int(count) for count in re.search(r"of (\d+) rows read; skipped (\d+)", line).groups())
     assert read - skipped == 300
     assert read < 800
     places = np.array([int(task.id.removeprefix("wildchat-")) for task in tasks])
@@ -337,7 +334,7 @@ def test_any_conversation_is_a_task_or_skipped(conversation):
 
 @given(st.lists(st.integers(0, 5), max_size=5))
 def test_in_turn_takes_one_of_each(lengths):
-    streams = [iter([(turn, at) for turn in range(length)]) for at, length in enumerate(lengths)]
+    streams = [[(turn, number) for turn in range(length)] for number, length in enumerate(lengths)]
     taken = list(in_turn(streams))
     assert taken == sorted(taken)
     assert len(taken) == sum(lengths)

@@ -149,7 +149,7 @@ def test_a_cut_off_answer_may_have_gone_on():
 
 @pytest.mark.parametrize("words", [("C#", "C"), ("*", "**"), ("fair", "_Fair_")])
 def test_words_that_read_the_same_are_refused(words):
-    options = [Option(say=word, value=at) for at, word in enumerate(words)]
+    options = [Option(word, float(value)) for value, word in enumerate(words)]
     with pytest.raises(ConfigError, match="told apart when read"):
         Template("t", "?", options, Reading.option).check("t")
 

@@ -73,7 +73,7 @@ def hub_tasks(dataset: DatasetConfig) -> list[Task]:
     ]
     origins = sorted({draw.source.origin for draw in draws})
     order = np.random.default_rng(dataset.seed).permutation(len(origins))
-    streams = [in_turn(draw for draw in draws if draw.source.origin == origins[index]) for index in order]
+    streams = [in_turn([draw for draw in draws if draw.source.origin == origins[index]]) for index in order]
     rows = sum(len(draw.rows) for draw in draws)
     drawn = []
     with progress("Reading tasks", min(rows, dataset.limit or rows)) as advance:
@@ -141,11 +141,10 @@ class Draw:
         return line
 
 
-def in_turn(streams: Iterable[Iterable[Item]]) -> Iterator[Item]:
+def in_turn(streams: Sequence[Iterable[Item]]) -> Iterator[Item]:
     """One from each stream, again and again, leaving out those that have ended (`itertools`' recipe ``roundrobin``)."""
-    going = [iter(stream) for stream in streams]
-    turns: Iterator[Iterator[Item]] = iter(going)
-    for count in range(len(going), 0, -1):
+    turns: Iterator[Iterator[Item]] = map(iter, streams)
+    for count in range(len(streams), 0, -1):
         turns = cycle(islice(turns, count))
         yield from map(next, turns)
 
