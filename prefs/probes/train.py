@@ -130,8 +130,8 @@ def train(
                 unfinished += int((~bank.stopped()).sum())
             criterion.append(bank.criterion.gather(2, bank.chosen[:, :, None]).squeeze(2).double().cpu().numpy())
             penalty.append(np.array(bank.penalties or (np.nan,))[bank.chosen.cpu().numpy()])
-            for index in np.ndindex(splits.fits, len(bank.sites), kept):
-                probes[index[0], start + index[1], index[2]] = bank.probe(*index, "")
+            for number, site, target in np.ndindex(splits.fits, len(bank.sites), kept):
+                probes[number, start + site, target] = bank.probe(number, site, target, "")
             advance(len(bank.sites))
     if diverged:
         log.warning(

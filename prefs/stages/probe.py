@@ -142,7 +142,9 @@ def probe(
         # Imported only now: a job that finds its probes should not wait for Lightning and scikit-learn.
         from prefs.probes.tested import train_and_test
 
-        prompts, completions = ([texts[row] for row in rows] for texts in (subject.prompts, subject.completions))
+        prompts, completions = (
+            [texts[row] for row in rows.tolist()] for texts in (subject.prompts, subject.completions)
+        )
         made = replace(config, trainer=dict(trainer()))
         return train_and_test(measured, rows, targets, features, prompts, completions, made, bootstrap)
 
@@ -159,11 +161,12 @@ def _found_or_trained(
     kept: StoredResult, store: Store, train: Callable[[], Outcome | NoProbe]
 ) -> tuple[Outcome | NoProbe, bool]:
     """The outcome, and whether it was trained here; where jobs want the same at the same time, one of them trains."""
-    outcome, trained = _read(kept), False
-    if outcome is not None:
-        for warning in outcome.warnings:
+    stored, trained = _read(kept), False
+    if stored is not None:
+        for warning in stored.warnings:
             log.warning("%s", warning)
-        return outcome, False
+        return stored, False
+    outcome: Outcome | NoProbe | None = None
 
     def refresh() -> None:
         nonlocal outcome
@@ -184,7 +187,7 @@ def _found_or_trained(
     return outcome, trained
 
 
-def _read(kept: StoredResult) -> Outcome | NoProbe | None:
+def _read(kept: StoredResult) -> Outcome | None:
     content = kept.read()
     return None if content is None else put_together(*content)
 
