@@ -99,6 +99,7 @@ def parts(file: Path, output: Path) -> None:
     importing = time.perf_counter() - begun
     from prefs import pipeline as job
     from prefs import run
+    from prefs.results import files
     from prefs.results import wandb as track
     from prefs.stages.probe import ProbeReport
     from prefs.store import table as store
@@ -110,10 +111,10 @@ def parts(file: Path, output: Path) -> None:
     clock.watch("reading the store", store.Result, "read")
     clock.watch("probes: their key, what was found, transfer", job, "probe")
     clock.watch("probes: saved in the run folder", ProbeReport, "save")
-    clock.watch("statistics", job, "groups_by_origin", "stability", "refusals", "stability_table", "refusal_table")
-    clock.watch("statistics", job, "distribution_table")
-    clock.watch("tables", job, "write_table", "answers_table", "exact_table", "completions_table")
-    clock.watch("figures", job, "draw_figures")
+    for stage in job.STAGES:
+        object.__setattr__(stage, "run", clock.timed(f"stage: {stage.name}", stage.run))
+    clock.watch("tables", files, "write_table")
+    clock.watch("figures", job, "write")
     clock.watch("closing tables", job, "show", "show_files")
     start = track._start
 
@@ -123,7 +124,7 @@ def parts(file: Path, output: Path) -> None:
         return tracked, offline
 
     track._start = clock.timed("W&B: init", started)
-    clock.watch("W&B: logging", track.Tracker, "metrics", "series", "table", "figure", "artifact")
+    clock.watch("W&B: logging", track.Tracker, "log", "metrics")
     begun = time.perf_counter()
     clock.timed("Hydra, and all else", run.main)()
     whole = time.perf_counter() - begun

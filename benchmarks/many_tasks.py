@@ -192,7 +192,7 @@ def job(folder: Path, *, simulated: bool) -> dict[str, Any]:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets how high memory was
     seconds: Counter[str] = Counter()
-    asking, after = ("load_tasks", "complete", "rate", "judge"), ("_report", "write_table")
+    asking, after = ("load_tasks", "complete", "rate", "judge"), ("joined", "write")
     begun, ran = time.perf_counter(), time.process_time()
     with timed(seconds, stages, *asking), timed(seconds, job, *after), contextlib.redirect_stdout(sys.stderr):
         loaded = Models({engine: Simulated()} if simulated else {})

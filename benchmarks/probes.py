@@ -27,20 +27,21 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader, TensorDataset
 
+from prefs.config import ProbeConfig, ProbeControlsConfig
 from prefs.probes.crossval import cross_validate
-from prefs.probes.data import ProbeData
-from prefs.probes.descent import Descent
 from prefs.probes.features import Captured, Tensors
 from prefs.probes.folds import Splits
 from prefs.probes.probe import Site
-from prefs.probes.ridge import RidgeBank
 from prefs.probes.targets import Target
-from prefs.probes.train import Training, train
+from prefs.probes.train import Trained, train
 from prefs.stages.records import Residuals
 from prefs.statistics.estimates import Estimate
 from prefs.store.table import Store
 
-PENALTIES = tuple(float(each) for each in np.logspace(-4, 4, 17))
+PENALTIES = np.logspace(-4, 4, 17).tolist()
+RIDGE = ProbeConfig(
+    "ridge", penalties=PENALTIES, controls=ProbeControlsConfig(permutations=0), _target_="prefs.probes.ridge.RidgeBank"
+)
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
@@ -77,30 +78,18 @@ def trainer(**arguments: object) -> lightning.Trainer:
 
 
 def ridge(given: argparse.Namespace) -> None:
-    """Out-of-fold predictions of every layer, fold and penalty."""
+    """Out-of-fold predictions of every layer and fold, of the penalty chosen among all."""
     rng = np.random.default_rng(0)
     n, layers, d, k = given.tasks, given.layers, given.width, 5
     x = vectors(n, layers, d, rng)
     y = rating(x, rng)
     folds = np.arange(n) % k
     features = Tensors(x, [Site(layer, "rating") for layer in range(layers)])
-    splits = Splits.of(folds, 0)
+    splits = Splits.draw(folds, 0)
     wide = [x[:, layer].float().numpy() for layer in range(layers)]
 
-    def bank() -> np.ndarray:
-        data = ProbeData(features, slice(0, layers), torch.from_numpy(y)[:, None], splits)
-        trained = RidgeBank(features.sites, d, 1, splits, PENALTIES, data.reference(), keep_all=True)
-        trainer(max_epochs=1, limit_val_batches=0, precision="64-true").fit(trained, datamodule=data)
-        out = np.empty((layers, len(PENALTIES), n))
-        for fold in range(k):
-            held_out = torch.from_numpy(np.flatnonzero(folds == fold))
-            z = (x[held_out].double() - trained.mean[fold]) / trained.scale[fold]
-            found = torch.einsum("nsd,spd->spn", z, trained.all_weight[fold, :, :, 0])
-            out[:, :, held_out.numpy()] = (found + trained.all_bias[fold, :, :, 0, None]).numpy()
-        return out
-
-    def chosen() -> object:
-        return train(features, torch.from_numpy(y)[:, None], splits, Training(penalties=PENALTIES), kept=1)
+    def at_once() -> Trained:
+        return train(features, torch.from_numpy(y)[:, None], splits, RIDGE, kept=1)
 
     def loop(dtype: type) -> Callable[[], np.ndarray]:
         def run() -> np.ndarray:
@@ -128,8 +117,7 @@ def ridge(given: argparse.Namespace) -> None:
 
     few = min(given.nested_layers, layers)
     rows = [
-        ("prefs, all at once, every penalty's predictions", timed(given.clock, given.repeats, bank), 1),
-        ("prefs, penalty chosen within the training folds", timed(given.clock, given.repeats, chosen), 1),
+        ("prefs, all at once, penalty chosen within the training folds", timed(given.clock, given.repeats, at_once), 1),
         ("scikit-learn, a loop over Ridge, float64", timed(given.clock, 1, loop(np.float64)), 1),
         ("scikit-learn, a loop over Ridge, float32", timed(given.clock, 1, loop(np.float32)), 1),
         ("scikit-learn, RidgeCV (5 folds) in cross_val_score", timed(given.clock, 1, nested(5, few)), layers / few),
@@ -137,12 +125,15 @@ def ridge(given: argparse.Namespace) -> None:
     ]  # fmt: skip
     print(f"{layers} layers x {n:,} tasks x {d}, {k} folds x {len(PENALTIES)} penalties, {given.clock} time;")
     print(f"RidgeCV on {few} layers, scaled to {layers}\n")
-    print("| method | s | ratio to prefs, all | ratio to prefs, chosen |\n|---|---|---|---|")
+    print("| method | s | ratio to prefs |\n|---|---|---|")
     for name, (median, _), times in rows:
         seconds = median * times
-        print(f"| {name} | {seconds:.1f} | {seconds / rows[0][1][0]:.1f} | {seconds / rows[1][1][0]:.1f} |")
-    difference = np.abs(bank() - loop(np.float64)()).max(axis=(0, 2)) / y.std()
-    print(f"\nLargest difference of predictions from float64's: {difference.max():.1e} of the target's SD")
+        print(f"| {name} | {seconds:.1f} | {seconds / rows[0][1][0]:.1f} |")
+    trained, every = at_once(), loop(np.float64)()
+    chosen = np.searchsorted(PENALTIES, trained.penalty[folds, :, 0])  # [n, layers]
+    expected = every[np.arange(layers), chosen, np.arange(n)[:, None]]
+    difference = np.abs(trained.out_of_fold[:, :, 0] - expected).max() / y.std()
+    print(f"\nLargest difference of predictions from float64's: {difference:.1e} of the target's SD")
 
 
 class OneProbe(lightning.LightningModule):
@@ -167,9 +158,12 @@ def linear(given: argparse.Namespace) -> None:
     n, layers, d, epochs = given.tasks, given.layers, given.width, given.epochs
     x = vectors(n, layers, d, rng)
     y = rating(x, rng)
-    splits = Splits.of(np.arange(n) % 5, 0)
+    splits = Splits.draw(np.arange(n) % 5, 0)
     features = Tensors(x, [Site(layer, "rating") for layer in range(layers)])
-    settings = Training(kind="linear", penalties=(0.01,), max_epochs=epochs, descent=Descent(patience=epochs + 1))
+    settings = ProbeConfig(
+        "linear", kind="linear", penalties=[0.01], max_epochs=epochs, patience=epochs + 1,
+        _target_="prefs.probes.descent.LinearBank",
+    )  # fmt: skip
 
     def at_once() -> None:
         train(features, torch.from_numpy(y)[:, None], splits, settings, kept=1)
@@ -218,8 +212,7 @@ def stream(given: argparse.Namespace) -> None:
             [target],
             np.arange(n) % 5,
             ["ONE"] * n,
-            Training(penalties=PENALTIES),
-            permutations=0,
+            RIDGE,
             bootstrap=0,
         )
         taken = time.perf_counter() - begun

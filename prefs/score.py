@@ -8,11 +8,10 @@ read.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,15 +24,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig
 
-from prefs.config import CONF, filled
-from prefs.config.limits import DEVICE
+from prefs.config import filled
+from prefs.config.limits import DEVICE, SHARE, TEMPERATURE, at_least, check_limits, limited
 from prefs.errors import ConfigError, UserError, one_line_errors
 from prefs.store.files import write_durably
 
 if TYPE_CHECKING:
     from prefs.models.loading import Models
     from prefs.probes.apply import Applied
-    from prefs.probes.card import SavedProbe
+    from prefs.probes.probe import Probe
     from prefs.probes.source import Source
 
 INTERRUPTED = "nothing was written"
@@ -50,11 +49,11 @@ class ScoreConfig:
     text_file: str | None = None
     completion: str | None = None
     completion_file: str | None = None
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    device: str | None = None
+    max_new_tokens: int = limited(64, at_least(1))
+    temperature: float = limited(0.0, TEMPERATURE)
+    top_p: float = limited(1.0, SHARE)
+    seed: int = limited(0, at_least(0))
+    device: str | None = limited(None, DEVICE)
     model_path: str | None = None
     out: str = MISSING
 
@@ -84,7 +83,7 @@ def main() -> None:
     with one_line():
         sys.argv[1:] = literal(sys.argv[1:])
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="score")(job)()
+            hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="score")(job)()
         except OSError as error:  # of Hydra, which makes the folder `out`
             if error.filename is None or wants_traceback:
                 raise
@@ -114,9 +113,9 @@ def _quoted(key: str, text: str) -> str:
     except UnicodeEncodeError:
         raise UserError(f"{key}: not UTF-8; give {key}_file=PATH") from None
     # OmegaConf: a backslash before ${ keeps it from being an interpolation, and those before it are doubled.
-    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
     # Hydra: the same for quotes; also the end of the text stands before one.
-    return '"' + re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + found[2].replace('"', r"\""), text) + '"'
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda match: match[1] * 2 + match[2].replace('"', r"\""), text) + '"'
 
 
 def typed(cfg: DictConfig) -> ScoreConfig:
@@ -133,16 +132,7 @@ def typed(cfg: DictConfig) -> ScoreConfig:
     for key in ("text", "completion"):
         if getattr(config, key) is not None and getattr(config, f"{key}_file") is not None:
             raise ConfigError(f"{key}_file", getattr(config, f"{key}_file"), f"null, since there is {key}= as well")
-    if config.max_new_tokens < 1:
-        raise ConfigError("max_new_tokens", config.max_new_tokens, "1 or more")
-    if not (math.isfinite(config.temperature) and config.temperature >= 0):
-        raise ConfigError("temperature", config.temperature, "0 (always the likeliest token) or more")
-    if not 0 < config.top_p <= 1:
-        raise ConfigError("top_p", config.top_p, "more than 0, at most 1")
-    if config.seed < 0:
-        raise ConfigError("seed", config.seed, "0 or more")
-    if config.device is not None and not DEVICE.holds(config.device):
-        raise ConfigError("device", config.device, "auto, cpu, mps, cuda or cuda:N")
+    check_limits(config)
     return config
 
 
@@ -180,26 +170,39 @@ def score(config: ScoreConfig, text: str, completion: str | None, folder: Path, 
     UserError
         If the probe, the model or the text is not what it has to be, or the disk refuses.
     """
-    from prefs.models.local.engine import LocalEngine
     from prefs.models.types import Sampling
     from prefs.probes.apply import apply
     from prefs.probes.card import load_probe
+    from prefs.probes.page import page, record
     from prefs.probes.source import Source
 
     saved = load_probe(Path(config.probe).expanduser())
-    source = Source.read(saved)
+    probe, source = saved.probe, Source.read(saved)
     spec = source.rater(config.device, config.model_path)
     models.keep_only([spec])
-    backend = models.get(spec)
-    assert isinstance(backend, LocalEngine)
     sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens)
-    applied = apply(saved.probe, source, backend, text, completion, sampling, config.seed)
-    page = _write(folder, saved, source, applied)
-    _print(saved, source, applied, page)
+    applied = apply(probe, source, models.get(spec), text, completion, sampling, config.seed)  # type: ignore[arg-type]
+    content = {
+        "probe": {"kind": probe.kind, "target": probe.target, **probe.site._asdict()},
+        "model": source.model.name,
+        "scale": list(source.scale),
+        "metrics": dict(source.metrics),
+        **record(applied),
+    }
+    facts = _facts(probe, source, applied)
+    html = page(applied, title=f"{probe.target}: probe at {probe.site}", position=probe.site.position, facts=facts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        encoded = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode()
+        write_durably(folder / "score.json", encoded)
+        write_durably(folder / "score.html", html.encode())
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
+    _print(facts, folder / "score.html")
     return applied
 
 
-def _facts(saved: SavedProbe, source: Source, applied: Applied) -> dict[str, str]:
+def _facts(probe: Probe, source: Source, applied: Applied) -> dict[str, str]:
     """What there is to say, by name."""
     from prefs.results.terminal import number
 
@@ -207,56 +210,34 @@ def _facts(saved: SavedProbe, source: Source, applied: Applied) -> dict[str, str
     known = [f"{name} {number(source.metrics[key])}" for key, name in METRICS.items() if key in source.metrics]
     facts = {
         "predicted": f"{number(applied.prediction)} on a scale from {low:g} to {high:g}",
-        "of": saved.probe.target,
-        "probe": f"{saved.probe.kind} at {saved.probe.site} of {source.model.name}",
+        "of": probe.target,
+        "probe": f"{probe.kind} at {probe.site} of {source.model.name}",
         "on held-out tasks": ", ".join(known) or "not in the probe's card",
     }
     if applied.thought is not None:
         facts["thought"] = applied.thought
-    if applied.written is not None:
-        cut = "" if applied.written.finished else f" (cut off after {applied.written.tokens} tokens)"
-        facts["completion, by the model"] = f"{applied.written.text}{cut}"
+    if (written := applied.written) is not None:
+        cut = "" if written.finished else f" (cut off after {written.tokens} tokens)"
+        facts["completion, by the model"] = f"{written.text}{cut}"
     return facts
 
 
-def _write(folder: Path, saved: SavedProbe, source: Source, applied: Applied) -> Path:
-    from prefs.probes.page import page, record
-
-    site = saved.probe.site
-    found = {
-        "probe": {"kind": saved.probe.kind, "target": saved.probe.target, **site._asdict()},
-        "model": source.model.name,
-        "scale": list(source.scale),
-        "metrics": dict(source.metrics),
-        **record(applied),
-    }
-    title = f"{saved.probe.target}: probe at {site}"
-    html = page(applied, title=title, position=site.position, facts=_facts(saved, source, applied))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / "score.json", json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode())
-        write_durably(folder / "score.html", html.encode())
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
-    return folder / "score.html"
-
-
-def _print(saved: SavedProbe, source: Source, applied: Applied, page: Path) -> None:
+def _print(facts: Mapping[str, str], page: Path) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from prefs.results.html import printable
+    from prefs.results.terminal import console
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
-    for fact, value in _facts(saved, source, applied).items():
+    for fact, value in facts.items():
         table.add_row(fact, Text(str(printable(value)), style="bold" if fact == "predicted" else ""))
-    console = Console(markup=False, highlight=False, emoji=False)
-    console.print(table)
-    console.print(f"token by token  {page}", soft_wrap=True)
+    output = console()
+    output.print(table)
+    output.print(f"token by token  {page}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 from hydra_app import shipped_configs
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
@@ -37,7 +37,7 @@ from prefs.job import StageCounts, recorded
 from prefs.models.loading import Models
 from prefs.models.types import Question, Sampling
 from prefs.probes.outcome import NoProbe
-from prefs.results import figures, files
+from prefs.results import drawing, files
 from prefs.results.answers import answers_table, completions_table, exact_table, thoughts_table
 from prefs.stages.judge import judge
 from prefs.stages.probe import Subject, probe, probe_result
@@ -296,19 +296,19 @@ def compared(
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("COLUMNS", str(width))  # each remark on one line
-        patch.setattr(figures, "DPI", 40)  # drawn in less time
-        for name, draw in inspect.getmembers(figures, inspect.isfunction) if not drawn else ():
-            if "path" in inspect.signature(draw).parameters:
-                patch.setattr(figures, name, _point)
+        patch.setattr(drawing, "DPI", 40)  # drawn in less time
+        if not drawn:
+            patch.setattr(drawing, "save", _point)
         for name in ("WANDB_MODE", "WANDB_API_KEY"):
             patch.delenv(name, raising=False)
         written = compare(list(folders), out, wandb_mode)
     return Compared(written, printed.getvalue())
 
 
-def _point(path: Path, **_: Any) -> None:
+def _point(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (1, 1)).save(path)
+    return path
 
 
 def row_of(table: pd.DataFrame, **wanted: object) -> pd.Series:

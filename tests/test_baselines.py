@@ -17,8 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from prefs.errors import UserError
 from prefs.probes import baselines
-from prefs.probes.baselines import content, embed, embedding, length, on_vectors, origin_mean, random_directions
-from prefs.probes.scores import r2_columns
+from prefs.probes.baselines import content, embed, length, on_vectors, origin_mean, random_directions
 
 WORDS = ["sun", "moon", "river", "stone", "bread", "salt", "wind", "leaf"]
 
@@ -27,19 +26,18 @@ def texts_and_targets(n, seed=0):
     """Texts that say "good" or "bad" among other words, and a target that follows."""
     rng = np.random.default_rng(seed)
     good = rng.integers(0, 2, size=n)
-    texts = [f"{' '.join(rng.choice(WORDS, 12))} {'good' if each else 'bad'} {rng.choice(WORDS)}" for each in good]
+    texts = [f"{' '.join(rng.choice(WORDS, 12))} {'good' if yes else 'bad'} {rng.choice(WORDS)}" for yes in good]
     return texts, 3 + good + rng.normal(0, 0.2, size=n), np.arange(n) % 4
 
 
 def everything(y, folds, texts):
-    """Each baseline of text and origin, by name."""
-    origins = [text[:1] for text in texts]
+    """Each baseline, by name."""
     return {
-        "origin_mean": origin_mean(y, origins, folds),
+        "origin_mean": origin_mean(y, [text[:1] for text in texts], folds),
         "length": length(y, texts, texts[::-1], folds),
         "content": content(y, texts, folds, 0),
         "on_vectors": on_vectors(y, np.eye(len(y)) if len(y) else np.zeros((0, 2)), folds),
-        "random": random_directions(torch.eye(len(y))[:, None, :], y, folds, 2, 0)[:, 0, 0],
+        "random": random_directions(torch.eye(len(y)), y, folds, 2, 0)[:, 0],
     }
 
 
@@ -50,18 +48,24 @@ def test_origin_mean_by_hand():
     np.testing.assert_allclose(got, [3.0, 1.0, 7.0, 5.0, 5.0, 1.0])
 
 
-def test_length_is_least_squares_on_the_other_folds():
+@pytest.mark.parametrize("name", ["length", "vectors"])
+def test_baselines_of_numbers_are_scikit_learns_on_the_other_folds(name):
     rng = np.random.default_rng(0)
-    prompts, completions = (["x" * size for size in rng.integers(0, 500, size=40)] for _ in range(2))
-    known = np.log1p([[len(a), len(b)] for a, b in zip(prompts, completions, strict=True)])
-    y = known @ [0.5, -2.0] + rng.normal(0, 0.1, size=40)
-    y[3] = np.nan
-    folds = rng.integers(0, 3, size=40)
-    got = length(y, prompts, completions, folds)
+    folds = rng.integers(0, 3, size=60)
+    if name == "length":
+        prompts, completions = (["x" * size for size in rng.integers(0, 500, size=60)] for _ in range(2))
+        known = np.log1p([[len(a), len(b)] for a, b in zip(prompts, completions, strict=True)])
+        peer = LinearRegression()
+    else:
+        known = rng.normal(size=(60, 20)) / np.sqrt(20)
+        peer = RidgeCV(baselines.PENALTIES, cv=LeaveOneOut(), scoring="neg_mean_squared_error")
+    y = known @ rng.normal(size=known.shape[1]) + rng.normal(0, 0.3, size=60)
+    y[7] = np.nan
+    got = length(y, prompts, completions, folds) if name == "length" else on_vectors(y, known, folds)
     for fold in range(3):
         rows = (folds != fold) & np.isfinite(y)
-        expected = LinearRegression().fit(known[rows], y[rows]).predict(known[folds == fold])
-        np.testing.assert_allclose(got[folds == fold], expected)
+        expected = peer.fit(known[rows], y[rows]).predict(known[folds == fold])
+        np.testing.assert_allclose(got[folds == fold], expected, atol=1e-9)
 
 
 def test_content_finds_the_word_that_tells():
@@ -88,39 +92,25 @@ def test_words_are_weighted_as_by_a_vectorizer_fitted_on_the_training_folds(monk
         np.testing.assert_allclose(known.toarray(), peer.transform(texts).toarray(), atol=1e-12)
 
 
-def test_ridge_on_vectors_is_scikit_learn_s():
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(60, 20)) / np.sqrt(20)
-    y = vectors @ rng.normal(size=20) + rng.normal(0, 0.3, size=60)
-    y[7] = np.nan
-    folds = np.arange(60) % 3
-    got = on_vectors(y, vectors, folds)
-    for fold in range(3):
-        rows = (folds != fold) & np.isfinite(y)
-        peer = RidgeCV(baselines.PENALTIES, cv=LeaveOneOut(), scoring="neg_mean_squared_error")
-        expected = peer.fit(vectors[rows], y[rows]).predict(vectors[folds == fold])
-        np.testing.assert_allclose(got[folds == fold], expected, atol=1e-9)
-
-
 def test_with_many_tasks_the_penalty_is_chosen_on_a_part_of_them(monkeypatch):
     texts, y, folds = texts_and_targets(200)
     exact = content(y, texts, folds, 0)
     monkeypatch.setattr(baselines, "MOST_LEFT_OUT", 100)
-    got = [content(y, texts, folds, seed) for seed in (0, 0, 1)]
-    assert r2_score(y, got[0]) == pytest.approx(r2_score(y, exact), abs=0.1)
-    np.testing.assert_array_equal(got[0], got[1])
+    first, second = (content(y, texts, folds, 0) for _ in range(2))
+    assert r2_score(y, first) == pytest.approx(r2_score(y, exact), abs=0.1)
+    np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("held_out", range(4))
-def test_no_baseline_sees_what_it_is_to_predict(held_out):
-    """Other targets and texts in a fold change no prediction of another model, only its own inputs do."""
+def test_no_baseline_sees_what_it_is_to_predict():
+    """Other targets in a fold change no prediction of its own tasks, only those of others."""
     texts, y, folds = texts_and_targets(40)
     before = everything(y, folds, texts)
-    rows = folds == held_out
-    other = np.where(rows, np.random.default_rng(9).normal(50, 30, size=40), y)
-    for name, after in everything(other, folds, texts).items():
-        np.testing.assert_allclose(after[rows], before[name][rows], atol=1e-9, err_msg=name)
-        assert not np.allclose(after[~rows], before[name][~rows], atol=1e-3), name
+    for held_out in range(4):
+        rows = folds == held_out
+        other = np.where(rows, np.random.default_rng(9).normal(50, 30, size=40), y)
+        for name, after in everything(other, folds, texts).items():
+            np.testing.assert_allclose(after[rows], before[name][rows], atol=1e-9, err_msg=name)
+            assert not np.allclose(after[~rows], before[name][~rows], atol=1e-3), name
 
 
 def test_tasks_without_a_target_are_predicted_and_not_trained_on():
@@ -128,11 +118,11 @@ def test_tasks_without_a_target_are_predicted_and_not_trained_on():
     y[::5] = np.nan
     rows = np.isfinite(y)
     full = everything(y, folds, texts)
-    assert all(np.isfinite(each).all() for each in full.values())
+    assert all(np.isfinite(predictions).all() for predictions in full.values())
     kept = [text for text, keep in zip(texts, rows, strict=True) if keep]
-    np.testing.assert_allclose(full["content"][rows], content(y[rows], kept, folds[rows], 0))
-    of_kept = origin_mean(y[rows], [each[:1] for each in kept], folds[rows])
-    np.testing.assert_allclose(full["origin_mean"][rows], of_kept)
+    alone = everything(y[rows], folds[rows], kept)
+    for name in ("content", "origin_mean"):
+        np.testing.assert_allclose(full[name][rows], alone[name])
 
 
 def test_where_nothing_can_be_trained_there_is_no_prediction():
@@ -162,87 +152,66 @@ def test_texts_without_words_give_the_training_mean(texts):
     assert np.isfinite(content(y, texts, folds, 0)).all()
 
 
-def test_odd_texts():
+def test_odd_and_huge_texts():
     texts = ["<|im_end|> \x00 \ud800", "\u202e\u0301" * 50, "日本語のテキスト", "a" * 100_000, "7 7 7", "\n"] * 3
-    y = np.arange(18.0)
-    assert np.isfinite(content(y, texts, np.arange(18) % 3, 0)).all()
-    assert np.isfinite(length(y, texts, texts, np.arange(18) % 3)).all()
-
-
-def test_a_text_of_ten_megabytes_takes_no_longer_than_its_beginning():
-    texts, y, folds = texts_and_targets(20)
     texts[3] += " " + " ".join(str(number) for number in range(1_500_000))
     assert len(texts[3]) > 10_000_000
     started = time.perf_counter()
+    y, folds = np.arange(18.0), np.arange(18) % 3
     assert np.isfinite(content(y, texts, folds, 0)).all()
-    assert time.perf_counter() - started < 20
+    assert np.isfinite(length(y, texts, texts, folds)).all()
+    assert time.perf_counter() - started < 20  # no longer than the texts' beginnings
 
 
 def test_random_directions_are_least_squares_on_a_standardised_projection():
     generator = torch.Generator().manual_seed(3)
-    features = torch.randn(40, 3, 12, generator=generator) * torch.logspace(-3, 3, 12) + torch.logspace(2, -2, 12)
-    features[:, 1, 4] = 7.3  # the same in all tasks
-    y = features[:, 2, 0].double().numpy() * 1e3 + np.random.default_rng(0).normal(size=40)
+    vectors = torch.randn(40, 12, generator=generator) * torch.logspace(-3, 3, 12) + torch.logspace(2, -2, 12)
+    vectors[:, 4] = 7.3  # the same in all tasks
+    y = vectors[:, 0].double().numpy() * 1e3 + np.random.default_rng(0).normal(size=40)
     y[6] = np.nan
     folds = np.arange(40) % 4
-    got = random_directions(features, y, folds, 5, seed=8)
-    assert (got.shape, got.dtype) == ((40, 3, 5), np.float32)
+    got = random_directions(vectors, y, folds, 5, seed=8)
+    assert got.shape == (40, 5)
     drawn = torch.randn(12, 5, generator=torch.Generator().manual_seed(8))
     drawn = (drawn / drawn.norm(dim=0)).double().numpy()
     for fold in range(4):
         rows = (folds != fold) & np.isfinite(y)
-        for site in range(3):
-            vectors = features[:, site].double().numpy()
-            projected = StandardScaler().fit(vectors[rows]).transform(vectors) @ drawn
-            for at in range(5):
-                line = LinearRegression().fit(projected[rows, at : at + 1], y[rows])
-                expected = line.predict(projected[folds == fold, at : at + 1])
-                np.testing.assert_allclose(got[folds == fold, site, at], expected, rtol=1e-3, atol=1e-3)
-
-
-def test_random_directions_do_not_depend_on_groups_of_sites(monkeypatch):
-    features = torch.randn(30, 6, 8, generator=torch.Generator().manual_seed(0))
-    y, folds = np.random.default_rng(0).normal(size=30), np.arange(30) % 5
-    whole = random_directions(features, y, folds, 4, 1)
-    parts = [random_directions(features[:, sites], y, folds, 4, 1) for sites in (slice(0, 2), slice(2, 6))]
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
-    monkeypatch.setattr(baselines, "BLOCK_ENTRIES", 30 * 8 * 2)
-    np.testing.assert_allclose(random_directions(features, y, folds, 4, 1), whole, atol=1e-5)
-    assert not np.allclose(random_directions(features, y, folds, 4, 2), whole, atol=1e-2)
-    assert random_directions(features.half(), y, folds, 4, 1) == pytest.approx(whole, abs=0.02)
-    assert random_directions(features, y, folds, 0, 1).shape == (30, 6, 0)
+        x = vectors.double().numpy()
+        projected = StandardScaler().fit(x[rows]).transform(x) @ drawn
+        for number in range(5):
+            line = LinearRegression().fit(projected[rows, number : number + 1], y[rows])
+            expected = line.predict(projected[folds == fold, number : number + 1])
+            np.testing.assert_allclose(got[folds == fold, number], expected, rtol=1e-3, atol=1e-3)
+    assert not np.allclose(random_directions(vectors, y, folds, 5, 2), got, atol=1e-2)
+    assert random_directions(vectors, y, folds, 0, 1).shape == (40, 0)
 
 
 def test_random_directions_find_what_is_everywhere_and_nothing_in_noise():
     rng = np.random.default_rng(0)
     y, folds = rng.normal(size=300), np.arange(300) % 5
-    noise = rng.normal(size=(300, 2, 16))
-    noise[:, 1] = y[:, None] * rng.normal(size=16)
-    got = random_directions(torch.from_numpy(noise).float(), y, folds, 20, 0)
-    scores = r2_columns(got, np.repeat(y[:, None], 20, axis=1))
-    assert scores[0].max() < 0.06
-    assert np.median(scores[1]) > 0.99
+    noise, signal = rng.normal(size=(300, 16)), y[:, None] * rng.normal(size=16)
+    for vectors, (low, high) in ((noise, (-1, 0.06)), (signal, (0.9, 1))):
+        got = random_directions(torch.from_numpy(vectors).float(), y, folds, 20, 0)
+        assert low < np.median([r2_score(y, column) for column in got.T]) <= high
 
 
 def test_a_number_that_varies_in_held_out_tasks_only_is_not_blown_up():
-    features = torch.randn(20, 1, 4, generator=torch.Generator().manual_seed(0))
-    features[:, 0, 2] = 1234.5678
-    features[0, 0, 2] += 1.0
+    vectors = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    vectors[:, 2] = 1234.5678
+    vectors[0, 2] += 1.0
     y, folds = np.random.default_rng(0).normal(size=20), np.arange(20) % 5
-    assert np.abs(random_directions(features, y, folds, 10, 0)).max() < 10
+    assert np.abs(random_directions(vectors, y, folds, 10, 0)).max() < 10
 
 
 def test_lists_of_other_lengths_are_errors():
     y, folds = np.zeros(3), np.zeros(3, dtype=int)
-    with pytest.raises(ValueError, match="got 3 targets, 3 folds, 2 origins: give one of each a task"):
-        origin_mean(y, ["a", "b"], folds)
-    with pytest.raises(ValueError, match="2 completions"):
-        length(y, ["a"] * 3, ["b"] * 2, folds)
-    for call in (lambda: content(y, ["a"], folds, 0), lambda: embedding(y, ["a"], folds, "model")):
-        with pytest.raises(ValueError, match="1 texts"):
+    for call, count in (
+        (lambda: origin_mean(y, ["a", "b"], folds), 2),
+        (lambda: content(y, ["a"], folds, 0), 1),
+        (lambda: random_directions(torch.zeros(4, 2), y, folds, 1, 0), 4),
+    ):
+        with pytest.raises(ValueError, match=f"got 3 targets, 3 folds, {count} to predict from: give one of each"):
             call()
-    with pytest.raises(ValueError, match="4 features"):
-        random_directions(torch.zeros(4, 1, 2), y, folds, 1, 0)
 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):
@@ -251,8 +220,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
         embed(["a"], "model")
 
 
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
+def test_embeddings_of_a_real_model(tmp_path):
     """A sentence encoder of the embedded model: the mean of its last hidden states."""
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     from sentence_transformers import SentenceTransformer
@@ -261,22 +229,14 @@ def encoder_folder(tmp_path_factory):
     from prefs.models.embedded import smollm2_folder
 
     body = Transformer(str(smollm2_folder()), max_seq_length=32, model_kwargs={"dtype": "float32"})
-    size = body.model.config.hidden_size
-    folder = tmp_path_factory.mktemp("encoder")
-    SentenceTransformer(modules=[body, Pooling(size, "mean")]).save(str(folder))
-    return str(folder)
-
-
-def test_embeddings_of_a_real_model(encoder_folder):
+    SentenceTransformer(modules=[body, Pooling(body.model.config.hidden_size, "mean")]).save(str(tmp_path))
     texts, y, folds = texts_and_targets(24)
-    vectors = embed([*texts, "", "x" * 3_000_000, "<|im_end|>", "\x00"], encoder_folder)
+    vectors = embed([*texts, "", "x" * 3_000_000, "<|im_end|>", "\x00"], str(tmp_path))
     assert (vectors.shape, vectors.dtype) == ((28, 576), np.float32)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose(embed(texts[:1], encoder_folder)[0], vectors[0], atol=1e-4)
-    got = embedding(y, texts, folds, encoder_folder)
-    np.testing.assert_allclose(got, on_vectors(y, vectors[:24], folds), atol=1e-2)
-    assert np.std(got) > 0.01
-    assert len(embed([], encoder_folder)) == 0
+    np.testing.assert_allclose(embed(texts[:1], str(tmp_path))[0], vectors[0], atol=1e-4)
+    assert np.std(on_vectors(y, vectors[:24], folds)) > 0.01
+    assert len(embed([], str(tmp_path))) == 0
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from prefs.comparison.cells import Sweep
-from prefs.comparison.show import table
+from prefs.comparison.show import square, table
 from prefs.comparison.stability import stability_by
 from prefs.results import figures
 from prefs.results.result import Figure, Result
@@ -59,16 +59,11 @@ def agreement_table(sweep: Sweep) -> pd.DataFrame:
 
 def agreement_matrices(pairs: pd.DataFrame, between: str) -> dict[str, pd.DataFrame]:
     """Square matrices of r, one for each rater (or template) and condition; means over completion seeds."""
-    pairs = pairs.loc[pairs["between"] == between, :]
-    panels = {}
-    for panel, rows in pairs.groupby((pairs["of"] + " " + pairs["condition"]).str.strip(), sort=False):
-        means = rows.groupby(["a", "b"], sort=False)["r"].mean()
-        names = list(dict.fromkeys(name for pair in means.index for name in pair))
-        square = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
-        for (a, b), r in means.items():
-            square.loc[a, b] = square.loc[b, a] = r
-        panels[str(panel)] = square
-    return panels
+    panels: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for row in pairs.loc[pairs["between"] == between, :].to_dict("records"):
+        panel = f"{row['of']} {row['condition']}".strip()
+        panels.setdefault(panel, {}).setdefault((row["a"], row["b"]), []).append(row["r"])
+    return {panel: square({pair: float(np.mean(r)) for pair, r in pairs.items()}) for panel, pairs in panels.items()}
 
 
 def _own_completions(sweep: Sweep) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from prefs.comparison.cells import FIRST, Cell, Sweep, flat, telling
-from prefs.comparison.show import MOST_CELLS, names_column, numbered, numbers, telling_columns, whole
+from prefs.comparison.show import MOST_CELLS, distinct, names_column, numbered, numbers, table, telling_columns, whole
 from prefs.results import figures
 from prefs.results.result import Excerpt, Figure, Result, Table, View
 from prefs.results.tables import by_origin, columns, numeric
@@ -80,7 +80,7 @@ class Grid:
         return next(iter(self.cells.values()))
 
     @property
-    def names(self) -> dict[str, Any]:
+    def names(self) -> dict[str, object]:
         """The columns that name the grid in a table."""
         return {"grid": self.name, "rater": self.first.rater, "template": self.first.key}
 
@@ -175,20 +175,12 @@ def conditions(sweep: Sweep) -> Result | None:
     means = condition_means(made, sweep)
     effects, shares = condition_effects(made, sweep)
     excerpts = [Excerpt("Means by condition", telling_columns(whole(means).drop(columns="origin")), MEANS_NOTE)]
-    if means["origin"].nunique() > 2:
+    if len(distinct(means, "origin")) > 2:
         excerpts.append(Excerpt("Means by condition and origin", telling_columns(by_origin(means))))
     tables = (
         Table("conditions", means, excerpts=tuple(excerpts)),
-        Table(
-            "condition_effects",
-            effects,
-            excerpts=(Excerpt("Main effects and interaction", telling_columns(effects), EFFECTS_NOTE),),
-        ),
-        Table(
-            "condition_shares",
-            shares,
-            excerpts=(Excerpt("Shares of the variation within tasks", telling_columns(shares), SHARES_NOTE),),
-        ),
+        table("condition_effects", effects, "Main effects and interaction", EFFECTS_NOTE),
+        table("condition_shares", shares, "Shares of the variation within tasks", SHARES_NOTE),
     )
     views, remarks = [], []
     for grid in made:
@@ -233,7 +225,11 @@ def condition_means(made: Sequence[Grid], sweep: Sweep) -> pd.DataFrame:
                 if pair in grid.cells:
                     values, known = ratings[group.tasks, c, r], valid[group.tasks, c, r]
                     mean = known_mean(values, group.draws, "no valid rating")
-                    row = grid.names | {"completing": pair[0], "rating": pair[1], "origin": group.origin}
+                    row: dict[str, object] = grid.names | {
+                        "completing": pair[0],
+                        "rating": pair[1],
+                        "origin": group.origin,
+                    }
                     row |= {"ratings": kind, "n": mean.n, **columns("mean", mean)}
                     row["sd"] = np.nanstd(values, ddof=1) if mean.n > 1 else None
                     known = known[np.isfinite(known)]
@@ -404,6 +400,6 @@ def violin_tables(grid: Grid, means: pd.DataFrame) -> tuple[pd.DataFrame, pd.Dat
             parts.append(pd.DataFrame({**names, "value": ratings[:, c, r]}))
     means = whole(means.loc[means["grid"] == grid.name, :])
     means = means.assign(
-        row=means["ratings"].map(labels), panel="rated: " + means["rating"], violin=means["completing"]
+        row=[labels[kind] for kind in means["ratings"]], panel="rated: " + means["rating"], violin=means["completing"]
     )
     return pd.concat(parts, ignore_index=True), means

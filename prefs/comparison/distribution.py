@@ -16,8 +16,8 @@ def distributions(sweep: Sweep) -> Result:
     shares = sweep.stacked(lambda block, cell: distribution_table(cell.measured, block.groups))
     drawn = []
     named = [
-        row["rater"] + row["cell"].removeprefix(f"{row['rater']}-{row['template']}")
-        for row in shares[["cell", "rater", "template"]].to_dict("records")
+        rater + cell.removeprefix(f"{rater}-{template}")
+        for cell, rater, template in zip(shares["cell"], shares["rater"], shares["template"], strict=True)
     ]
     for template, rows in whole(shares.assign(named=named)).groupby("template", sort=False):
         title = f"Ratings by rater: {template}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -19,22 +21,23 @@ def examples(sweep: Sweep) -> tuple[Example, ...]:
     for block in sweep.blocks:
         per_origin = -(-EXAMPLES // max(1, len(block.groups) - 1))
         rows = sorted(int(row) for group in block.groups[1:] for row in group.tasks[:per_origin])[:EXAMPLES]
-        answers = [dict(list(cell.answers.groupby("task"))) for cell in block.cells]
+        answers = [
+            {task: rows.to_dict("records") for task, rows in cell.answers.groupby("task")} for cell in block.cells
+        ]
         first = block.cells[0]
         for row in rows:
             task, origin = first.measured.tasks[row], first.measured.origins[row]
             ratings = tuple(
-                _rated(cell, row, by_task.get(task, cell.answers[:0]))
-                for cell, by_task in zip(block.cells, answers, strict=True)
+                _rated(cell, row, by_task.get(task, [])) for cell, by_task in zip(block.cells, answers, strict=True)
             )
             made.append(Example(task, origin, first.prompts[row], ratings))
     return tuple(made)
 
 
-def _rated(cell: Cell, row: int, answers: pd.DataFrame) -> Rated:
+def _rated(cell: Cell, row: int, answers: list[dict[Any, Any]]) -> Rated:
     text, refused, exact = cell.texts["completion"].iloc[row], cell.measured.refused[row], cell.measured.exact
     sampled = []
-    for answer in answers.to_dict("records"):
+    for answer in answers:
         reason, words = answer["invalid"], answer["answer"]
         if isinstance(reason, str):
             sampled.append(f"{reason}: {words}" if isinstance(words, str) else reason)

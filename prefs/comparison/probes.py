@@ -16,7 +16,7 @@ import pandas as pd
 from rich.table import Column
 
 from prefs.comparison.cells import Cell, Sweep, flat, read_table, telling
-from prefs.comparison.show import MOST_CELLS, counted, names_column, numbered, numbers
+from prefs.comparison.show import MOST_CELLS, counted, distinct, names_column, numbered, numbers, square
 from prefs.errors import UserError
 from prefs.probes.controls import BLIND
 from prefs.results import figures
@@ -120,17 +120,17 @@ def probes(sweep: Sweep) -> Result:
         tables.append(Table("probe_cosines", cosines, excerpts=excerpts))
         # A figure each: names are long, and side by side too small to be read.
         panels = cosine_matrices(cosines, probed, all_targets=MOST_CELLS, most=MOST_NAMES)
-        for count, (title, square) in enumerate(panels.items()):
+        for count, (title, matrix) in enumerate(panels.items()):
             draw = partial(
                 figures.matrices,
                 title="Cosine similarity of probes",
-                panels={title: square},
+                panels={title: matrix},
                 label="cosine of the directions",
             )
             drawn.append(Figure(numbered("probe_cosines", count), draw))
     if len(transfer):
         tables.append(Table("probe_transfer", transfer, "Transfer", TRANSFER_NOTE))
-        if max(transfer["trained_on"].nunique(), transfer["tested_on"].nunique()) <= MOST_NAMES:
+        if max(len(distinct(transfer, side)) for side in ("trained_on", "tested_on")) <= MOST_NAMES:
             draw = partial(
                 figures.transfer,
                 title="Probe transfer\nthe probe reads the row's model;\nscored against the column's ratings",
@@ -197,7 +197,7 @@ def probe_table(probed: Sequence[Probed]) -> pd.DataFrame:
     shown = ("n", "score", "score_low", "score_high", "score_reason", "p", "ceiling", "position", "layer", "penalty")
     rows: list[dict[str, object]] = []
     for one in probed:
-        names = {"cell": one.name, "rater": one.cell.rater, "template": one.cell.key}
+        names: dict[str, object] = {"cell": one.name, "rater": one.cell.rater, "template": one.cell.key}
         for row in one.chosen.to_dict("records"):
             own = one.controls.loc[one.controls["target"] == row["target"], :]
             controls = {str(name): float(score) for name, score in zip(own["control"], own["score"], strict=True)}
@@ -217,8 +217,8 @@ def probe_table(probed: Sequence[Probed]) -> pd.DataFrame:
 
 def _view(scores: pd.DataFrame) -> View:
     """Each cell's probes by target, beside the best control that never looks into the model."""
-    metrics = " or ".join(dict.fromkeys(scores["metric"]))
-    one_rater = scores["rater"].nunique() == 1
+    metrics = " or ".join(distinct(scores, "metric"))
+    one_rater = len(distinct(scores, "rater")) == 1
     rows: list[tuple[str, ...]] = []
     headings = set()
     for cell, targets in scores.groupby("cell", sort=False):
@@ -228,7 +228,7 @@ def _view(scores: pd.DataFrame) -> View:
             others = (number(row[name]) for name in ("p", "ceiling", "best_control_score"))
             site = f"{row['layer']}, {row['position']}"
             rows.append((f"  {row['target']}", with_interval(row, "score"), *others, site))
-    title = f"Probes: {metrics} on {counted(scores['n'])} held-out tasks; control: the best without the model"
+    title = f"Probes: {metrics} on {counted(scores)} held-out tasks; control: the best without the model"
     site = Column("layer, position", no_wrap=True)
     heads = (names_column("target"), *numbers(f"{metrics} [95 %]", "p", "ceiling", "control"), site)
     return View(title, heads, rows, frozenset(headings))
@@ -312,23 +312,17 @@ def cosine_matrices(
     Where a model has more than `all_targets` probes, only those of each cell's main target; where these are more than
     `most`, none.
     """
-    main = {one.label(one.main) for one in probed}
+    main = [one.label(one.main) for one in probed]
     panels = {}
     for model, rows in cosines.loc[cosines["shown"], :].groupby("model", sort=False):
-        names = list(dict.fromkeys([*rows["a"], *rows["b"]]))
-        if len(names) > all_targets:
-            names = [name for name in names if name in main]
-        if not 1 < len(names) <= max(most, all_targets):
-            continue
-        square = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
-        for a, b, cosine in rows[["a", "b", "cosine"]].itertuples(index=False):
-            if a in names and b in names:
-                square.loc[a, b] = square.loc[b, a] = cosine
-        short = {name: name.removeprefix(f"{model}-") for name in names}
-        row = rows.iloc[0]
-        random = f"random directions: 0 ± {row['random_sd']:.2g}"
-        title = f"{model}\n{row['position']}, layer {row['layer']}\n{random}"
-        panels[title] = square.rename(index=short, columns=short)
+        if len({*rows["a"], *rows["b"]}) > all_targets:
+            rows = rows.loc[rows["a"].isin(main) & rows["b"].isin(main), :]
+        matrix = square({(row["a"], row["b"]): row["cosine"] for row in rows.to_dict("records")})
+        if 1 < len(matrix) <= max(most, all_targets):
+            row, short = rows.iloc[0], {name: name.removeprefix(f"{model}-") for name in matrix}
+            random = f"random directions: 0 ± {row['random_sd']:.2g}"
+            title = f"{model}\n{row['position']}, layer {row['layer']}\n{random}"
+            panels[title] = matrix.rename(index=short, columns=short)
     return panels
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.table import Column
 
@@ -43,7 +45,7 @@ def numbers(*headings: str) -> tuple[Column, ...]:
 
 def short_names(frame: pd.DataFrame) -> list[str]:
     """Cells' names as views have them: conditions in a word, and no rater where there is one only."""
-    one_rater = frame["rater"].nunique() == 1
+    one_rater = len(distinct(frame, "rater")) == 1
     names = frame["cell"].str.replace("completer.condition=", "completed: ", regex=False)
     names = names.str.replace("rating.condition=", "rated: ", regex=False)
     return [
@@ -52,10 +54,24 @@ def short_names(frame: pd.DataFrame) -> list[str]:
     ]
 
 
-def counted(counts: Sequence[int]) -> str:
-    """How many tasks there are: 40, or 30 to 40."""
-    low, high = min(counts), max(counts)
-    return f"{low}" if low == high else f"{low} to {high}"
+def counted(frame: pd.DataFrame) -> str:
+    """How many tasks the rows are of: 40, or 30 to 40."""
+    counts = sorted(distinct(frame, "n"))
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def distinct(frame: pd.DataFrame, column: str) -> list[Any]:
+    """Different values in the order of their first appearance."""
+    return list(dict.fromkeys(frame[column]))
+
+
+def square(pairs: Mapping[tuple[str, str], float]) -> pd.DataFrame:
+    """A symmetric matrix with 1 on its diagonal, from what is above it."""
+    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    matrix = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
+    for (a, b), value in pairs.items():
+        matrix.loc[a, b] = matrix.loc[b, a] = value
+    return matrix
 
 
 def numbered(name: str, number: int) -> str:

@@ -9,7 +9,16 @@ import numpy as np
 import pandas as pd
 
 from prefs.comparison.cells import Sweep
-from prefs.comparison.show import MOST_CELLS, counted, names_column, numbers, short_names, telling_columns, whole
+from prefs.comparison.show import (
+    MOST_CELLS,
+    counted,
+    distinct,
+    names_column,
+    numbers,
+    short_names,
+    telling_columns,
+    whole,
+)
 from prefs.results import figures
 from prefs.results.result import Excerpt, Figure, Result, Table, View
 from prefs.results.stability import Stability, stability_table
@@ -91,8 +100,9 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _view(cells: pd.DataFrame) -> View:
     """All cells, over all their tasks. What is the same for all of them is said once, above."""
-    rater = f"{cells['rater'].iloc[0]} on " if cells["rater"].nunique() == 1 else ""
-    title = f"{rater}{counted(cells['n'])} tasks: r is cross-seed r, mean ± SD over pairs of seeds; mode with its share"
+    raters = distinct(cells, "rater")
+    rater = f"{raters[0]} on " if len(raters) == 1 else ""
+    title = f"{rater}{counted(cells)} tasks: r is cross-seed r, mean ± SD over pairs of seeds; mode with its share"
     rows = []
     for name, row in zip(short_names(cells), cells.to_dict("records"), strict=True):
         r = number(row["cross_seed_r"])

@@ -9,7 +9,7 @@ import pandas as pd
 
 from prefs.comparison.cells import Cell, Sweep, read_table
 from prefs.comparison.conditions import grids, level
-from prefs.comparison.show import MOST_CELLS, names_column, numbered, numbers, short_names, table
+from prefs.comparison.show import MOST_CELLS, distinct, names_column, numbered, numbers, short_names, table
 from prefs.errors import UserError
 from prefs.results import figures
 from prefs.results.result import Figure, Result, View
@@ -121,7 +121,7 @@ def steering_table(steered: list[Steered]) -> pd.DataFrame:
 def _view(slopes: pd.DataFrame) -> View:
     """Each cell's slope along the concept's vector, beside the largest along one that means nothing."""
     slopes = slopes.loc[slopes["control"] == CONCEPT, :]
-    several = slopes["vector"].nunique() > 1
+    several = len(distinct(slopes, "vector")) > 1
     rows = [
         (
             f"{name} {row['vector']}" if several else name,

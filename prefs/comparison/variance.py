@@ -11,7 +11,7 @@ import pandas as pd
 from rich.table import Column
 
 from prefs.comparison.cells import SEED, Cell, Sweep
-from prefs.comparison.show import numbered, numbers, table
+from prefs.comparison.show import distinct, numbered, numbers, table
 from prefs.results import figures
 from prefs.results.result import Figure, Result, View
 from prefs.results.tables import columns, numeric
@@ -70,7 +70,7 @@ def variance(sweep: Sweep) -> Result:
         "Where the noise comes from",
         NOTE,
         (table("variance", frame, "Variance components"),),
-        (_view(frame),) if drawn and frame["condition"].nunique() <= MOST_CONDITIONS else (),
+        (_view(frame),) if drawn and len(distinct(frame, "condition")) <= MOST_CONDITIONS else (),
         tuple(drawn),
         tuple(remarks),
     )

@@ -69,7 +69,9 @@ class ProbeBank(lightning.LightningModule):
         self._buffers_of(
             mean=torch.zeros(fits, count, data.d_model, dtype=self.number),
             scale=torch.ones(fits, count, data.d_model, dtype=self.number),
-            criterion=torch.full((fits, count, len(self.penalties), self.targets), torch.inf, dtype=self.number),
+            criterion=torch.full(
+                (fits, count, max(1, len(self.penalties)), self.targets), torch.inf, dtype=self.number
+            ),
             chosen=torch.zeros(fits, count, self.targets, dtype=torch.long),
             group=torch.as_tensor(self.splits.group),
             validation=torch.as_tensor(self.splits.validation),
@@ -81,8 +83,8 @@ class ProbeBank(lightning.LightningModule):
 
     @classmethod
     def penalties_of(cls, config: ProbeConfig) -> tuple[float, ...]:
-        """P penalties to choose among; a kind without any has the one that is 0."""
-        return (0.0,)
+        """P penalties to choose among; none: P is 1."""
+        return ()
 
     @classmethod
     def numbers(cls, n: int, d_model: int, fits: int, targets: int, config: ProbeConfig) -> int:

@@ -117,7 +117,7 @@ class ProbeData(Dataset[ProbeBatch]):
     def _loader(self, sampler: RandomSampler | list[int], generator: torch.Generator | None = None) -> DataLoader:
         # The loader draws a number from PyTorch's global generator unless it is given one.
         generator = generator or torch.Generator().manual_seed(self.seed)
-        return DataLoader(self, self.batch_size, sampler=sampler, collate_fn=_as_it_is, generator=generator)
+        return DataLoader(self, self.batch_size, sampler=sampler, collate_fn=_as_it_is, generator=generator)  # type: ignore[arg-type]
 
     def reference(self) -> Moments:
         """Middle and spread [1, S, d] of the first rows, whichever fits hold them out: to take sums of squares from.

@@ -49,7 +49,7 @@ class Trained:
     criterion
         [F, S, T], the criterion of each fit's chosen penalty: it compares sites.
     penalty
-        [F, S, T], the penalty itself.
+        [F, S, T], the penalty itself; NaN of a kind that has none.
     probe
         A function of fit, site and target (by index) and a name: that probe by itself. Targets beyond ``kept`` have
         none.
@@ -112,7 +112,7 @@ def train(
     kind = bank_class(config)
     count, batch_size = len(features.sites), config.batch_size if kind.epochs is None else None
     width = group_width(features, targets, splits, config)
-    total = splits.fits * count * len(kind.penalties_of(config)) * targets.shape[1]
+    total = splits.fits * count * max(1, len(kind.penalties_of(config))) * targets.shape[1]
     out_of_fold = np.empty((features.n, count, targets.shape[1]), dtype=np.float32)
     probes: dict[tuple[int, int, int], Probe] = {}
     criterion, penalty = [], []
@@ -129,9 +129,9 @@ def train(
                 diverged += int(bank.diverged.sum())
                 unfinished += int((~bank.stopped()).sum())
             criterion.append(bank.criterion.gather(2, bank.chosen[:, :, None]).squeeze(2).double().cpu().numpy())
-            penalty.append(np.array(bank.penalties)[bank.chosen.cpu().numpy()])
-            for index in np.ndindex(splits.fits, len(bank.sites), kept):
-                probes[index[0], start + index[1], index[2]] = bank.probe(*index, "")
+            penalty.append(np.array(bank.penalties or (np.nan,))[bank.chosen.cpu().numpy()])
+            for number, site, target in np.ndindex(splits.fits, len(bank.sites), kept):
+                probes[number, start + site, target] = bank.probe(number, site, target, "")
             advance(len(bank.sites))
     if diverged:
         log.warning(

@@ -143,7 +143,9 @@ def probe(
         # Imported only now: a job that finds its probes should not wait for Lightning and scikit-learn.
         from prefs.probes.tested import train_and_test
 
-        prompts, completions = ([texts[row] for row in rows] for texts in (subject.prompts, subject.completions))
+        prompts, completions = (
+            [texts[row] for row in rows.tolist()] for texts in (subject.prompts, subject.completions)
+        )
         made = replace(config, trainer=dict(trainer()))
         return train_and_test(measured, rows, targets, features, prompts, completions, made, bootstrap)
 
@@ -160,30 +162,30 @@ def _found_or_trained(
     kept: StoredResult, store: Store, train: Callable[[], Outcome | NoProbe]
 ) -> tuple[Outcome | NoProbe, bool]:
     """The outcome, and whether it was trained here; where jobs want the same at the same time, one of them trains."""
-    outcome, trained = _read(kept), False
-    if outcome is not None:
-        for warning in outcome.warnings:
+    stored, trained = _read(kept), False
+    if stored is not None:
+        for warning in stored.warnings:
             log.warning("%s", warning)
-        return outcome, False
+        return stored, False
+    outcome: Outcome | NoProbe | None = None
 
     def refresh() -> None:
         nonlocal outcome
         outcome = outcome or _read(kept)
 
     def compute(_: StoredResult) -> None:
-        made.append(outcome := train())
+        nonlocal outcome, trained
+        outcome, trained = train(), True
         # What could not be had today may be there tomorrow.
         if isinstance(outcome, Outcome) and not outcome.without:
             kept.write(*taken_apart(outcome))
 
-    def lacking(_: StoredResult) -> list[str]:
-        return [] if made or found is not None else [kept.key()]
+    def leases(_: StoredResult) -> list[str]:
+        return [] if outcome else [kept.key()]
 
-    share([kept], store, leases=lacking, compute=compute, refresh=refresh)
-    if found is not None:
-        return found, False
-    (outcome,) = made
-    return outcome, True
+    share([kept], store, leases=leases, compute=compute, refresh=refresh)
+    assert outcome is not None
+    return outcome, trained
 
 
 def _read(kept: StoredResult) -> Outcome | None:

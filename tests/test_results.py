@@ -1,0 +1,135 @@
+"""What one `Result` is in each medium: the terminal, files, and an offline W&B run."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import offline_wandb
+import pandas as pd
+import pytest
+from PIL import Image
+from rich.console import Console
+from rich.table import Column
+
+from prefs.config import WandbConfig
+from prefs.errors import UserError
+from prefs.results.files import LONGEST, plain, write
+from prefs.results.result import Artifact, Figure, Result, Series, Table, View, joined
+from prefs.results.terminal import number, show
+from prefs.results.wandb import tracker
+
+FRAME = pd.DataFrame({"origin": ["MATH", "ALL"], "r": [0.5, None], "r_reason": [None, "few tasks"]})
+
+
+def save(folder: Path) -> list[Path]:
+    (folder / "vector").mkdir()
+    (folder / "vector" / "card.json").write_text("{}")
+    return [folder / "vector" / "card.json"]
+
+
+RESULT = Result(
+    title="Correlations",
+    tables=(Table("scores", FRAME), Table("predictions", FRAME, large=True)),
+    views=(View("A view", ["origin", "r"], [["MATH", ".50"], ["ALL"]], bold=frozenset({1}), gaps=frozenset({0})),),
+    figures=(Figure("r/by origin", lambda path: save_png(path)),),
+    remarks=("Beware of [markup].",),
+    metrics={"r/MATH": 0.5, "r/ALL": math.nan, "r/NONE": None},
+    series=(Series("layer", pd.DataFrame({"layer": [3, 7], "score": [0.1, None]})),),
+    artifacts=(Artifact("a vector", "concept", save, {"model": "m"}),),
+)
+
+
+def save_png(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(path)
+
+
+def finished(folder: Path | None) -> offline_wandb.OfflineRun:
+    """An offline run, once W&B's own process has written all of it."""
+    assert folder is not None
+    deadline = time.monotonic() + 60
+    while (run := offline_wandb.read(folder)).exit_code is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return run
+
+
+def printed(result: Result, width: int = 60) -> str:
+    console = Console(width=width, markup=False, highlight=False)
+    with console.capture() as captured:
+        show(console, result, title="A job")
+    return captured.get()
+
+
+def test_views_and_remarks_are_printed_in_their_order():
+    lines = [line.rstrip() for line in printed(joined([RESULT, Result(remarks=("And of this.",))])).splitlines()]
+    assert lines[1].startswith("A job ──")
+    assert lines[2:] == [
+        "A view", "", " origin     r", " ────────────", " MATH     .50", "", " ALL", "",
+        "• Beware of [markup].", "• And of this.",
+    ]  # fmt: skip
+
+
+def test_a_column_of_its_own_is_printed_twice_alike():
+    columns = ["cell", Column("words"), Column("r", justify="right", no_wrap=True)]
+    result = Result(views=(View("Tight", columns, [["a", "left", "1"], ["b", "l", "10"]], tight=True),))
+    assert printed(result) == printed(result)
+    assert " a     left    1" in printed(result)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.871, ".87"), (-0.05, "−.05"), (1, "1.00"), (-0.001, ".00"), (math.nan, "–"), (None, "–"), (-12.5, "−12.50")],
+)
+def test_numbers_are_printed_as_papers_print_them(value, text):
+    assert number(value) == text
+
+
+def test_files_and_wandb_have_what_there_is(tmp_path):
+    written = write(RESULT, tmp_path)
+    for name in ("scores", "predictions"):
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / f"{name}.parquet"), FRAME)
+        assert (tmp_path / f"{name}.csv").read_text().splitlines()[1] == "MATH,0.5,"
+    assert written.figures == {"r/by origin": tmp_path / "figures" / f"{plain('r/by origin')}.png"}
+    with tracker(WandbConfig(mode="offline"), name="a cell", group="g", folder=tmp_path, run_config={}) as track:
+        track.log(RESULT, written)
+    assert track.offline
+    run = finished(track.folder)
+    logged = {key for row in run.history for key in row}
+    assert {"tables/scores", "figures/r/by origin"} <= logged
+    assert "tables/predictions" not in logged
+    assert (run.name, run.group, run.exit_code, run.summary["r/MATH"]) == ("a cell", "g", 0, 0.5)
+    assert not {"r/ALL", "r/NONE"} & set(run.summary)
+    layers = [{name: row[name] for name in ("layer", "score") if name in row} for row in run.history if "layer" in row]
+    assert layers == [{"layer": 3, "score": 0.1}, {"layer": 7}]
+    assert ("concept", "a-vector") in run.artifacts
+
+
+def test_a_run_that_raises_is_marked_as_failed(tmp_path):
+    with (
+        pytest.raises(KeyError),
+        tracker(WandbConfig(mode="offline"), name="n", group=None, folder=tmp_path, run_config={}) as track,
+    ):
+        raise KeyError
+    assert finished(track.folder).exit_code == 1
+
+
+def test_without_wandb_nothing_is_logged(tmp_path):
+    with tracker(WandbConfig(mode="disabled"), name="n", group=None, folder=tmp_path, run_config={}) as track:
+        track.log(RESULT, write(RESULT, tmp_path))
+    assert (track.folder, track.offline) == (None, False)
+
+
+def test_a_disk_that_refuses_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/scores: File exists"):
+        write(RESULT, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..\\c", "名前", "x" * 300])
+def test_a_figure_has_a_file_whatever_its_name(name):
+    assert plain(name) != plain(name + "!")
+    assert len(plain(name)) <= LONGEST
+    assert plain(plain(name)) == plain(name)
+    assert not set(plain(name)) & set("/\\ ")
