@@ -18,6 +18,7 @@ from test_run import run, start
 from tiny_models import llama, tiny_model
 
 from prefs.config import ApiConfig, typed
+from prefs.data.template import Template
 from prefs.errors import UserError
 from prefs.job import Job, JobCounts, read_job, recorded
 from prefs.models.counting import JUDGE, RATER, Counts
@@ -198,7 +199,16 @@ class Brief(Models):
 def test_lengths_are_expected_from_what_the_store_has(tmp_path):
     overrides = (*SMALL, "template=[likert,anchored]", "judge=none", "rating.exact=false", "capture=none")
     config, store = typed(composed(tmp_path, *overrides)), Store.open(str(tmp_path))
-    measure(config, job_tasks(config), Roles.of(config), config.template, None, store, Brief(), JobCounts())
+    measure(
+        config,
+        job_tasks(config),
+        Roles.of(config),
+        {key: Template.from_config(t) for key, t in config.template.items()},
+        None,
+        store,
+        Brief(),
+        JobCounts(),
+    )
     costs = planned(tmp_path, *overrides, "dataset.limit=12")
     assert costs.known == {"completions": (6, 3), "answers": (24, 2)}
     completer, rater = costs.roles
