@@ -28,7 +28,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from prefs.models.options import unasked
 from shapes import CHOICES, lens_model, plain_model, prefs_model
 from transformers import AutoTokenizer
 
@@ -37,12 +36,12 @@ from prefs.data.task import load_tasks
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import BATCH_TOKENS, ModelSpec
-from prefs.models.tokens import ChatEncoder, Message
-from prefs.models.types import CaptureRequest, Conversation, Observation, Sampling
+from prefs.models.prompts import encode_prompt
+from prefs.models.tokens import ChatEncoder
+from prefs.models.types import Capture, Conversation, Message, Reply, Request
 from prefs.store.missing import batches
 
 POSITIONS = ("last_prompt", "last_completion", "mean_completion")
-NOTHING_SAMPLED = Sampling(1.0, 1.0, 1)
 # Dense bfloat16 matrix arithmetic by the makers' data sheets, 10^12 operations a second.
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0}
 
@@ -110,8 +109,8 @@ def throughput(given: argparse.Namespace, spec: ModelSpec, turns: Sequence[Conve
     """Capture of all layers against the bare forward pass of the same batches."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
     encoder = ChatEncoder(tokenizer)
-    asked = [unasked(encoder, turn) for turn in turns]
-    rows = [each.ids[: each.question_start] for each in asked]
+    prompts = [encode_prompt(encoder, turn, None) for turn in turns]
+    rows = [prompt.ids[: prompt.spans.question[0]] for prompt in prompts]
     cut = cut_batches(rows, spec.batch_tokens)
     model = plain_model(spec, "eager")
     # The largest does not fit twice, so it is measured bare before it is wrapped.
@@ -121,19 +120,19 @@ def throughput(given: argparse.Namespace, spec: ModelSpec, turns: Sequence[Conve
     seconds: dict[str, float] = {}
     if given.shape == "gemma2_27b":
         seconds, runs = watch.seconds(runs), {}
-    backend = prefs_model(spec, model)
-    request = CaptureRequest(tuple(range(backend.n_layers)), POSITIONS)
+    engine = prefs_model(spec, model)
+    wanted = Capture(tuple(range(engine.n_layers)), POSITIONS)
 
     def capture() -> None:
         for batch in cut:
-            backend.observe([turns[at] for at in batch], [], NOTHING_SAMPLED, request)
+            list(engine.run([Request(turns[row], capture=wanted) for row in batch]))
 
     capture()
     seconds |= watch.seconds({**runs, "prefs, all layers at three positions": capture})
     total = sum(map(len, rows))
     padded = sum(len(batch) * max(len(rows[at]) for at in batch) for batch in cut)
     # Attention scores are left out, a few percent at these lengths.
-    operations = 2 * padded * sum(weight.numel() for block in backend.bridge.blocks for weight in block.parameters())
+    operations = 2 * padded * sum(weight.numel() for block in engine.bridge.blocks for weight in block.parameters())
     peak = given.peak or next((value for card, value in PEAKS.items() if card in watch.card), None)
     print(
         f"{given.shape} in {spec.dtype} on {watch.card}, {torch.get_num_threads()} threads, {given.clock} time;"
@@ -148,29 +147,29 @@ def throughput(given: argparse.Namespace, spec: ModelSpec, turns: Sequence[Conve
 
 def against_transformer_lens(spec: ModelSpec, turns: Sequence[Conversation], watch: Stopwatch) -> None:
     """One layer, in the middle or the last, against run_with_cache one conversation at a time."""
-    bridge, backend = lens_model(spec), prefs_model(spec)
-    asked = [backend.encoder.encode(turn) for turn in turns]
+    bridge, engine = lens_model(spec), prefs_model(spec)
+    asked = [engine.encoder.encode(turn) for turn in turns]
     cut = cut_batches([each.ids for each in asked], spec.batch_tokens)
     total = sum(len(each.ids) for each in asked)
     print(f"\nAgainst TransformerLens in {spec.dtype}: {len(turns)} conversations, {total:,} tokens\n")
     print("| layer | method | s | ratio | largest difference, of the largest entry |\n|---|---|---|---|---|")
-    for layer in (backend.n_layers // 2 - 1, backend.n_layers - 1):
+    for layer in (engine.n_layers // 2 - 1, engine.n_layers - 1):
         name = f"blocks.{layer}.hook_out"
         kept: dict[str, torch.Tensor] = {}
 
         def prefs(layer: int = layer, kept: dict[str, torch.Tensor] = kept) -> None:
-            found: dict[int, Observation] = {}
+            replies: dict[int, Reply] = {}
             for batch in cut:
-                request = CaptureRequest((layer,), POSITIONS)
-                observed = backend.observe([turns[at] for at in batch], [], NOTHING_SAMPLED, request)
-                found |= zip(batch, observed, strict=True)
-            rows = [[found[at].residuals[position][0] for position in POSITIONS] for at in range(len(turns))]
+                wanted = Capture((layer,), POSITIONS)
+                answered = engine.run([Request(turns[row], capture=wanted) for row in batch])
+                replies |= {batch[number]: reply for number, reply in answered}
+            rows = [[replies[row].residuals[position][0] for position in POSITIONS] for row in range(len(turns))]
             kept["prefs"] = torch.stack([torch.stack(row) for row in rows])
 
         def lens(method: str, options: dict, name: str = name, kept: dict[str, torch.Tensor] = kept) -> None:
             rows = []
             for each in asked:
-                _, cache = bridge.run_with_cache(torch.tensor([each.ids], device=backend.device), **options)
+                _, cache = bridge.run_with_cache(torch.tensor([each.ids], device=engine.device), **options)
                 start, end = each.spans[-1]
                 vectors = cache[name][0]
                 picked = [vectors[start - 1], vectors[end - 1], vectors[start:end].float().mean(dim=0)]

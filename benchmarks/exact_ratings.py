@@ -29,7 +29,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from prefs.models.options import Asked, ask
 from shapes import CHOICES, lens_model, plain_model, prefs_model
 
 from prefs.config import CONF, DatasetConfig, register
@@ -37,8 +36,8 @@ from prefs.data.task import load_tasks
 from prefs.data.template import Template
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.loading import BATCH_TOKENS, ModelSpec
-from prefs.models.tokens import Message
-from prefs.models.types import Ask, Conversation, Observation, Question, Sampling
+from prefs.models.prompts import Prompt, encode_prompt
+from prefs.models.types import Conversation, Message, Question, Reply, Request
 from prefs.statistics.exact import exact_summary
 from prefs.store.missing import batches
 
@@ -133,26 +132,26 @@ def main() -> None:
     asked = templates()
     questions = [Question(each.question, each.says, spec.prefill) for each in asked]
     turns = conversations(given.conversations, given.tokens, backend)
-    lengths = [backend.conversation_tokens(each) for each in turns]
-    sampling = Sampling(1.0, 1.0, given.max_new_tokens)
+    lengths = [backend.tokens(Request(row)) for row in turns]
     # As the rating stage cuts them, by the longest question.
-    longest = [max(backend.question_tokens(row, question) for question in questions) for row in turns]
+    longest = [max(backend.tokens(Request(row, question)) for question in questions) for row in turns]
     cut = [
         [int(key) for key in batch]
         for batch in batches({f"{at:06}": tokens for at, tokens in enumerate(longest)}, spec.batch_tokens)
     ]
 
-    def exact() -> list[Observation]:
-        found: dict[int, Observation] = {}
+    def exact() -> list[list[Reply]]:
+        """[conversations][questions]."""
+        replies: dict[tuple[int, int], Reply] = {}
         for batch in cut:
-            rows = [turns[at] for at in batch]
-            observed = backend.observe(rows, [Ask(question) for question in questions], sampling, None)
-            found |= zip(batch, observed, strict=True)
-        return [found[at] for at in range(len(turns))]
+            places = [(row, number) for row in batch for number in range(len(questions))]
+            requests = [Request(turns[row], questions[number], scores=(0,)) for row, number in places]
+            replies |= {places[number]: reply for number, reply in backend.run(requests)}
+        return [[replies[row, number] for number in range(len(questions))] for row in range(len(turns))]
 
     model, bridge = plain_model(spec), lens_model(spec)
     pad = backend.encoder.tokenizer.pad_token_id or 0
-    prompts = [[ask(backend.encoder, row, question) for row in turns] for question in questions]
+    prompts = [[encode_prompt(backend.encoder, row, question) for row in turns] for question in questions]
     sampled: dict[int, dict[int, list[list[int]]]] = {row: {} for row in range(given.repeats)}
 
     def one_by_one(run: Callable[[Sequence[int]], object]) -> float:
@@ -203,7 +202,7 @@ def main() -> None:
 
 
 def compare_means(
-    asked: Sequence[Template], prompts: Sequence[Sequence[Asked]], observed: Sequence[Observation], sampled: dict
+    asked: Sequence[Template], prompts: Sequence[Sequence[Prompt]], observed: Sequence[Sequence[Reply]], sampled: dict
 ) -> None:
     """Sampled means of (b) against exact ones, in standard errors: their mean square should be about 1.
 
@@ -212,7 +211,7 @@ def compare_means(
     """
     print("\n| template | exact mean | sampled mean | valid | difference / standard error |\n|---|---|---|---|---|")
     for at, template in enumerate(asked):
-        exact = exact_summary([each.answers[at].scores[0].mass for each in observed], template.values)
+        exact = exact_summary([replies[at].scores[0].mass for replies in observed], template.values)
         values = [
             [value for ids in sampled[row][at] if (value := begins(ids, prompts[at][row], template)) is not None]
             for row in range(len(observed))
@@ -232,9 +231,9 @@ def compare_means(
         )
 
 
-def begins(ids: Sequence[int], asked: Asked, template: Template) -> float | None:
+def begins(ids: Sequence[int], prompt: Prompt, template: Template) -> float | None:
     """The value of the longest option whose tokens an answer begins with."""
-    for tail, value in sorted(zip(asked.tails, template.values, strict=True), key=lambda pair: -len(pair[0])):
+    for tail, value in sorted(zip(prompt.tails, template.values, strict=True), key=lambda pair: -len(pair[0])):
         if tuple(ids[: len(tail)]) == tail:
             return value
     return None

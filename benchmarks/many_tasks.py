@@ -30,18 +30,7 @@ import numpy as np
 import torch
 import xxhash
 
-from prefs.models.types import (
-    Answer,
-    Ask,
-    CaptureRequest,
-    Conversation,
-    Observation,
-    Question,
-    Sample,
-    Sampling,
-    Score,
-    Usage,
-)
+from prefs.models.types import Capture, Conversation, Reply, Request, Sample, Score, Usage
 
 LAYERS, WIDTH = 2, 64
 RUNS = ("computed", "found")
@@ -50,60 +39,43 @@ WORDS = tuple("please tell me in a few plain words how one would best go about t
 
 
 class Simulated:
-    """A `prefs.models.types.Backend` whose every answer is a hash of what it is asked."""
+    """A `prefs.models.types.Engine` whose every answer is a hash of what it is asked."""
 
     max_context = 1_000_000
+    rows_apart = False
 
-    def prompt_tokens(self, conversation: Conversation) -> int:
-        return sum(message.content.count(" ") + 4 for message in conversation)
+    def tokens(self, request: Request) -> int:
+        return sum(message.content.count(" ") + 4 for message in request.turns)
 
-    def conversation_tokens(self, conversation: Conversation) -> int:
-        return self.prompt_tokens(conversation)
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        for number, request in enumerate(requests):
+            yield number, self._reply(request)
 
-    def question_tokens(self, conversation: Conversation, question: Question) -> int:
-        return self.prompt_tokens(conversation) + question.text.count(" ") + 4
+    def _reply(self, request: Request) -> Reply:
+        if request.choose:
+            assert request.question is not None
+            return Reply(choice=request.question.options["I'm sorry" not in request.turns[-1].content])
+        question = request.question
+        random = np.random.default_rng(_hash(request.messages, "" if question is None else question.text))
+        if question is None:
+            samples, scores = {seed: self._completion(request.messages, seed) for seed in request.seeds}, {}
+        else:
+            mass = random.dirichlet(np.ones(len(question.options)))
+            drawn = random.choice(len(mass), len(request.seeds), p=mass)
+            samples = {
+                seed: Sample(question.options[option], 1, True)
+                for seed, option in zip(request.seeds, drawn, strict=True)
+            }
+            scores = {seed: Score(tuple(0.9 * mass)) for seed in request.scores}
+        capture = request.capture
+        residuals = {} if capture is None else {name: _vectors(random, capture) for name in capture.positions}
+        return Reply(samples, scores, residuals=residuals)
 
-    def complete(self, batch: Sequence[Conversation], seed: int, sampling: Sampling) -> list[Sample]:
-        texts = []
-        for conversation in batch:
-            number = _hash(conversation, f"{seed}")
-            opening = "I'm sorry, but I can't help." if number % 7 == 0 else "Of course."
-            texts.append(f"{opening} {' '.join(WORDS[: number % len(WORDS)])} {number}")
-        return [Sample(text, text.count(" ") + 1, True) for text in texts]
-
-    def observe(
-        self,
-        batch: Sequence[Conversation],
-        asks: Sequence[Ask],
-        sampling: Sampling,
-        capture: CaptureRequest | None = None,
-    ) -> list[Observation]:
-        return [self._observation(conversation, asks, capture) for conversation in batch]
-
-    def _observation(
-        self, conversation: Conversation, asks: Sequence[Ask], capture: CaptureRequest | None
-    ) -> Observation:
-        answers = []
-        for ask in asks:
-            random = np.random.default_rng(_hash(conversation, ask.question.text))
-            mass = random.dirichlet(np.ones(len(ask.question.says)))
-            said = random.choice(len(mass), len(ask.seeds), p=mass)
-            wanted = capture is not None and "rating" in capture.positions
-            answers.append(
-                Answer(
-                    scores={seed: Score(tuple(0.9 * mass)) for seed in ask.scores},
-                    samples={
-                        seed: Sample(ask.question.says[at], 1, True) for seed, at in zip(ask.seeds, said, strict=True)
-                    },
-                    residual=_vectors(random, capture) if wanted and capture is not None else None,
-                )
-            )
-        random = np.random.default_rng(_hash(conversation, ""))
-        shared = [position for position in capture.positions if position != "rating"] if capture else []
-        return Observation(tuple(answers), {position: _vectors(random, capture) for position in shared if capture})
-
-    def choose(self, batch: Sequence[Conversation], options: Sequence[str]) -> list[str | None]:
-        return [options["I'm sorry" not in conversation[-1].content] for conversation in batch]
+    def _completion(self, messages: Conversation, seed: int) -> Sample:
+        number = _hash(messages, f"{seed}")
+        opening = "I'm sorry, but I can't help." if number % 7 == 0 else "Of course."
+        text = f"{opening} {' '.join(WORDS[: number % len(WORDS)])} {number}"
+        return Sample(text, text.count(" ") + 1, True)
 
     def usage(self) -> Usage:
         return Usage()
@@ -116,7 +88,7 @@ def _hash(conversation: Conversation, more: str) -> int:
     return xxhash.xxh3_64_intdigest("\0".join([*(message.content for message in conversation), more]).encode())
 
 
-def _vectors(random: np.random.Generator, capture: CaptureRequest) -> torch.Tensor:
+def _vectors(random: np.random.Generator, capture: Capture) -> torch.Tensor:
     return torch.from_numpy(random.standard_normal((len(capture.layers), WIDTH), dtype=np.float32))
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Llam
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import ModelSpec
 from prefs.models.local.bridge import wrap
-from prefs.models.local.engine import TransformerLensBackend
+from prefs.models.local.engine import LocalEngine
 
 SHAPES = {
     "llama_1b": LlamaConfig(
@@ -60,13 +60,13 @@ def plain_model(spec: ModelSpec, attention: str | None = None):
     return model.eval()
 
 
-def prefs_model(spec: ModelSpec, model=None) -> TransformerLensBackend:
+def prefs_model(spec: ModelSpec, model=None) -> LocalEngine:
     """The same in `prefs`; around a given `plain_model`, or one of its own."""
     model = plain_model(spec, "eager") if model is None else model
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
-        return TransformerLensBackend(wrap(model, tokenizer, spec, folder), tokenizer, spec)
+        return LocalEngine(wrap(model, tokenizer, spec, folder), tokenizer, spec)
 
 
 def lens_model(spec: ModelSpec) -> TransformerBridge:

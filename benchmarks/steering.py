@@ -3,7 +3,7 @@
 The same conversations (task + completion of about ``--tokens`` tokens) with the question of the template ``anchored``
 are scored under several coefficients of one vector at one layer
 
-- by `prefs`: ``observe_doses``, which runs once what the coefficients do not change;
+- by `prefs`, which runs once what the coefficients do not change;
 - plainly: one whole forward pass of transformers a coefficient, with a hook on the layer, of the same batches; logits
   of the last token alone, no cache.
 
@@ -29,9 +29,9 @@ from shapes import CHOICES, plain_model, prefs_model
 
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec
-from prefs.models.local.steering import places_of_answer
-from prefs.models.options import Asked, ask
-from prefs.models.types import Ask, Question, Sampling, Steering
+from prefs.models.local.grouping import spans_of_answer
+from prefs.models.prompts import Prompt, encode_prompt
+from prefs.models.types import Question, Request, Steering
 
 CLOCKS = {"wall": now, "processor": time.process_time}
 
@@ -43,7 +43,7 @@ class Plain:
         self.model, self.pad = plain_model(spec), pad
 
     @torch.inference_mode()
-    def masses(self, asked: Sequence[Asked], steering: Steering) -> torch.Tensor:
+    def masses(self, asked: Sequence[Prompt], steering: Steering) -> torch.Tensor:
         """[rows, options] probabilities of options of one token."""
         width = max(len(row.ids) for row in asked)
         gaps = [width - len(row.ids) for row in asked]
@@ -53,7 +53,7 @@ class Plain:
         mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps], device=device)
         steered = torch.zeros(len(asked), width, 1)
         for row, (each, gap) in enumerate(zip(asked, gaps, strict=True)):
-            start, end = places_of_answer(each)[steering.at]
+            start, end = spans_of_answer(each)[steering.at]
             steered[row, gap + start : gap + min(end, width)] = steering.coefficient
         change = (steered * steering.vector).to(device, self.model.dtype)
         hook = self.model.model.layers[steering.layer].register_forward_hook(
@@ -93,7 +93,7 @@ def main() -> None:
     (template,) = (each for each in templates() if each.name == "anchored_1_5")
     question = Question(template.question, template.says, spec.prefill)
     turns = conversations(given.conversations, given.tokens, backend)
-    asked = [ask(backend.encoder, row, question) for row in turns]
+    asked = [encode_prompt(backend.encoder, row, question) for row in turns]
     if any(len(tail) != 1 for row in asked for tail in row.tails):
         raise SystemExit("the plain side scores options of one token")
     batches = [slice(at, at + given.batch) for at in range(0, len(turns), given.batch)]
@@ -106,9 +106,11 @@ def main() -> None:
         """[doses, rows, options]."""
         found = []
         for rows in batches:
-            doses = [[each] for each in steering]
-            of_batch = backend.observe_doses(turns[rows], Ask(question), Sampling(1.0, 1.0, 1), doses, likelihood=False)
-            found.append(torch.tensor([[row.answer.scores[0].mass for row in of_dose] for of_dose in of_batch]))
+            doses = [(change,) for change in steering]
+            requests = [Request(row, question, scores=(0,), steering=dose) for dose in doses for row in turns[rows]]
+            replies = dict(backend.run(requests))
+            masses = torch.tensor([replies[number].scores[0].mass for number in range(len(requests))])
+            found.append(masses.reshape(len(doses), -1, masses.shape[-1]))
         return torch.cat(found, dim=1)
 
     def theirs(steering: Sequence[Steering]) -> torch.Tensor:

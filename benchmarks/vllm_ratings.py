@@ -18,12 +18,12 @@ from collections.abc import Sequence
 import numpy as np
 import psutil
 from exact_ratings import TEMPLATES, conversations, templates
-from prefs.models.options import ask
 
 from prefs.config import ModelConfig, ModelDType, VllmConfig
 from prefs.data.template import Template
 from prefs.models.loading import Models, ModelSpec
-from prefs.models.types import Ask, Backend, Conversation, Question, Sampling
+from prefs.models.prompts import encode_prompt
+from prefs.models.types import Conversation, Engine, Question, Request
 from prefs.store.missing import batches
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     models = Models()
     by_name = dict(zip(TEMPLATES, templates(), strict=True))
     chosen = [by_name[name] for name in args.templates]
-    asks = [Ask(Question(each.question, each.says, "Answer: ")) for each in chosen]
+    questions = [Question(each.question, each.says, "Answer: ") for each in chosen]
     masses, lines = {}, []
     rows: list[Conversation] = []
     for engine in ("transformer_lens", "vllm"):
@@ -49,8 +49,8 @@ def main() -> None:
         backend = models.get(spec)
         rows = rows or conversations(args.tasks, args.tokens, backend)
         encoder = backend.encoder  # type: ignore[attr-defined]
-        tokens = sum(len(ask(encoder, row, each.question).ids) for row in rows for each in asks)
-        masses[engine], wall, processor = measured(backend, rows, asks, spec.batch_tokens)
+        tokens = sum(len(encode_prompt(encoder, row, question).ids) for row in rows for question in questions)
+        masses[engine], wall, processor = measured(backend, rows, questions, spec.batch_tokens)
         lines.append(f"| {engine} | {wall:.1f} | {processor:.1f} | {tokens / wall:.0f} | {tokens / processor:.0f} |")
     print(f"{len(rows)} conversations, {len(chosen)} templates, {args.dtype}\n")
     print("| engine | s | processor s | prompt tokens / s | prompt tokens / processor s |\n|---|---|---|---|---|")
@@ -62,20 +62,20 @@ def main() -> None:
 
 
 def measured(
-    backend: Backend, rows: Sequence[Conversation], asks: Sequence[Ask], batch_tokens: int
+    engine: Engine, rows: Sequence[Conversation], questions: Sequence[Question], batch_tokens: int
 ) -> tuple[list[np.ndarray], float, float]:
-    """Masses [rows, options] of each ask, and the seconds on the clock and of all processors that they took."""
-    lengths = {f"{at:05}": backend.conversation_tokens(row) + 256 for at, row in enumerate(rows)}
-    found: dict[int, list[np.ndarray]] = {}
+    """Masses [rows, options] of each question, and the seconds on the clock and of all processors that they took."""
+    lengths = {f"{at:05}": engine.tokens(Request(row)) + 256 for at, row in enumerate(rows)}
+    masses = [[np.empty(0)] * len(rows) for _ in questions]
     start, spent = time.perf_counter(), processor_seconds()
     for batch in batches(lengths, batch_tokens):
-        observed = backend.observe([rows[int(at)] for at in batch], asks, Sampling(1.0, 1.0, 1))
-        found |= {
-            int(at): [np.array(answer.scores[0].mass) for answer in each.answers]
-            for at, each in zip(batch, observed, strict=True)
-        }
+        places = [(int(row), which) for row in batch for which in range(len(questions))]
+        requests = [Request(rows[row], questions[which], scores=(0,)) for row, which in places]
+        for number, reply in engine.run(requests):
+            row, which = places[number]
+            masses[which][row] = np.array(reply.scores[0].mass)
     wall, processor = time.perf_counter() - start, processor_seconds() - spent
-    return [np.stack([found[at][which] for at in range(len(rows))]) for which in range(len(asks))], wall, processor
+    return [np.stack(of_question) for of_question in masses], wall, processor
 
 
 def processor_seconds() -> float:

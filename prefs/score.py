@@ -83,7 +83,7 @@ def main() -> None:
     with one_line():
         sys.argv[1:] = literal(sys.argv[1:])
         try:
-            hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="score")(job)()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="score")(job)()
         except OSError as error:  # of Hydra, which makes the folder `out`
             if error.filename is None or wants_traceback:
                 raise

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -207,15 +206,6 @@ def test_the_system_prompt_stands_where_the_authors_put_it(encoder, family):
     assert written(encoder, nothing.ids) == family.told_nothing.format("Hi")
 
 
-def test_gemma_2_has_no_system_role_and_its_system_prompt_is_the_first_users(encoders):
-    encoder = encoders["gemma2"]
-    folded = encoder.encode([SYSTEM, *CONVERSATION], answer="")
-    assert [written(encoder, folded.ids[start:end]).strip() for start, end in folded.spans] == [
-        each.content.strip() for each in (SYSTEM, *CONVERSATION)
-    ]
-    assert written(encoder, folded.ids).count("<start_of_turn>user\n") == 2
-
-
 def test_the_default_system_prompt_is_known(encoder, family):
     assert encoder.default_system == family.own
 
@@ -285,17 +275,6 @@ def test_any_text_leaves_the_turns_as_they_are(encoder, texts):
         assert message.content.strip() in written(encoder, encoded.ids[start:end])
 
 
-@pytest.mark.parametrize("name", ["llama3_1", "llama3_2"], indirect=True)
-def test_the_date_that_llama_is_told_stays_the_same(encoder):
-    ids = encoder.encode([Message("user", "Hi")], answer="").ids
-    assert "Today Date: 26 Jul 2024\n" in written(encoder, ids)
-
-
-def test_llama_3_2s_own_date_is_todays(encoders):
-    today = encoders["llama3_2"].tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    assert datetime.now().strftime("%b %Y") in today
-
-
 @pytest.mark.parametrize("told", [True, False])
 def test_questions_share_all_that_comes_before_them(encoder, told):
     conversation = (*[SYSTEM] * told, *CONVERSATION[:2])
@@ -331,15 +310,6 @@ def test_an_empty_completion_has_its_place(encoder, family):
     start, end = prompt.spans.completion
     assert start == end
     assert written(encoder, prompt.ids[:start]) == family.plain.format("Hi").removesuffix(NO_THOUGHT)
-
-
-def test_the_thinking_switch(encoders, tokenizers):
-    hi = [Message("user", "Hi")]
-    assert written(encoders["qwen3"], encoders["qwen3"].encode(hi, answer="").ids).endswith("assistant\n")
-    assert written(encoders["qwen3_nothink"], encoders["qwen3_nothink"].encode(hi, answer="").ids).endswith(NO_THOUGHT)
-    thinker = ChatEncoder(tokenizers["qwen3"], {"enable_thinking": True}, ThinkingConfig())
-    assert written(thinker, thinker.open_thought(hi)).endswith("<|im_start|>assistant\n<think>")
-    assert thinker.thought_end == thinker.tokenizer.convert_tokens_to_ids("</think>")
 
 
 @pytest.mark.parametrize("told", [True, False])

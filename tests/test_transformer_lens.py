@@ -199,15 +199,6 @@ def test_seeds_with_the_same_answer_so_far_are_run_once(backend):
     assert one == four
 
 
-def test_control_tokens_in_a_task_do_not_move_the_roles(backend):
-    """The injected system turn is text, so the captured prompt position is the real end of the prompt."""
-    prompt = encode_prompt(backend.encoder, CONVERSATIONS[2], question("anchored"))
-    # system, user, assistant, user and the opened assistant turn: those of the template and no more
-    assert [token for token in prompt.ids if token < 3] == [1, 2, 1, 2, 1, 2, 1, 2, 1]
-    start, _ = prompt.spans.completion
-    assert backend.encoder.tokenizer.decode(prompt.ids[start - 4 : start]) == "<|im_start|>assistant\n"
-
-
 def test_the_architecture_is_read_without_weights():
     assert architecture(str(smollm2_folder()), None) == Architecture(30, 576, "llama", 8192)
 

@@ -23,11 +23,10 @@ from scipy.stats import chisquare
 
 from prefs.config import ThinkingConfig, VllmConfig
 from prefs.data.task import Task
-from prefs.data.template import Invalid
 from prefs.errors import ConfigError, UserError
 from prefs.models.loading import Models
 from prefs.models.prompts import encode_prompt
-from prefs.models.types import Capture, Message, Question, Request, Sampling
+from prefs.models.types import Message, Question, Request, Sampling
 from prefs.stages.complete import complete as completed
 from prefs.stages.rate import rate
 from prefs.store.table import Store
@@ -151,11 +150,6 @@ def test_a_temperature_that_vllm_does_not_draw_at_is_one_line(engine):
     assert complete(engine, PROMPTS[:1], 0, Sampling(2.0, 1.0, 4))[0].text is not None
 
 
-def test_residuals_are_refused(engine):
-    with pytest.raises(UserError, match="backend=transformer_lens"):
-        observe(engine, CONVERSATIONS[:1], [None], capture=Capture((0,), ("last_prompt",)))
-
-
 def test_usage_counts_requests_and_tokens(engine):
     before, greedy = engine.usage(), Sampling(0.0, 1.0, 3)
     # Not in the cache, and longer than the blocks that are kept there.
@@ -243,16 +237,6 @@ def test_the_store_serves_both_engines(tmp_path, first, spec, served, models, sm
     for name, ratings in one[1].ratings.items():
         assert other[1].ratings[name].answers == ratings.answers
         np.testing.assert_array_equal(other[1].ratings[name].mass, ratings.mass)
-
-
-def test_what_does_not_fit_is_too_long_and_the_rest_is_done(tmp_path, spec, served):
-    tasks = [Task("short", "Hi."), Task("long", "word " * 1100), Task("nearly", "word " * 850)]
-    completions, found, _ = measured(spec, served, Store.open(str(tmp_path)), tasks, names=("anchored_precise",))
-    assert [each.invalid for each in completions] == [None, Invalid.too_long, None]
-    (ratings,) = found.ratings.values()
-    invalid = [{answer.invalid for answer in row} == {Invalid.too_long} for row in ratings.answers]
-    assert invalid == [False, True, True]
-    assert np.isnan(ratings.mass).all(axis=1).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(

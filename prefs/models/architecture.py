@@ -62,7 +62,7 @@ def active_parameters(path: str, revision: str | None) -> int:
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     chosen = getattr(config, "num_experts_per_tok", None)
     share = chosen / experts if experts and chosen else 1.0
-    return round(sum(each.numel() * (share if ".experts." in name else 1) for name, each in model.named_parameters()))
+    return round(sum(p.numel() * (share if ".experts." in name else 1) for name, p in model.named_parameters()))
 
 
 def _config(path: str, revision: str | None) -> Any:
@@ -97,6 +97,6 @@ def _written(path: str, revision: str | None) -> Architecture | None:
     parts = [part for part in config.values() if isinstance(part, dict)]
     if any("model_type" in part or "hidden_size" in part for part in parts):
         return None
-    if not (all(isinstance(each, int) for each in (layers, width, context)) and isinstance(family, str)):
+    if not (all(isinstance(number, int) for number in (layers, width, context)) and isinstance(family, str)):
         return None
     return Architecture(layers, width, family, context)

@@ -50,7 +50,7 @@ class ChatTemplate:
         UserError
             If the template refuses these roles or leaves a turn out.
         """
-        shown = [{"role": turn["role"], "content": _shown(turn, at)} for at, turn in enumerate(turns)]
+        shown = [{"role": turn["role"], "content": _shown(turn, number)} for number, turn in enumerate(turns)]
         try:
             rendered = self._apply(shown, open_turn, kwargs)
         except TemplateError as error:
@@ -58,8 +58,8 @@ class ChatTemplate:
             if folded is None:
                 raise UserError(f"the chat template of {self.name} refuses: {error}") from None
             rendered = self._apply(folded, open_turn, kwargs)
-        for at, turn in enumerate(shown):
-            if placeholder(at) in turn["content"] and placeholder(at) not in rendered:
+        for number, turn in enumerate(shown):
+            if placeholder(number) in turn["content"] and placeholder(number) not in rendered:
                 raise UserError(f"the chat template of {self.name} leaves out the {turn['role']} turn")
         return rendered
 
@@ -93,7 +93,7 @@ class ChatTemplate:
 
         start, between = map(marked, self._around_users())
         # Both end with the header of a user's turn.
-        header = next(between[at:] for at in range(len(between) + 1) if start.endswith(between[at:]))
+        header = next(between[cut:] for cut in range(len(between) + 1) if start.endswith(between[cut:]))
         start = marked(self._around_users(*given)[0])
         before = start.rpartition(header)[0] if header else start
         texts = [re.sub(r"\Asystem(\n|\Z)", "", text).strip() for text in re.split("[\U000f0000-\U000fffff]", before)]
@@ -104,11 +104,11 @@ class ChatTemplate:
         turns = [{"role": "system", "content": text} for text in system]
         turns += [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
         rendered = self.render(turns, open_turn=False)
-        first, answer, second = (placeholder(len(system) + at) for at in range(3))
+        first, answer, second = (placeholder(len(system) + turn) for turn in range(3))
         return rendered.partition(first)[0], rendered.partition(answer)[2].partition(second)[0]
 
 
-def _shown(turn: Turn, at: int) -> str:
+def _shown(turn: Turn, number: int) -> str:
     """A turn's content with a placeholder in it.
 
     Blanks stay outside: a template that trims its messages trims them as it would. An empty system prompt has no
@@ -117,9 +117,9 @@ def _shown(turn: Turn, at: int) -> str:
     content = turn["content"]
     text = content.strip()
     if not text:
-        return content + placeholder(at) * (turn["role"] != "system")
+        return content + placeholder(number) * (turn["role"] != "system")
     lead, _, tail = content.partition(text)
-    return lead + placeholder(at) + tail
+    return lead + placeholder(number) + tail
 
 
 def _folded(turns: list[dict[str, str]]) -> list[dict[str, str]] | None:

@@ -57,7 +57,7 @@ POSITIONS = {
 }
 
 
-def token_ranges(spans: Spans, positions: Sequence[str]) -> dict[str, Span]:
-    """Token ranges [start, end) of those of these positions that a conversation has."""
+def token_ranges(spans: Spans, positions: Sequence[str], start: int = 0) -> dict[str, Span]:
+    """Token ranges [first, end), counted from token `start`, of those of these positions that a conversation has."""
     ranges = {position: POSITIONS[position].tokens(spans) for position in positions}
-    return {position: (start, end) for position, (start, end) in ranges.items() if end > start}
+    return {position: (first - start, end - start) for position, (first, end) in ranges.items() if end > first}

@@ -89,8 +89,8 @@ class ChatEncoder:
         if self.default_system is not None:
             kept = self.template.own_system(self._control_pattern, "")
             without = 'rating.system_prompt="" for none' if kept is None else "it does so whatever prompt is given"
-            said = " ".join(self.default_system.split())
-            notes.append(f'{name}: the chat template puts in a system prompt of its own: "{said}" ({without})')
+            own = " ".join(self.default_system.split())
+            notes.append(f'{name}: the chat template puts in a system prompt of its own: "{own}" ({without})')
         thoughtless = self.template.opened_turn(**{THINKING_SWITCH: False})
         if self.thinking is None and self.template.opened_turn() != thoughtless:
             notes.append(
@@ -172,8 +172,8 @@ class ChatEncoder:
         """Encode one stretch between control tokens, and note which of its tokens hold which text."""
         text = ""
         ranges: dict[int, tuple[int, int]] = {}
-        for at, part in enumerate(PLACEHOLDER.split(piece)):
-            if at % 2:
+        for number, part in enumerate(PLACEHOLDER.split(piece)):
+            if number % 2:
                 ranges.setdefault(int(part), (len(text), len(text) + len(texts[int(part)])))
                 part = texts[int(part)]
             text += part
@@ -183,12 +183,12 @@ class ChatEncoder:
         ids.extend(token_ids)
         for index, (first, last) in ranges.items():
             # A token belongs to the text that its last character lies in.
-            inside = [at for at, end in enumerate(ends) if first < end <= last]
+            inside = [token for token, end in enumerate(ends) if first < end <= last]
             if inside:
                 spans[index] = (start + inside[0], start + inside[-1] + 1)
             else:
-                at = start + sum(end <= first for end in ends)
-                spans[index] = (at, at)
+                before = start + sum(end <= first for end in ends)
+                spans[index] = (before, before)
 
     def _encode_text(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         encoding = self._plain.encode(text, add_special_tokens=False)

@@ -144,4 +144,5 @@ class _Leases:
     def others(self) -> set[str]:
         """Who holds what is waited for, for people to read."""
         owners = [lease.owner for lease in self.waited_for.values()]
-        return {f"process {owner.pid} on {owner.hostname}" for owner in owners if owner is not None}
+        # Of a container, the name of its process namespace follows.
+        return {f"process {owner.pid} on {owner.hostname.partition('?')[0]}" for owner in owners if owner is not None}

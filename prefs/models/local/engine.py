@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,29 @@ log = logging.getLogger(__name__)
 
 # By row, what its requests brought, by number.
 Replies = list[dict[int, Reply]]
+
+
+@dataclass(frozen=True, eq=False)
+class QuestionBatch:
+    """One question put to some conversations; ``request`` says what is wanted of it.
+
+    ``done`` are the tokens of each row's prompt that have been run.
+    """
+
+    request: Request
+    conversations: Sequence[Conversation]
+    prompts: Sequence[Prompt]
+    done: Sequence[int]
+
+    @property
+    def turns(self) -> list[Conversation]:
+        """The conversations, with the question."""
+        return [replace(self.request, messages=messages).turns for messages in self.conversations]
+
+    @property
+    def rest(self) -> list[tuple[int, ...]]:
+        """What has not been run of each prompt."""
+        return [prompt.ids[done:] for prompt, done in zip(self.prompts, self.done, strict=True)]
 
 
 class LocalEngine:
@@ -185,10 +208,12 @@ class LocalEngine:
             for row, thought in zip(rows, thoughts, strict=True)
         ]
         masses = self.decoder.masses(*self.passes.start([prompt.ids for prompt in prompts]), prompts)
-        choices = [
-            row.request.question.options[int(best)] for row, best in zip(rows, masses.argmax(axis=1), strict=True)
-        ]
-        return [dict.fromkeys(row.requests, Reply(choice=choice)) for row, choice in zip(rows, choices, strict=True)]
+        replies: Replies = []
+        for row, mass in zip(rows, masses, strict=True):
+            assert row.request.question is not None
+            choice = row.request.question.options[int(mass.argmax())]
+            replies.append(dict.fromkeys(row.requests, Reply(choice=choice)))
+        return replies
 
     @torch.inference_mode()
     def _observe(self, rows: Sequence[Row]) -> Replies:
@@ -201,7 +226,7 @@ class LocalEngine:
             return replies
         prompts: list[dict[Question | None, Prompt]] = []
         for row in rows:
-            put = [request.question for request in row.requests.values() if request.question is not None]
+            put = dict.fromkeys(request.question for request in row.requests.values() if request.question is not None)
             prompts.append(
                 {question: encode_prompt(self.encoder, row.messages, question) for question in put or [None]}
             )
@@ -223,15 +248,16 @@ class LocalEngine:
         for alike in asked:
             numbers = [row for row, _ in alike]
             request = rows[alike[0][0]].requests[alike[0][1]]
-            own = [prompts[row][request.question] for row in numbers]
-            state_here = state.fork().select(self.passes.tensor(numbers))
-            brought = answer(
-                replace(state_here, steering=self._steering(steering, own)),
+            batch = QuestionBatch(
                 request,
-                own,
-                [len(prefixes[row]) for row in numbers],
                 [rows[row].messages for row in numbers],
+                [prompts[row][request.question] for row in numbers],
+                [len(prefixes[row]) for row in numbers],
             )
+            begun = state.fork()
+            if numbers != list(range(len(rows))):
+                begun = begun.select(self.passes.tensor(numbers))
+            brought = answer(replace(begun, steering=self._steering(steering, batch.prompts)), batch)
             for (row, number), reply in zip(alike, brought, strict=True):
                 replies[row][number] = reply
         captured = recorder.vectors() if recorder is not None else [{}] * len(rows)
@@ -243,78 +269,50 @@ class LocalEngine:
                     own[number] = replace(own[number], residuals={**shared, **own[number].residuals})
         return replies
 
-    def _answer(
-        self,
-        state: State,
-        request: Request,
-        prompts: Sequence[Prompt],
-        lengths: Sequence[int],
-        conversations: Sequence[Conversation],
-    ) -> list[Reply]:
-        """Put one question to conversations of which so many tokens have been run."""
-        capture = at_question(request)
+    def _answer(self, state: State, batch: QuestionBatch) -> list[Reply]:
+        """Go on from conversations that have been run."""
+        request, capture = batch.request, at_question(batch.request)
         if capture is None and not reads_logits(request):
-            return [Reply()] * len(prompts)
-        rest = [prompt.ids[length:] for prompt, length in zip(prompts, lengths, strict=True)]
-        recorder = None
+            return [Reply()] * len(batch.prompts)
+        rest, recorder = batch.rest, None
         if capture is not None:
             ranges = [
-                {name: (start - length, end - length) for name, (start, end) in own.items()}
-                for length, own in zip(
-                    lengths, (token_ranges(prompt.spans, capture.positions) for prompt in prompts), strict=True
-                )
+                token_ranges(prompt.spans, capture.positions, start=done)
+                for prompt, done in zip(batch.prompts, batch.done, strict=True)
             ]
             recorder = Recorder(capture.layers, ranges, [len(row) for row in rest], stops=not reads_logits(request))
         state, logits = self.passes.extend(state, rest, watchers=[] if recorder is None else [recorder])
-        replies = self._read(state, logits, request, prompts, conversations)
+        replies = self._read(state, logits, batch)
         if recorder is None:
             return replies
         return [replace(reply, residuals=own) for reply, own in zip(replies, recorder.vectors(), strict=True)]
 
-    def _read(
-        self,
-        state: State,
-        logits: torch.Tensor,
-        request: Request,
-        prompts: Sequence[Prompt],
-        conversations: Sequence[Conversation],
-    ) -> list[Reply]:
-        """What a batch answers that has been run to the end of a question."""
-        scores: list[dict[int, Score]] = [{} for _ in prompts]
+    def _read(self, state: State, logits: torch.Tensor, batch: QuestionBatch) -> list[Reply]:
+        """What a batch answers that has been run to the end of the question."""
+        request, rows = batch.request, len(batch.prompts)
+        scores: list[dict[int, Score]] = [{} for _ in range(rows)]
         if request.scores:
-            masses = self.decoder.masses(state, logits, prompts).tolist()
+            masses = self.decoder.masses(state, logits, batch.prompts).tolist()
             scores = [dict.fromkeys(request.scores, Score(tuple(mass))) for mass in masses]
-        samples = [{} for _ in prompts]
+        samples = [{} for _ in range(rows)]
         if request.seeds:
-            turns = [replace(request, messages=messages).turns for messages in conversations]
-            samples = self.decoder.samples(state, logits, [request.seeds] * len(prompts), turns, _sampling(request))
+            samples = self.decoder.samples(state, logits, [request.seeds] * rows, batch.turns, _sampling(request))
         return [Reply(drawn, scored) for drawn, scored in zip(samples, scores, strict=True)]
 
-    def _answer_after_thoughts(
-        self,
-        state: State,
-        request: Request,
-        prompts: Sequence[Prompt],
-        lengths: Sequence[int],
-        conversations: Sequence[Conversation],
-    ) -> list[Reply]:
-        """As `_answer`, of a model that thinks before it answers. What the question itself holds is captured after the
-        first thought."""
+    def _answer_after_thoughts(self, state: State, batch: QuestionBatch) -> list[Reply]:
+        """As `_answer`, of a model that thinks before it answers; vectors are those after the first thought."""
+        request, turns = batch.request, batch.turns
         seeds = tuple(dict.fromkeys((*request.scores, *request.seeds)))
-        turns = [replace(request, messages=messages).turns for messages in conversations]
-        opened = [
-            replace(prompt, ids=self.encoder.open_thought(row)) for prompt, row in zip(prompts, turns, strict=True)
-        ]
-        rest = [prompt.ids[length:] for prompt, length in zip(opened, lengths, strict=True)]
+        opened = replace(batch, prompts=self._thoughts_opened(batch.prompts, turns))
         # The answer goes on from a thought that was generated, so what is steered is counted from the prompt before it.
-        state = replace(state, steering=self._steering(state.steering.steering, opened))
-        so_far = self.passes.extend(state.fork(), rest)
-        thoughts = self.decoder.thoughts(*so_far, [seeds] * len(turns), turns, _sampling(request))
+        state = replace(state, steering=self._steering(state.steering.steering, opened.prompts))
+        begun = self.passes.extend(state.fork(), opened.rest)
+        thoughts = self.decoder.thoughts(*begun, [seeds] * len(turns), turns, _sampling(request))
         replies = [Reply() for _ in turns]
         for seed in seeds:
-            after = [
+            prompts = [
                 encode_prompt(self.encoder, messages, request.question, own[seed].text)
-                for messages, own in zip(conversations, thoughts, strict=True)
+                for messages, own in zip(batch.conversations, thoughts, strict=True)
             ]
             once = replace(
                 request,
@@ -322,7 +320,7 @@ class LocalEngine:
                 scores=(seed,) * (seed in request.scores),
                 capture=request.capture if seed == seeds[0] else None,
             )
-            brought = self._answer(state.fork(), once, after, lengths, conversations)
+            brought = self._answer(state.fork(), replace(batch, request=once, prompts=prompts))
             for row, (own, reply) in enumerate(zip(thoughts, brought, strict=True)):
                 reply, before = own[seed].reply(reply), replies[row]
                 replies[row] = Reply(
@@ -341,8 +339,9 @@ class LocalEngine:
         prompts = [encode_prompt(self.encoder, row.messages, request.question) for row in rows]
 
         def read(state: State, logits: torch.Tensor, numbers: Sequence[int]) -> list[Reply]:
+            own = [prompts[number] for number in numbers]
             conversations = [rows[number].messages for number in numbers]
-            return self._read(state, logits, request, [prompts[number] for number in numbers], conversations)
+            return self._read(state, logits, QuestionBatch(request, conversations, own, [len(p.ids) for p in own]))
 
         if self.encoder.thinking is None and self.passes.shares_blocks:
             by_dose = DosePasses(self.passes, request, prompts, read).run(doses)
@@ -359,10 +358,7 @@ class LocalEngine:
         """A dose by passes of its own: of models that think, and families whose blocks share more than the residual
         stream."""
         if self.encoder.thinking is not None:
-            turns = [row.request.turns for row in rows]
-            prompts = [
-                replace(prompt, ids=self.encoder.open_thought(row)) for prompt, row in zip(prompts, turns, strict=True)
-            ]
+            prompts = self._thoughts_opened(prompts, [row.request.turns for row in rows])
         _, logits = self.passes.start([prompt.ids for prompt in prompts], self._steering(dose, prompts), cached=False)
         finite = finite_rows(logits)
         alone = replace(request, steering=dose)
@@ -374,6 +370,10 @@ class LocalEngine:
             )
             for row, prompt in enumerate(prompts)
         ]
+
+    def _thoughts_opened(self, prompts: Sequence[Prompt], turns: Sequence[Conversation]) -> list[Prompt]:
+        ids = [self.encoder.open_thought(row) for row in turns]
+        return [replace(prompt, ids=opened) for prompt, opened in zip(prompts, ids, strict=True)]
 
     def _steering(self, steering: Steerings, prompts: Sequence[Prompt]) -> BatchSteering:
         return BatchSteering.build(steering, [spans_of_answer(prompt) for prompt in prompts], self.device)

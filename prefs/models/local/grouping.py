@@ -94,12 +94,12 @@ def reads_logits(request: Request) -> bool:
 def questions(rows: Sequence[Row]) -> list[list[tuple[int, int]]]:
     """Requests with the same question and wishes, as (row, number): each list is one pass over its rows."""
     alike: dict[tuple, list[tuple[int, int]]] = {}
-    for at, row in enumerate(rows):
+    for index, row in enumerate(rows):
         for number, request in row.requests.items():
             capture = at_question(request)
             if reads_logits(request) or capture is not None:
                 key = (request.question, request.sampling, request.seeds, request.scores, capture)
-                alike.setdefault(key, []).append((at, number))
+                alike.setdefault(key, []).append((index, number))
     return list(alike.values())
 
 

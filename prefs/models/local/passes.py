@@ -228,8 +228,8 @@ class Passes:
         try:
             state, _ = self.extend(self.nothing(1), first)
             below, expected = self.extend(state.fork(), then, watchers=[kept])
-            shared, found = self.extend_above(layer, kept.after[layer], below, state.fork(), then)
-            pairs = [(expected, found), (self.extend(below, then)[1], self.extend(shared, then)[1])]
+            shared, logits = self.extend_above(layer, kept.after[layer], below, state.fork(), then)
+            pairs = [(expected, logits), (self.extend(below, then)[1], self.extend(shared, then)[1])]
         except Exception as error:
             if out_of_memory(error):
                 raise

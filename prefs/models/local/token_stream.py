@@ -60,7 +60,7 @@ def _decoded(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
 
 def owners(length: int, spans: Sequence[tuple[int, int]], roles: Sequence[str]) -> tuple[str | None, ...]:
     """For each of so many tokens the role of the message whose span it lies in, or None."""
-    found: list[str | None] = [None] * length
+    roles_of_tokens: list[str | None] = [None] * length
     for (start, end), role in zip(spans, roles, strict=True):
-        found[start:end] = [role] * len(found[start:end])
-    return tuple(found)
+        roles_of_tokens[start:end] = [role] * len(roles_of_tokens[start:end])
+    return tuple(roles_of_tokens)

@@ -258,7 +258,8 @@ class OpenAIEngine:
     async def _ask(
         self, request: Request, seed: int, sampling: Sampling, opening: str, top_logprobs: int | None
     ) -> Answer:
-        messages, asked = request.turns, dict[str, Any]()
+        messages: Conversation = request.turns
+        asked: dict[str, Any] = {}
         if opening:
             messages = (*messages, Message("assistant", opening))
             asked = {"extra_body": {"add_generation_prompt": False, "continue_final_message": True}}

@@ -214,7 +214,8 @@ class VllmEngine:
         are started."""
         if not self._workers.running:
             self._workers = self._start()
-        conversations = {turns: at for at, turns in enumerate(dict.fromkeys(r.messages or r.turns for r in requests))}
+        distinct = dict.fromkeys(request.messages or request.turns for request in requests)
+        conversations = {messages: row for row, messages in enumerate(distinct)}
         rows = [conversations[requests[number].messages or requests[number].turns] for number, _ in calls]
         outputs: list[Output | None] = [None] * len(calls)
         died = None
@@ -234,7 +235,7 @@ class VllmEngine:
 
 def _mass(tails: tuple[tuple[int, ...], ...], outputs: Mapping[Use, Sequence[Output]]) -> tuple[float, ...]:
     """The options' masses from the log-probabilities after each of their beginnings."""
-    looked = {
+    looked: dict[tuple[int, ...], float] = {
         (*beginning, token): log_prob
         for beginning, some in outputs.items()
         if isinstance(beginning, tuple)

@@ -194,14 +194,14 @@ class Workers:
 
     def _failure(self, error: Exception) -> UserError:
         """What to tell of an engine that did not start."""
-        said = self._log.read_text(errors="replace")
+        printed = self._log.read_text(errors="replace")
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown:
             return ConfigError(f"model.vllm.engine.{unknown[1]}", "an argument", "those that vLLM's LLM knows")
         with self._log.open("a") as file:
             traceback.print_exception(error, file=file)
         self._forget_log.detach()
-        reason = _reason_in(said) or _reason(error)
+        reason = _reason_in(printed) or _reason(error)
         advice = next((what for sign, what in ADVICE.items() if sign in reason), None)
         return UserError(
             f"vLLM cannot load {self._name}: {reason.rstrip('.')}{f'; {advice}' if advice else ''} (log: {self._log})"
@@ -222,7 +222,7 @@ def _processes(llm: Any) -> list[Any]:
     """An engine's own process and those of its workers, which hold the model."""
     import psutil  # comes with vLLM
 
-    cores = [psutil.Process(each.pid) for each in llm.llm_engine.engine_core.resources.engine_manager.processes]
+    cores = [psutil.Process(core.pid) for core in llm.llm_engine.engine_core.resources.engine_manager.processes]
     return [*cores, *(worker for core in cores for worker in core.children(recursive=True))]
 
 
@@ -354,15 +354,15 @@ def _devices(spec: ModelSpec) -> list[list[int]]:
     copies = spec.vllm.data_parallel_size
     if device.type == "cpu" or (copies == 1 and device.index is None):
         return [[]] * copies
-    each = spec.vllm.tensor_parallel_size * int(spec.vllm.engine.get("pipeline_parallel_size", 1))
+    gpus = spec.vllm.tensor_parallel_size * int(spec.vllm.engine.get("pipeline_parallel_size", 1))
     first = device.index or 0
     visible = torch.cuda.device_count()
-    if first + copies * each > visible:
+    if first + copies * gpus > visible:
         raise UserError(
-            f"model.vllm: torch sees {visible} GPUs, too few for {copies} engines of {each} GPUs each from {device} on;"
+            f"model.vllm: torch sees {visible} GPUs, too few for {copies} engines of {gpus} GPUs each from {device} on;"
             " lower model.vllm.data_parallel_size or tensor_parallel_size"
         )
-    return [list(range(first + at * each, first + (at + 1) * each)) for at in range(copies)]
+    return [list(range(first + copy * gpus, first + (copy + 1) * gpus)) for copy in range(copies)]
 
 
 def _worker_environment(spec: ModelSpec) -> dict[str, str]:
@@ -435,9 +435,9 @@ def _flush() -> None:
 _ERROR = re.compile(r"^(?:\([^)]* pid=\d+\) )?ERROR [^\]]*\] (?:[\w.]+\.)?(\w*(?:Error|Exception)): (\S.*)$")
 
 
-def _reason_in(said: str) -> str | None:
+def _reason_in(printed: str) -> str | None:
     """The first error that an engine process logged: the later ones say that a process failed."""
-    for line in said.splitlines():
+    for line in printed.splitlines():
         match = _ERROR.match(line)
         if match and match[2] != "cancelled":  # what a worker that was killed leaves behind
             return match[2] if match[1] in ("ValueError", "RuntimeError") else f"{match[1]}: {match[2]}"
