@@ -44,8 +44,7 @@ def run_job(
         For anything the user can mend: a bad row, a model that is not there, a full disk.
     """
     if config.plan:
-        from prefs.plan.costs import plan
-        from prefs.plan.show import plan_result
+        from prefs.plan import plan, plan_result
 
         planned = plan_result(plan(config), config, sweep=folder.group is not None)
         show(console(), planned, title=planned.title)

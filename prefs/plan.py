@@ -20,7 +20,6 @@ from prefs.concepts.extract import extract, read_all
 from prefs.concepts.reading import Reader
 from prefs.config import Config
 from prefs.data.task import Task
-from prefs.data.template import Template
 from prefs.job import JobCounts, StageCounts
 from prefs.models.architecture import active_parameters
 from prefs.models.counting import COMPLETER, JUDGE, RATER, ROLES, Counts, Tally
@@ -197,8 +196,7 @@ def _counted(config: Config, tasks: Sequence[Task], roles: Roles, captured: Site
     store = PlannedStore(store_root(config.store.dir), 0.0)
     counts, done, remarks = Counts(bound, store.stored), JobCounts(logged=False), []
     models = CountingModels(counts=counts)
-    templates = {key: Template.from_config(template) for key, template in config.template.items()}
-    _, rated, _ = measure(config, tasks, roles, templates, captured.capture, store, models, done)
+    _, rated, _ = measure(config, tasks, roles, config.template, captured.capture, store, models, done)
     reader = reader_of(config, roles.completer, roles.rater, captured.capture, store, models)
     if reader is not None:
         read_all(config.concept, tasks, reader)

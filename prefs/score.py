@@ -42,7 +42,7 @@ METRICS = {"r2": "R²", "pearson": "r", "auc": "AUC"}
 
 @dataclass
 class ScoreConfig:
-    """What to score with which probe. See `conf/score.yaml` for what the keys mean."""
+    """What to score with which probe. See `prefs/score.yaml` for what the keys mean."""
 
     probe: str = MISSING
     text: str | None = None
@@ -83,7 +83,7 @@ def main() -> None:
     with one_line():
         sys.argv[1:] = literal(sys.argv[1:])
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="score")(job)()
+            hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="score")(job)()
         except OSError as error:  # of Hydra, which makes the folder `out`
             if error.filename is None or wants_traceback:
                 raise

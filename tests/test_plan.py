@@ -18,7 +18,6 @@ from test_run import run, start
 from tiny_models import llama, tiny_model
 
 from prefs.config import ApiConfig, typed
-from prefs.data.template import Template
 from prefs.errors import UserError
 from prefs.job import Job, JobCounts, read_job, recorded
 from prefs.models.counting import JUDGE, RATER, Counts
@@ -203,7 +202,7 @@ def test_lengths_are_expected_from_what_the_store_has(tmp_path):
         config,
         job_tasks(config),
         Roles.of(config),
-        {key: Template.from_config(t) for key, t in config.template.items()},
+        config.template,
         None,
         store,
         Brief(),

@@ -23,7 +23,6 @@ from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
 from prefs.store.table import Store
 
 VERDICTS = pa.schema([("verdict", pa.string()), ("invalid", pa.string())])
-JUDGES = {"phrases": "prefs.stages.judge.judged_by_phrases", "llm": "prefs.stages.judge.judged_by_llm"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ def judge(config: JudgeConfig, completions: Sequence[Completion], *, store: Stor
     """
     if config.kind == "none":
         return Judged([None] * len(completions))
-    target = getattr(config, "_target_", "") or JUDGES[config.kind]
-    return get_method(target)(config, completions, store=store, models=models)
+    judge_completions = get_method(config._target_)
+    return judge_completions(config, completions, store=store, models=models)
 
 
 def judged_by_phrases(
