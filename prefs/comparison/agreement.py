@@ -13,7 +13,7 @@ from prefs.comparison.show import square, table
 from prefs.comparison.stability import stability_by
 from prefs.results import figures
 from prefs.results.result import Figure, Result
-from prefs.results.summary import columns, numeric
+from prefs.results.tables import columns, numeric
 from prefs.results.terminal import number
 from prefs.statistics.agreement import correlation
 

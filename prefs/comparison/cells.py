@@ -18,7 +18,8 @@ import pyarrow as pa
 from prefs.config import StatsConfig
 from prefs.errors import UserError
 from prefs.job import FILE, FINISHED, Job, read_job
-from prefs.results.summary import Group, Stability, groups_by_origin, stability
+from prefs.results.stability import Stability, stability
+from prefs.statistics.groups import Group, groups_by_origin
 from prefs.statistics.measured import Measured
 
 # What decides neither a completion nor a rating nor a verdict, and so does not make a cell another one.

@@ -19,7 +19,7 @@ from prefs.comparison.cells import FIRST, Cell, Sweep, flat, telling
 from prefs.comparison.show import MOST_CELLS, distinct, names_column, numbered, numbers, table, telling_columns, whole
 from prefs.results import figures
 from prefs.results.result import Excerpt, Figure, Result, Table, View
-from prefs.results.summary import by_origin, columns, numeric
+from prefs.results.tables import by_origin, columns, numeric
 from prefs.results.terminal import MISSING, number, with_interval
 from prefs.statistics.estimates import Estimate, known_mean
 from prefs.statistics.factorial import Factorial, factorial

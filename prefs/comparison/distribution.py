@@ -7,8 +7,8 @@ from functools import partial
 from prefs.comparison.cells import Sweep
 from prefs.comparison.show import table, whole
 from prefs.results import figures
+from prefs.results.distribution import distribution_table
 from prefs.results.result import Figure, Result
-from prefs.results.summary import distribution_table
 
 
 def distributions(sweep: Sweep) -> Result:

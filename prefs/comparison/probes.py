@@ -21,7 +21,7 @@ from prefs.errors import UserError
 from prefs.probes.controls import BLIND
 from prefs.results import figures
 from prefs.results.result import Excerpt, Figure, Result, Table, View
-from prefs.results.summary import columns, numeric
+from prefs.results.tables import columns, numeric
 from prefs.results.terminal import number, with_interval
 from prefs.statistics.agreement import correlations
 from prefs.statistics.estimates import Resamples

@@ -10,9 +10,11 @@ import pandas as pd
 from prefs.comparison.cells import Cell, Sweep
 from prefs.comparison.show import MOST_CELLS, table
 from prefs.results import figures
+from prefs.results.distribution import distribution_table
+from prefs.results.refusals import refusal_table, refusals
 from prefs.results.result import Figure, Result
-from prefs.results.summary import Group, distribution_table, refusal_table, refusals
 from prefs.statistics.estimates import Resamples
+from prefs.statistics.groups import Group
 
 
 def refusals_of_cells(sweep: Sweep) -> Result:

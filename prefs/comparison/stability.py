@@ -21,7 +21,8 @@ from prefs.comparison.show import (
 )
 from prefs.results import figures
 from prefs.results.result import Excerpt, Figure, Result, Table, View
-from prefs.results.summary import Stability, by_origin, numeric, stability_table
+from prefs.results.stability import Stability, stability_table
+from prefs.results.tables import by_origin, numeric
 from prefs.results.terminal import MISSING, number
 from prefs.statistics.measured import DIRECT
 

@@ -13,7 +13,7 @@ from prefs.comparison.show import MOST_CELLS, distinct, names_column, numbered, 
 from prefs.errors import UserError
 from prefs.results import figures
 from prefs.results.result import Figure, Result, View
-from prefs.results.summary import numeric
+from prefs.results.tables import numeric
 from prefs.results.terminal import number, with_interval
 
 DOSES, SLOPES = "steering_doses.parquet", "steering_slopes.parquet"
