@@ -234,7 +234,7 @@ def test_two_data_sets_and_two_templates_have_whole_grids(tmp_path):
     result = compared(tmp_path)
     assert set(result.table("conditions").query("origin == 'ALL'")["n"]) == {10}
     # Of each grid its means, then its effects.
-    titles = [line for line in result.printed.splitlines() if "by condition, mean" in line or "do to the same" in line]
+    titles = [line for line in result.printed.splitlines() if "completed under" in line or "do to the same" in line]
     assert ["do to the same" in title for title in titles] == [False, True] * 4
 
 
