@@ -24,7 +24,6 @@ from engine_calls import complete, dose_replies, observe, replies
 from tiny_models import llama, tiny_model
 
 from prefs.config import POSITIONS
-from prefs.errors import UserError
 from prefs.models.loading import Models, ModelSpec
 from prefs.models.local.engine import LocalEngine
 from prefs.models.types import Capture, Message, Question, Reply, Request, Sampling, Steering
@@ -179,16 +178,6 @@ def test_halves_where_memory_runs_out(cuda, prefs_log):
     with only(used * 0.6):
         assert_same(observed(cuda, LONG, seeds=(0,)), expected)
     assert "memory ran out with 64 conversations at a time" in prefs_log.text
-
-
-def test_a_row_that_does_not_fit_alone_is_named_and_the_next_one_runs(cuda):
-    # So much longer than the next that allocating in large pieces makes no difference.
-    longest = (Message("user", "Count to " + "ten " * 24_000), Message("assistant", "No."))
-    used = most_used(lambda: observed(cuda, [longest]))
-    with only(used * 0.5):
-        with pytest.raises(UserError, match=r"single conversation of 24,\d+ tokens; set model\.max_context lower"):
-            observed(cuda, [CONVERSATIONS[0], longest])
-        assert len(observed(cuda, CONVERSATIONS[:1])) == 2
 
 
 JOB = [

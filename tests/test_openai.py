@@ -30,7 +30,7 @@ from prefs.models.openai import server as served
 from prefs.models.openai.engine import OpenAIEngine
 from prefs.models.openai.refusals import asked_wait
 from prefs.models.sampling import row_seed
-from prefs.models.types import Capture, Message, Question, Reply, Request, Sample, Sampling, Score
+from prefs.models.types import Message, Question, Reply, Request, Sample, Sampling, Score
 from prefs.stages.complete import complete
 from prefs.stages.rate import rate
 from prefs.stages.records import Completion
@@ -233,43 +233,6 @@ def test_rating_asks_every_row_and_seed_once_and_goes_on_where_it_was_stopped(tm
         assert len(rows) == len({row["key"] for row in rows}) == number
 
 
-def test_answers_that_overtake_each_other_stay_with_their_rows_and_come_as_they_are_done():
-    prompts = [f"p{number}" for number in range(6)]
-    with serving_engine(
-        lambda asked: Say(echo(asked).body, after_s=0.6 - 0.1 * int(asked.prompt[1])), concurrency=6
-    ) as (engine, _):
-        done = list(engine.run(to_complete(*prompts)))
-    assert {number: reply.samples[0].text for number, reply in done} == {
-        number: f"re: {prompt}" for number, prompt in enumerate(prompts)
-    }
-    assert done[0][0] > done[-1][0]
-
-
-def test_repeated_and_further_choices_are_left_aside():
-    body = chat("the one")
-    other = {**body["choices"][0], "message": {"role": "assistant", "content": "another"}}
-    shuffled = {**body, "choices": [{**other, "index": 1}, body["choices"][0], other, {**other, "index": 2}]}
-    with serving_engine(lambda asked: Say(shuffled)) as (engine, server):
-        assert texts(engine, "p") == ["the one"]
-        assert len(server.asked) == 1
-
-
-@pytest.mark.parametrize(
-    ("status", "headers", "least"),
-    [(429, {"Retry-After": "1"}, 1.0), (429, {"Retry-After-Ms": "300"}, 0.3), (500, {"Retry-After-Ms": "300"}, 0.3)],
-)
-def test_a_request_is_not_sent_again_before_the_server_says(status, headers, least):
-    def answer(asked: Asked) -> Say:
-        return Say({"error": "busy"}, status=status, headers=headers) if asked.attempt == 1 else echo(asked)
-
-    with serving_engine(answer, concurrency=3) as (engine, server):
-        prompts = [f"p{number}" for number in range(6)]
-        assert texts(engine, *prompts) == [f"re: {prompt}" for prompt in prompts]
-        for prompt in prompts:
-            first, second = server.attempts(prompt)
-            assert second.at - first.at >= least
-
-
 def test_nobody_is_sent_to_a_server_that_asks_for_a_rest():
     limited = Say({"error": "busy"}, status=429, headers={"Retry-After-Ms": "1500"})
 
@@ -385,12 +348,6 @@ def test_what_waiting_does_not_mend_is_left_to_the_user(reply, line):
         with pytest.raises(UserError, match=line):
             texts(engine, "p")
         assert len(server.asked) == 1
-
-
-def test_a_message_that_never_has_content_is_an_empty_answer():
-    with serving_engine(lambda asked: Say(chat(None)), max_retries=2) as (engine, server):
-        assert texts(engine, "p") == [""]
-        assert len(server.asked) == 3
 
 
 # Keys
@@ -510,18 +467,6 @@ def test_a_row_that_a_server_refuses_has_its_reason_and_the_others_are_answered(
     assert (first.text, third.text) == ("re: a", "re: c")
 
 
-def test_a_refused_row_is_stored_with_its_reason(tmp_path):
-    tasks = [Task(prompt, prompt, origin="A") for prompt in ("a", "refused", "c")]
-    store = Store.open(str(tmp_path))
-    with serving(lambda asked: BLOCKED["Azure"] if asked.prompt == "refused" else echo(asked)) as server:
-        completions, _ = run(store, spec_of(server), tasks)
-        again, work = run(store, spec_of(server), tasks)
-        assert len(server.asked) == 3
-    assert [completion.invalid for completion in completions] == [None, Invalid.blocked, None]
-    assert [completion.text for completion in completions] == ["re: a", None, "re: c"]
-    assert (again, work.computed) == (completions, 0)
-
-
 @pytest.mark.parametrize("thinking", [None, ThinkingConfig()])
 def test_a_question_that_a_server_refuses_has_its_reason_at_every_seed(thinking):
     def answer(asked: Asked) -> Say:
@@ -597,14 +542,6 @@ def test_parameters_that_a_server_refuses_are_left_out_once_and_for_all(prefs_lo
     assert prefs_log.text.count("takes no seed: its answers cannot be drawn again") == 1
 
 
-def test_a_temperature_that_a_server_refuses_is_not_quietly_another():
-    with (
-        serving_engine(reasoning_model) as (engine, _),
-        pytest.raises(UserError, match=r"does not take temperature=0.5 \(.*Only the default"),
-    ):
-        texts(engine, "p", sampling=Sampling(0.5, 1.0, 5))
-
-
 def test_many_requests_that_find_out_at_once():
     slow = {"after_s": 0.05}
     with serving_engine(lambda asked: Say(**{**vars(reasoning_model(asked)), **slow}), concurrency=8) as (engine, _):
@@ -628,11 +565,6 @@ def test_an_opening_is_given_only_to_servers_that_go_on_with_it():
         pytest.raises(ConfigError, match=r"thinks"),
     ):
         replies(engine, rows)
-
-
-def test_a_served_model_shows_no_residuals():
-    with serving_engine(echo) as (engine, _), pytest.raises(ConfigError, match=r"capture=none"):
-        replies(engine, [Request(conversation("p", "c"), capture=Capture((0,), ("rating",)))])
 
 
 # Exact scores
@@ -725,25 +657,6 @@ def test_no_likeliest_tokens_no_exact_ratings():
         assert server.asked == []
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        {"content": [{"token": 3}]},
-        {"content": [{"token": "4", "top_logprobs": [{"token": "4", "logprob": "high"}]}]},
-        {"content": "none"},
-    ],
-)
-def test_log_probabilities_that_are_none_are_asked_for_again(broken):
-    good = likeliest(("4", {"4": 0.5}))
-    with serving_engine(lambda asked: Say(chat("4", logprobs=broken if asked.attempt == 1 else good))) as (
-        engine,
-        server,
-    ):
-        (scored,) = scores(engine, "p")
-        assert scored.mass == pytest.approx((0, 0, 0, 0.5, 0))
-        assert len(server.asked) == 2
-
-
 # Thinking
 
 
@@ -795,15 +708,6 @@ def test_a_thought_that_was_cut_off_gives_no_answer(reply):
     assert sample.thought == scored.thought == "well, 4 or"
 
 
-def test_a_thought_is_stored_with_its_completion(tmp_path):
-    store = Store.open(str(tmp_path))
-    with serving(lambda asked: Say(chat("<think>well</think>Done."))) as server:
-        (done,), _ = run(store, spec_of(server, thinking=THINKS), [Task("t", "p", origin="A")])
-    assert done.text == "Done."
-    (row,) = stored(store, "completions")
-    assert (row["text"], row["thought"], row["invalid"]) == ("Done.", "well", None)
-
-
 def test_a_thought_that_a_server_keeps_to_itself():
     hidden = {"prompt_tokens": 5, "completion_tokens": 60, "completion_tokens_details": {"reasoning_tokens": 50}}
     with serving_engine(lambda asked: Say(chat("4", usage=hidden)), thinking=THINKS) as (engine, _):
@@ -822,16 +726,6 @@ def test_log_probabilities_that_do_not_belong_to_the_answer():
         pytest.raises(UserError, match=r"do not belong to the answer; use rating.exact=false"),
     ):
         scores(engine, "p")
-
-
-def test_a_server_ends_its_models_thoughts():
-    with serving(echo) as server, pytest.raises(ConfigError, match=r"force_close"):
-        OpenAIEngine.load(spec_of(server, thinking=ThinkingConfig(force_close=True)))
-
-
-def test_a_refusal_field_is_what_was_said():
-    with serving_engine(lambda asked: Say(chat(None, refusal="I can't help with that."))) as (engine, _):
-        assert texts(engine, "p") == ["I can't help with that."]
 
 
 # Choosing
@@ -918,9 +812,3 @@ def test_an_interrupt_from_the_keyboard_stops_at_once():
             child.kill()
     assert "KeyboardInterrupt" in complaint
     assert child.returncode != 0
-
-
-def test_an_empty_batch():
-    with serving_engine(echo) as (engine, server):
-        assert replies(engine, []) == []
-        assert server.asked == []

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import template
 
 from prefs.config import ApiConfig
 from prefs.data.task import Task
@@ -28,7 +27,6 @@ from prefs.models.loading import Models, ModelSpec
 from prefs.models.openai.engine import OpenAIEngine
 from prefs.models.types import Message, Question, Reply, Request, Sample, Sampling
 from prefs.stages.complete import complete
-from prefs.stages.rate import rate
 from prefs.stages.records import Completion
 from prefs.store.table import Store
 
@@ -162,24 +160,6 @@ def test_answers_are_drawn_from_the_distribution_that_is_scored(served):
     assert again.samples == {seed: first.samples[seed] for seed in seeds[:5]}
 
 
-def test_one_store_one_job_through_the_stages(server, tmp_path):
-    tasks = [Task(f"t{n}", f"Count to {n}.", origin="A") for n in range(1, 5)]
-    store, models, spec = Store.open(str(tmp_path)), Models(), replace(spec_of(server), prefill="Answer: ")
-    short = Sampling(1.0, 1.0, 4)
-    completions, _ = complete(tasks, spec, short, seed=0, system_prompt=None, store=store, models=models)
-    options = {"seeds": (0, 1), "exact": True, "capture": None, "system_prompt": None}
-    rated = rate(completions, spec, {"stated": template("stated")}, short, store=store, models=models, **options)
-    count = server.answered()
-    again = rate(completions, spec, {"stated": template("stated")}, short, store=store, models=models, **options)
-    assert server.answered() == count
-    ratings = rated.ratings["stated"]
-    assert ratings.answers == again.ratings["stated"].answers
-    assert ratings.mass is not None
-    assert ratings.mass.sum(axis=1).min() > 0.5
-    assert sum(answer.value is not None for row in ratings.answers for answer in row) >= 3
-    models.keep_only([])
-
-
 def test_the_server_says_what_is_too_long(served):
     long, brim, short = (((Message("user", "word " * count)),) for count in (CONTEXT + 100, CONTEXT - 45, 3))
     rows = [Request(row, sampling=Sampling(1.0, 1.0, 64), seeds=(0,)) for row in (long, brim, short)]
@@ -202,13 +182,6 @@ def test_a_model_that_is_not_on_the_server(server):
     engine = OpenAIEngine.load(spec_of(server, path="smollm3"))
     with pytest.raises(UserError, match=r"model.path: 'smollm3' is not on .*; there is smollm2"):
         replies(engine, to_rate(ROWS, SCALE, seeds=(0,)))
-    engine.close()
-
-
-def test_more_log_probabilities_than_the_server_gives(server):
-    engine = OpenAIEngine.load(spec_of(server, top_logprobs=21))
-    with pytest.raises(UserError, match=r"gives no log-probabilities .*model.api.top_logprobs"):
-        masses(engine, SCALE)
     engine.close()
 
 

@@ -123,14 +123,6 @@ def test_each_request_gets_the_layers_and_positions_that_it_asked_for(both):
             torch.testing.assert_close(vectors, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_an_empty_batch_and_nothing_wanted(both):
-    engine, _ = both
-    with runs(engine) as counts:
-        assert list(engine.run([])) == []
-        assert [reply.residuals for (reply,) in observe(engine, CONVERSATIONS, [None])] == [{}, {}, {}]
-    assert not counts
-
-
 def test_a_nan_stays_in_its_row_and_outside_of_what_is_averaged():
     """Padding may hold anything, and in float16 a row may overflow."""
     stream = torch.randn(3, 6, 4)
@@ -147,11 +139,3 @@ def test_a_nan_stays_in_its_row_and_outside_of_what_is_averaged():
         torch.testing.assert_close(second["mean"][at], stream[1, 2:5].mean(dim=0) + layer)
     assert "last" not in second
     assert not third["mean"].isfinite().any()
-
-
-def test_means_are_taken_in_float32():
-    stream = (1 + torch.rand(1, 500, 8)).to(torch.bfloat16)
-    recorder = Recorder([0], [{"mean": (0, 500)}], [500], stops=False)
-    for _, hook in recorder.hooks():
-        hook(stream, None)
-    torch.testing.assert_close(recorder.vectors()[0]["mean"][0], stream[0].float().mean(dim=0))

@@ -14,9 +14,9 @@ from prefs.config import ThinkingConfig
 from prefs.data.task import Task
 from prefs.data.template import Invalid
 from prefs.models.loading import Models
-from prefs.models.types import Capture, Message, Question, Request, Sampling, Steering
+from prefs.models.types import Capture, Message, Question, Request, Sampling
 from prefs.stages.complete import complete as completed
-from prefs.stages.rate import rate, thought_seeds
+from prefs.stages.rate import rate
 from prefs.store.table import Store
 
 SENTENCE = ThinkingConfig(open="", close=".", gap=" ", max_tokens=12, force_close=True)
@@ -86,28 +86,6 @@ def test_scores_are_those_of_the_whole_text_with_the_thought_in_it(thinker, ques
         assert mass == pytest.approx(float(logits[token].exp()), rel=1e-3)
 
 
-def test_a_steered_model_thinks_steered(thinker, question):
-    vector = torch.randn(thinker.d_model, generator=torch.Generator().manual_seed(0))
-
-    def scored(*steering: Steering):
-        ((reply,),) = observe(thinker, ROWS[:1], [question], SAMPLING, scores=(5,), steering=steering)
-        return reply.scores[5]
-
-    assert scored(Steering(10, vector, 0.0)) == scored()
-    assert scored(Steering(10, vector, 3.0)).thought != scored().thought
-
-
-def test_a_thought_that_does_not_end_gives_no_answer(thinkers, impatient, question):
-    engine = thinkers.get(impatient)
-    capture = Capture((3,), ("rating",))
-    ((reply,),) = observe(engine, ROWS[:1], [question], SAMPLING, seeds=(0,), capture=capture)
-    assert (reply.scores[0].mass, reply.samples[0].text, reply.residuals) == (None, None, {})
-    assert (reply.scores[0].invalid, reply.samples[0].invalid) == ("thought_cut_off",) * 2
-    assert reply.samples[0].thought
-    (sample,) = complete(engine, [ROWS[0][:1]], 0, SAMPLING)
-    assert (sample.text, sample.invalid) == (None, "thought_cut_off")
-
-
 def test_completions_leave_the_thought_aside(thinker):
     first, second = complete(thinker, [row[:1] for row in ROWS], 0, SAMPLING)
     assert (first.invalid, second.invalid) == (None, None)
@@ -163,9 +141,3 @@ def test_thoughts_that_are_cut_off_are_counted_and_not_drawn_again(tmp_path, thi
         assert np.isnan(ratings.mass).all()
         assert not found.rating_residuals["a"].present().any()
         assert [work.computed for work in found.work] == [0 if reused else len(TASKS)] * 3
-
-
-def test_thoughts_share_the_seeds_of_sampled_ratings():
-    assert thought_seeds((4, 0), 1) == (4,)
-    assert thought_seeds((4, 0), 4) == (4, 0, 1, 2)
-    assert thought_seeds((), 2) == (0, 1)

@@ -12,7 +12,7 @@ from tiny_models import gemma2, llama, plain_model, tiny_model
 from prefs.config import POSITIONS
 from prefs.errors import UserError
 from prefs.models.loading import Models
-from prefs.models.local.token_stream import owners, token_texts
+from prefs.models.local.token_stream import token_texts
 from prefs.models.prompts import encode_prompt
 from prefs.models.types import Capture, Message, Question
 
@@ -61,13 +61,6 @@ def test_without_a_question_it_ends_with_the_completion_and_says_whose_each_toke
     assert {stream.tokens[at] for at, control in enumerate(stream.control) if control} == {"<|im_start|>", "<|im_end|>"}
 
 
-def test_an_opened_turn_ends_where_it_was_opened(both):
-    backend, _ = both
-    stream = backend.residual_stream((TURNS[0], Message("assistant", "")), 2)
-    assert stream.ranges == {"last_prompt": (len(stream.tokens) - 1, len(stream.tokens))}
-    assert "".join(stream.tokens).endswith("<|im_start|>assistant\n")
-
-
 @pytest.mark.parametrize("layer", [5, -1])
 def test_a_layer_that_is_not_there(both, layer):
     backend, _ = both
@@ -81,19 +74,3 @@ def test_tokens_join_to_the_text(tokenizer, text):
     texts = token_texts(tokenizer, ids)
     assert len(texts) == len(ids)
     assert "".join(texts) == tokenizer.decode(ids)
-
-
-@given(ids=st.lists(st.integers(0, 49151), max_size=20))
-def test_any_ids_have_texts(tokenizer, ids):
-    """What a model writes need not be Unicode."""
-    assert len(token_texts(tokenizer, ids)) == len(ids)
-
-
-def test_a_character_of_several_tokens_stands_with_its_last(tokenizer):
-    ids = tokenizer.encode("a🦄b", add_special_tokens=False)
-    assert len(ids) > 3
-    assert token_texts(tokenizer, ids) == ("a", *[""] * (len(ids) - 3), "🦄", "b")
-
-
-def test_owners_of_spans_beyond_the_end():
-    assert owners(3, [(1, 2), (3, 3), (5, 9)], ["user", "assistant", "user"]) == (None, "user", None)

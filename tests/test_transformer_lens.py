@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from prefs.config import POSITIONS
 from prefs.errors import UserError
-from prefs.models.architecture import Architecture, architecture
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models, model_folder
 from prefs.models.prompts import encode_prompt
@@ -86,28 +85,6 @@ def test_completions_of_a_batch_equal_single_ones_and_seeds_share_the_prompt(bac
     assert [(reply.samples[3], reply.samples[4]) for reply in both] == list(zip(together, other, strict=True))
     prompts = sum(backend.tokens(Request(prompt, sampling=sampling, seeds=(0,))) for prompt in PROMPTS)
     assert backend.usage().since(spent).prompt_tokens == prompts
-
-
-@torch.inference_mode()
-def test_residuals_equal_the_hidden_states_of_plain_transformers(backend, plain, observed):
-    for row, conversation in enumerate(CONVERSATIONS):
-        prompt = encode_prompt(backend.encoder, conversation, question("anchored"))
-        hidden = plain(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
-        start, end = prompt.spans.completion
-        # hidden_states[0] is the embedding; its last entry is normed, so layer 29 is compared after the norm.
-        states = torch.stack(hidden[1:30])[:, 0]
-        expected = {
-            "last_prompt": states[:, start - 1],
-            "first_completion": states[:, start],
-            "last_completion": states[:, end - 1],
-            "mean_completion": states[:, start:end].mean(dim=1),
-            "rating": states[:, -1],
-        }
-        vectors = observed[row][0].residuals
-        for position in POSITIONS:
-            torch.testing.assert_close(vectors[position][:29], expected[position], atol=5e-2, rtol=1e-3)
-        last = plain.model.norm(vectors["rating"][29])
-        torch.testing.assert_close(last, hidden[30][0, -1], atol=5e-2, rtol=1e-3)
 
 
 @torch.inference_mode()
@@ -197,10 +174,6 @@ def test_seeds_with_the_same_answer_so_far_are_run_once(backend):
         tokens_run(backend, CONVERSATIONS[:1], asked, greedy, seeds=seeds, scores=()) for seeds in ((0,), (0, 1, 2, 3))
     )
     assert one == four
-
-
-def test_the_architecture_is_read_without_weights():
-    assert architecture(str(smollm2_folder()), None) == Architecture(30, 576, "llama", 8192)
 
 
 @pytest.mark.parametrize(

@@ -150,19 +150,6 @@ def test_a_temperature_that_vllm_does_not_draw_at_is_one_line(engine):
     assert complete(engine, PROMPTS[:1], 0, Sampling(2.0, 1.0, 4))[0].text is not None
 
 
-def test_usage_counts_requests_and_tokens(engine):
-    before, greedy = engine.usage(), Sampling(0.0, 1.0, 3)
-    # Not in the cache, and longer than the blocks that are kept there.
-    prompt = (Message("system", "Mind what you count. " * 60), *PROMPTS[0])
-    (sample,) = complete(engine, [prompt], 0, greedy)
-    spent = engine.usage().since(before)
-    tokens = engine.tokens(Request(prompt, sampling=greedy, seeds=(0,)))
-    run = sample.tokens + sample.finished - 1
-    assert (spent.requests, spent.prompt_tokens, spent.completion_tokens) == (1, tokens, run)
-    complete(engine, [prompt], 1, greedy)
-    assert 0 < engine.usage().since(before).prompt_tokens - spent.prompt_tokens < spent.prompt_tokens
-
-
 @torch.inference_mode()
 def test_a_thought_comes_before_the_answer_and_its_score(thinker, backend):
     """The score is the distribution after the text of the thought, by transformers' own forward pass."""
@@ -181,21 +168,6 @@ def test_a_thought_comes_before_the_answer_and_its_score(thinker, backend):
             expected = logits.softmax(dim=-1)[[tail[0] for tail in prompt.tails]]
             np.testing.assert_allclose(score.mass, expected, rtol=1e-3, atol=1e-7)
     assert think.tokens(Request(rows[0], asked)) > 24 + len(encode_prompt(think.encoder, rows[0], asked).ids)
-
-
-def test_a_thought_that_is_cut_off_gives_no_answer(thinker):
-    asked, think = question("anchored"), thinker(max_tokens=1, force_close=False)
-    for sample in complete(think, PROMPTS[:2], 0, SAMPLING):
-        assert (sample.text, sample.invalid) == (None, "thought_cut_off")
-        assert sample.thought
-    ((reply,),) = observe(think, CONVERSATIONS[1:2], [asked], SAMPLING, seeds=(0,), scores=(0, 1))
-    assert {part.invalid for part in (*reply.scores.values(), *reply.samples.values())} == {"thought_cut_off"}
-    assert reply.scores[0].mass is None
-    colour = Request((), Question("Red or blue?", ("red", "blue")), choose=True)
-    assert replies(think, [colour])[0].choice is None
-    closed = thinker(max_tokens=1, force_close=True)
-    assert [sample.invalid for sample in complete(closed, PROMPTS[:2], 0, SAMPLING)] == [None, None]
-    assert replies(closed, [colour])[0].choice in ("red", "blue")
 
 
 def rated(
@@ -222,23 +194,6 @@ def measured(spec, models: Models, store: Store, tasks=TASKS, **options):
     return completions, ratings, [work, *ratings.work]
 
 
-@pytest.mark.parametrize("first", ["vllm", "transformer_lens"])
-def test_the_store_serves_both_engines(tmp_path, first, spec, served, models, smollm2_fp32):
-    store = Store.open(str(tmp_path))
-    specs = {"vllm": spec, "transformer_lens": dataclasses.replace(smollm2_fp32, max_context=CONTEXT)}
-    (second,) = specs.keys() - {first}
-    one = measured(specs[first], {"vllm": served, "transformer_lens": models}[first], store)
-    assert sum(work.computed for work in one[2]) == len(TASKS) * 7
-    fresh = Models()
-    other = measured(specs[second], fresh, store)
-    assert not fresh._loaded
-    assert sum(work.computed for work in other[2]) == 0
-    assert other[0] == one[0]
-    for name, ratings in one[1].ratings.items():
-        assert other[1].ratings[name].answers == ratings.answers
-        np.testing.assert_array_equal(other[1].ratings[name].mass, ratings.mass)
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -261,12 +216,6 @@ def test_what_vllm_refuses_is_one_line_with_advice(spec, change, says, capfd):
         log = Path(line.rpartition("log: ")[2].rstrip(")"))
         assert "Traceback" in log.read_text()
         log.unlink()
-
-
-def test_a_context_beyond_the_model_s_is_one_line_with_advice(spec):
-    with pytest.raises(UserError, match=r"8192.*make model\.max_context= smaller") as caught:
-        Models().get(dataclasses.replace(spec, max_context=100_000))
-    Path(str(caught.value).rpartition("log: ")[2].rstrip(")")).unlink()
 
 
 def test_jobs_of_a_sweep_share_two_copies_and_leave_nothing_behind(tmp_path, models, smollm2_fp32):

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from itertools import chain
@@ -29,19 +28,7 @@ from prefs.models.vllm.workers import (
     WorkersDied,
     _ctrl_c_gets_through,
     _guard,
-    _output_to,
-    _reason,
-    _reason_in,
 )
-
-LOG = """\
-(EngineCore pid=12) WARNING 11-24 10:38:54 [base.py:380] ValueError: only a warning
-(Worker pid=13) ERROR 11-24 10:57:12 [multiproc_executor.py:1063] Traceback (most recent call last):
-(Worker pid=13) ERROR 11-24 10:57:12 [multiproc_executor.py:1063]     raise ValueError("To serve")
-(Worker pid=13) ERROR 11-24 10:57:12 [multiproc_executor.py:1063] ValueError: To serve at least one request
-(EngineCore pid=12) ERROR 11-24 10:57:12 [core.py:1512] RuntimeError: Worker failed, see the stack trace above
-"""
-
 
 CONVERSATIONS = [
     (Message("user", "Hi"), Message("assistant", "Hello. " * 9)),
@@ -109,24 +96,6 @@ def test_requests_that_were_answered_before_the_workers_died_are_given(tiny):
     assert done == [0]
 
 
-def test_the_reason_is_the_first_error_that_was_logged():
-    assert _reason_in(LOG) == "To serve at least one request"
-    assert _reason_in(LOG.replace("ValueError: To", "torch.OutOfMemoryError: To")) == (
-        "OutOfMemoryError: To serve at least one request"
-    )
-    assert _reason_in("(EngineCore pid=2) ERROR 11-24 11:11:08 [core.py:1512] RuntimeError: cancelled\n") is None
-    assert _reason_in("") is None
-
-
-def test_the_reason_of_an_error_is_one_line():
-    pydantic = ValueError(
-        "1 validation error for ModelConfig\n  Value error, no such thing [type=value_error, x=1]\n ?"
-    )
-    assert _reason(pydantic).startswith("Value error, no such thing")
-    assert _reason(ValueError("\n")) == "ValueError"
-    assert "\n" not in _reason(ValueError("short\nand more\n\nand more"))
-
-
 def test_vllm_that_is_not_installed_is_one_line(smollm2_fp32):
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("vLLM is installed")
@@ -142,16 +111,6 @@ def test_engine_arguments_that_change_results_are_part_of_the_model(smollm2_fp32
     assert known(max_num_seqs=8) == identity(smollm2_fp32)
     assert known(kv_cache_dtype="fp8") != identity(smollm2_fp32)
     assert known(hf_overrides={"rope_theta": 1.0}) != known(hf_overrides={"rope_theta": 2.0})
-
-
-def test_output_of_child_processes_goes_to_the_log(tmp_path, capfd):
-    with _output_to(tmp_path / "log"):
-        os.write(1, b"from here\n")
-        child = subprocess.Popen([sys.executable, "-c", "input(); print('later', flush=True)"], stdin=subprocess.PIPE)
-    os.write(1, b"on the terminal\n")
-    child.communicate(b"\n")
-    assert (tmp_path / "log").read_text() == "from here\nlater\n"
-    assert capfd.readouterr().out == "on the terminal\n"
 
 
 @pytest.mark.parametrize("closed", [True, False])
