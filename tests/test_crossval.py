@@ -10,7 +10,7 @@ from simulated_vectors import probe_config, residuals, signal_and_noise, tensors
 
 from prefs.config import ProbeConfig, ProbeControlsConfig
 from prefs.probes.crossval import cross_validate, held_out_origins, less_origin_means
-from prefs.probes.outcome import CrossValidated, Nothing
+from prefs.probes.outcome import Nothing
 from prefs.probes.targets import Target
 from prefs.statistics.estimates import Estimate
 
@@ -100,30 +100,6 @@ def test_a_target_that_cannot_be_probed_says_why(values, reason):
     assert result.reason.startswith(reason)
 
 
-def test_targets_of_different_tasks_are_each_cross_validated_on_their_own():
-    x = residuals(80, 2, 5, dtype=torch.float32)
-    y = signal_and_noise(x, 1, 0.3)
-    holes = np.where(np.arange(80) % 7 == 3, np.nan, y)
-    whole, some, none = validated(x, target(y), target(holes, "sampled"), target(np.zeros(80), "single"))
-    assert isinstance(whole, CrossValidated)
-    assert isinstance(none, Nothing)
-    assert (len(whole.rows), len(some.rows)) == (80, 69)
-    (alone,) = validated(x, target(holes))
-    assert alone.chosen.r2.value == pytest.approx(some.chosen.r2.value)
-    assert some.chosen.r2.value == pytest.approx(0.9, abs=0.1)
-    assert whole.p is None
-
-
-def test_a_yes_and_no_is_scored_by_auc():
-    x = residuals(90, 2, 5, dtype=torch.float32)
-    y = (signal_and_noise(x, 0, 0.3) > 0).astype(float)
-    settings = config("logistic", 5, penalties=[0.1], max_epochs=60, learning_rate=3e-2)
-    (result,) = validated(x, target(y, "good", binary=True), folds=3, bootstrap=20, settings=settings)
-    assert result.chosen.auc.value > 0.85
-    assert result.p == 1 / 6
-    assert result.within is None
-
-
 def test_held_out_origins_are_predicted_by_the_others():
     x = residuals(90, 2, 5, dtype=torch.float32)
     y = signal_and_noise(x, 1, 0.3)
@@ -132,14 +108,3 @@ def test_held_out_origins_are_predicted_by_the_others():
     mine = np.arange(90) % 3 == 1
     again = held_out_origins(tensors(x), target(np.where(mine, -10 * y, y)), ORIGINS[:90], config())
     np.testing.assert_allclose(again[mine], predictions[mine], atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("origins", "predicted"),
-    [(["A"] * 15 + ["C"] * 14 + ["B"], True), (["A"] * 29 + ["B"], False), (["A"] * 30, False)],
-    ids=["three", "nothing to train on when A is held out", "one"],
-)
-def test_an_origin_of_one_task_and_one_origin_alone(origins, predicted):
-    x = residuals(30, 1, 4, dtype=torch.float32)
-    predictions = held_out_origins(tensors(x), target(signal_and_noise(x, 0, 0.3)), origins, config())
-    assert np.isfinite(predictions).all() if predicted else predictions is None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_vectors import residuals, tensors
 
-from prefs.concepts.difference import difference_of_means, project, shuffled_vector
+from prefs.concepts.difference import difference_of_means, project
 from prefs.probes.features import NotFinite
 from prefs.probes.probe import Site
 from prefs.statistics.estimates import Resamples
@@ -76,13 +76,6 @@ def test_exchanged_conditions_are_a_null_that_a_real_difference_exceeds():
     assert 0.3 < np.mean(p) < 0.7
 
 
-def test_a_shuffled_vector_has_lost_what_the_conditions_differ_by():
-    first, second = pair(shift=50.0)
-    vector = shuffled_vector(tensors(first), tensors(second), Site(1, "rating"), seed=3)
-    assert abs(float(vector[4])) < 1
-    assert not torch.equal(vector, shuffled_vector(tensors(first), tensors(second), Site(1, "rating"), seed=4))
-
-
 def test_projections_are_measured_from_the_middle_along_the_direction_that_was_asked_for():
     first, second = pair(shift=5000.0)
     difference = extracted(first, second)
@@ -103,18 +96,6 @@ def test_equal_conditions_have_no_direction():
     assert not difference.direction.any()
     assert np.isnan(difference.halves).all()
     assert np.isnan(project(tensors(first), difference, np.full(N, 3))).all()
-
-
-def test_blocks_of_sites_and_of_tasks_change_nothing(monkeypatch):
-    first, second = pair(n=40)
-    whole = extracted(first, second)
-    monkeypatch.setattr("prefs.concepts.difference.BLOCK_BYTES", 1)
-    monkeypatch.setattr("prefs.concepts.difference.ROWS", 7)
-    parts = extracted(first, second)
-    torch.testing.assert_close(parts.vector, whole.vector, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(parts.halves, whole.halves, atol=1e-4)
-    fit = np.full(40, 3)
-    np.testing.assert_allclose(project(tensors(first), parts, fit), project(tensors(first), whole, fit), atol=0.05)
 
 
 @settings(max_examples=20, deadline=None)

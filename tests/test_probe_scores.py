@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -104,64 +102,19 @@ def test_what_is_not_defined_is_missing_with_its_reason():
     rng = np.random.default_rng(0)
     draws = Resamples.draw(20, 100)
     varied, constant = rng.normal(size=(20, 1)), np.full(20, 0.1) + rng.integers(0, 2, size=20) * 1e-17
-
     (got,) = score(varied, constant, draws)
-    for metric in ("r2", "pearson", "spearman"):
-        assert getattr(got, metric) == Estimate.missing("the target is constant", 20)
-    assert got.mae.value == pytest.approx(np.abs(varied[:, 0] - 0.1).mean())
-
+    assert got.r2 == got.pearson == got.spearman == Estimate.missing("the target is constant", 20)
     (got,) = score(constant[:, None], rng.normal(size=20), draws)
     assert got.pearson == got.spearman == Estimate.missing("the prediction is constant", 20)
-    assert got.r2.value is not None
     assert got.r2.value < 0
-
     (got,) = score(varied, np.ones(20), draws, binary=True)
     assert got.auc == Estimate.missing("the target has one class only", 20)
-
     (got,) = score(varied[:2], np.array([0.0, 1.0]), draws=Resamples.draw(2, 10), binary=True)
     assert {getattr(got, metric).reason for metric in METRICS} == {"fewer than 3 tasks (2)"}
-    (got,) = score(np.zeros((0, 1)), np.zeros(0), None)
-    assert got.r2 == Estimate.missing("fewer than 3 tasks (0)", 0)
     assert score(np.zeros((5, 0)), np.zeros(5), None) == []
-
-    assert np.isnan(r2_columns(varied[:, :, None], constant[:, None])).all()
-    assert np.isnan(auc_columns(varied[:, :, None], np.ones((20, 1)))).all()
     for many in (r2_columns, auc_columns):
         assert np.isnan(many(varied[:2, :, None], np.array([[0.0], [1.0]]))).all()
         assert np.isnan(many(np.zeros((0, 2, 1)), np.zeros((0, 1)))).all()
-
-
-def test_resamples_that_lose_a_class_are_left_out():
-    """With one positive among many, about a third of the resamples have none: the interval is of the others."""
-    y = np.zeros(30)
-    y[4] = 1.0
-    predictions = np.random.default_rng(1).normal(size=(30, 1))
-    draws = Resamples.draw(30, 500, seed=2)
-    drawn = draws.times[1:][draws.times[1:, 4] > 0]
-    assert 0.5 < len(drawn) / 500 < 0.8
-    (got,) = score(predictions, y, draws, binary=True)
-    aucs = [roc_auc_score(y, predictions[:, 0], sample_weight=times.astype(float)) for times in drawn]
-    assert (got.auc.low, got.auc.high) == pytest.approx(tuple(np.quantile(aucs, [0.025, 0.975])))
-    assert got.pearson.low is not None
-
-
-def test_no_interval_where_most_resamples_lose_the_target_s_variance():
-    y = np.array([0.0, 0.0, 0.0, 1.0])
-    draws = Resamples(np.array([[1, 1, 1, 1], [4, 0, 0, 0], [0, 3, 1, 0], [1, 1, 1, 1]], dtype=np.uint16))
-    (got,) = score(np.array([[0.1], [0.0], [0.3], [0.2]]), y, draws, binary=True)
-    for metric in ("r2", "pearson", "auc"):
-        estimate = getattr(got, metric)
-        assert (estimate.defined, estimate.low, estimate.high) == (True, None, None)
-    assert got.mae.low is not None
-
-
-def test_a_value_far_from_zero_costs_no_precision():
-    predictions, y = simulated(60, 3)
-    near, far = (score(predictions + shift, y + shift, Resamples.draw(60, 50)) for shift in (0.0, 1e6))
-    for a, b in zip(near, far, strict=True):
-        for metric in ("r2", "pearson", "spearman", "mae"):
-            one, other = dataclasses.astuple(getattr(a, metric)), dataclasses.astuple(getattr(b, metric))
-            assert one[:3] == pytest.approx(other[:3], abs=1e-6)
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -231,23 +184,3 @@ def test_permutation_p():
     assert permutation_p(0.5, [np.nan, 0.1]) == pytest.approx(1 / 2)
     assert permutation_p(0.5, []) == 1.0
     assert np.isnan(permutation_p(float("nan"), [0.1]))
-
-
-def test_p_of_shuffled_targets_is_uniform():
-    rng = np.random.default_rng(0)
-    ps = [permutation_p(null[0], null[1:]) for null in rng.normal(size=(400, 20))]
-    assert stats.kstest(np.array(ps) - rng.uniform(0, 1 / 20, size=400), "uniform").pvalue > 0.01
-
-
-def test_wrong_shapes_and_classes_are_errors():
-    with pytest.raises(ValueError, match=r"predictions \[4, 2\] do not fit targets \[3\]"):
-        score(np.zeros((4, 2)), np.zeros(3), None)
-    with pytest.raises(ValueError, match=r"predictions \[4\] do not fit"):
-        score(np.zeros(4), np.zeros(4), None)
-    with pytest.raises(ValueError, match="resamples of 5 tasks do not fit 4"):
-        score(np.zeros((4, 2)), np.zeros(4), Resamples.draw(5, 3))
-    with pytest.raises(ValueError, match="a binary target is 0 or 1, got 2"):
-        score(np.zeros((4, 2)), np.array([0, 1, 2, 3]), None, binary=True)
-    for many in (r2_columns, auc_columns):
-        with pytest.raises(ValueError, match=r"\[n, S, T\]"):
-            many(np.zeros((4, 2, 3)), np.zeros((4, 2)))

@@ -29,9 +29,10 @@ N, LAYERS, POSITIONS = 48, (1, 4, 8), ("mean_completion", "rating")
 ORIGINS = ("MATH", "ALPACA", "WILDCHAT", "BAILBENCH")
 
 
-def reopened(vectors: Vectors) -> Vectors:
-    """The same collection as another process sees it."""
-    return Vectors(vectors.folder.parent.parent, vectors.kind, vectors.spec)
+def reopened(cell: Subject) -> Subject:
+    """The same with its vectors as another process sees them."""
+    anew = [Vectors(old.vectors.folder.parent.parent, old.vectors.kind, old.vectors.spec) for old in cell.residuals]
+    return replace(cell, residuals=[replace(old, vectors=own) for old, own in zip(cell.residuals, anew, strict=True)])
 
 
 def config(kind: str = "ridge", **changes: object) -> ProbeConfig:
@@ -139,42 +140,28 @@ def test_transfer_between_two_templates_of_a_job(report, x, tmp_path, store):
     assert there["r"] > 0.9
 
 
-def test_a_yes_and_no(cell, store):
-    settings = {"threshold": "median", "max_epochs": 80, "patience": 40, "learning_rate": 0.03}
-    logistic = config("logistic", targets=["good", "refused"], **settings)
-    found = probe(cell, logistic, 20, [], store)
-    assert isinstance(found, ProbeReport)
-    assert found.metric == "AUC"
-    assert found.chosen["score"].min() > 0.8
-    assert set(found.predictions["measured"]) == {0.0, 1.0}
-
-
-@pytest.mark.parametrize("kind", ["linear", "ordinal", "mlp", "mean_difference"])
+@pytest.mark.parametrize("kind", ["linear", "logistic", "ordinal", "mlp", "mean_difference"])
 def test_every_kind_goes_through(cell, kind, tmp_path, store):
     few = ProbeControlsConfig(permutations=2, random_directions=0, texts=False, embedding_model=None)
-    settings = config(kind, targets=["exact"], max_epochs=30, learning_rate=0.03, controls=few)
+    target = "good" if kind == "logistic" else "exact"
+    settings = config(kind, targets=[target], threshold="median", max_epochs=30, learning_rate=0.03, controls=few)
     found = probe(cell, settings, 0, [], store)
     assert isinstance(found, ProbeReport)
-    assert found.chosen["pearson"][0] > 0.5
+    assert found.metric == ("AUC" if kind == "logistic" else "R²")
+    assert found.chosen["score"][0] > 0.25
     found.save(tmp_path, {})
-    assert load_probe(tmp_path / "exact").probe.kind == {"mean_difference": "linear"}.get(kind, kind)
+    assert load_probe(tmp_path / target).probe.kind == {"mean_difference": "linear"}.get(kind, kind)
 
 
-def test_a_broken_vector_is_named_by_task_position_and_layer(tmp_path, x, store):
+def test_what_cannot_be_probed_says_why(tmp_path, x, store):
     broken = x.clone()
     broken[9, 3, 3] = torch.nan
-    found = probe(subject(tmp_path, broken), config(), 0, [], store)
+    found = probe(subject(tmp_path / "0", broken), config(), 0, [], store)
     assert isinstance(found, NoProbe)
     assert found.reason.startswith("the vector of task task-9 at rating, layer 1 holds a NaN")
-
-
-def test_fewer_tasks_than_folds(tmp_path, x, store):
-    found = probe(subject(tmp_path, x, absent=tuple(range(3, N))), config(), 0, [], store)
+    found = probe(subject(tmp_path / "1", x, absent=tuple(range(3, N))), config(), 0, [], store)
     assert isinstance(found, NoProbe)
     assert "3 tasks have a vector at mean_completion, rating; 4 folds need 4" in found.reason
-    found = probe(subject(tmp_path, x), config(folds=49), 0, [], store)
-    assert isinstance(found, NoProbe)
-    assert found.reason == "48 tasks cannot fill 49 folds: give more tasks or fewer folds (probe.folds)"
 
 
 def test_a_constant_target_is_left_out_with_its_reason(cell, store):
@@ -186,15 +173,6 @@ def test_a_constant_target_is_left_out_with_its_reason(cell, store):
     found = probe(flat, config(targets=["sampled"]), 0, [], store)
     assert isinstance(found, NoProbe)
     assert found.reason == "mean of 3 seeds: all 47 tasks have the same value, 5: there is nothing to predict"
-
-
-def test_an_origin_of_one_task_has_its_reason(cell, store):
-    lone = replace(cell, measured=replace(cell.measured, origins=("ONE",) + ("MATH",) * 24 + ("ALPACA",) * 23))
-    found = probe(lone, config(targets=["exact"]), 0, [], store)
-    assert isinstance(found, ProbeReport)
-    row = found.origins.set_index("origin").loc["ONE"]
-    assert np.isnan(row["score"])
-    assert row["score_reason"] == "fewer than 3 tasks (1)"
 
 
 def files(report: ProbeReport, folder: Path) -> dict[str, bytes]:
@@ -210,8 +188,7 @@ def untrained(*_: object) -> NoReturn:
 
 
 def test_what_was_trained_once_is_found_and_is_the_same(cell, store, report, tmp_path, monkeypatch):
-    # A store and vectors that are opened anew, as in another process.
-    again = replace(cell, residuals=[replace(each, vectors=reopened(each.vectors)) for each in cell.residuals])
+    again = reopened(cell)
     monkeypatch.setattr(tested, "train_and_test", untrained)
     found = probe(again, config(), 50, [], Store.open(str(store.root)), untrained)
     assert isinstance(found, ProbeReport)
@@ -226,10 +203,7 @@ def test_what_was_trained_once_is_found_and_is_the_same(cell, store, report, tmp
     "changed",
     [
         {"penalties": [0.1, 100.0]},
-        {"targets": ["exact", "sampled"]},
-        {"folds": 3},
         {"seed": 1},
-        {"kind": "mean_difference"},
         {"trainer": {"accelerator": "cpu", "precision": "32-true"}},
         {"controls": ProbeControlsConfig(permutations=10, random_directions=20, embedding_model=None)},
     ],
@@ -246,10 +220,8 @@ def test_other_data_is_trained_on_anew(cell, report, store, monkeypatch):
     measured = cell.measured
     others = {
         "layers": replace(cell, residuals=[replace(each, layers=LAYERS[:2]) for each in cell.residuals]),
-        "positions": replace(cell, residuals=cell.residuals[:1]),
         "one rating": replace(cell, measured=replace(measured, sampled=np.where(measured.sampled == 5, 4, 1))),
         "masses": replace(cell, measured=replace(measured, mass=measured.mass * 0.99)),
-        "origins": replace(cell, measured=replace(measured, origins=measured.origins[::-1])),
         "texts": replace(cell, completions=["other words", *cell.completions[1:]]),
         "temperature": replace(cell, sampling=Sampling(0.5, 1.0, 8)),
     }
@@ -258,19 +230,6 @@ def test_other_data_is_trained_on_anew(cell, report, store, monkeypatch):
             probe(other, config(), 50, [], store)
     with pytest.raises(AssertionError, match="probes are trained"):
         probe(cell, config(), 51, [], store)
-
-
-def test_a_damaged_outcome_is_set_aside_and_trained_anew(cell, tmp_path, caplog):
-    store, settings = Store.open(str(tmp_path)), config(targets=["exact"])
-    first = probe(cell, settings, 20, [], store)
-    (part,) = (tmp_path / "probes").rglob("*.safetensors")
-    part.write_bytes(part.read_bytes()[:-1] + b"?")
-    second = probe(cell, settings, 20, [], store)
-    assert isinstance(first, ProbeReport)
-    assert isinstance(second, ProbeReport)
-    assert f"{part.name} is damaged" in caplog.text
-    assert second.work.computed == 1
-    assert files(second, tmp_path / "second") == files(first, tmp_path / "first")
 
 
 def test_what_training_warned_of_is_said_again(cell, store, caplog):
@@ -292,8 +251,7 @@ def test_jobs_that_want_the_same_probes_train_them_once(cell, tmp_path, monkeypa
     monkeypatch.setattr(tested, "train_and_test", counted)
 
     def job(number: int) -> ProbeReport | NoProbe:
-        own = replace(cell, residuals=[replace(each, vectors=reopened(each.vectors)) for each in cell.residuals])
-        return probe(own, config(targets=["exact"]), 20, [], Store.open(str(tmp_path)))
+        return probe(reopened(cell), config(targets=["exact"]), 20, [], Store.open(str(tmp_path)))
 
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(job, range(2)))

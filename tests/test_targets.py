@@ -58,15 +58,6 @@ def test_without_exact_ratings_ceilings_come_from_the_seeds():
     assert one.ceiling.value == pytest.approx(min(max(found.single.value, 0), 1))
 
 
-def test_with_one_seed_its_mean_is_not_a_second_target():
-    names = [each.name for each in targets_of(measured(sampled=RATINGS[:, :1]), SAMPLED, ("sampled", "single"))]
-    assert names == ["one seed"]
-
-
-def test_targets_that_these_ratings_lack_are_left_out():
-    assert targets_of(measured(exact=False, sampled=np.empty((4, 0))), SAMPLED, ("exact", "sampled", "single")) == []
-
-
 @pytest.mark.parametrize("threshold", ["midpoint", "median", 2.4])
 def test_good_is_above_a_threshold(threshold):
     (target,) = targets_of(measured(), SAMPLED, ("good",), threshold)
