@@ -87,7 +87,6 @@ class Cell:
 
     @property
     def names(self) -> dict[str, Any]:
-        """The columns that name the cell in a table."""
         return {
             "cell": self.name,
             "rater": self.rater,
@@ -106,11 +105,9 @@ class Cell:
         return {key: value for key, value in facts.items() if not key.startswith(ASIDE)}
 
     def tasks(self) -> list[tuple[str, str]]:
-        """What makes each task the same in another cell."""
         return list(zip(self.measured.tasks, self.prompts, strict=True))
 
     def only(self, tasks: Sequence[tuple[str, str]]) -> Cell:
-        """The cell on these of its tasks, in this order."""
         where = {task: row for row, task in enumerate(self.tasks())}
         rows = [where[task] for task in tasks]
         return replace(
@@ -134,7 +131,6 @@ class Block:
 
     @cached_property
     def stability(self) -> dict[Cell, list[Stability]]:
-        """The stability of each cell, by group."""
         return {cell: stability(cell.measured, self.groups, self.target_r) for cell in self.cells}
 
 
@@ -159,7 +155,6 @@ class Sweep:
 
     @cached_property
     def stats(self) -> StatsConfig:
-        """Of the first job."""
         return StatsConfig(**self.jobs[0].config["stats"])
 
     @cached_property
@@ -277,7 +272,6 @@ def align(cells: Sequence[Cell]) -> tuple[list[list[Cell]], str | None]:
 
 
 def _common_tasks(cells: Sequence[Cell]) -> list[tuple[str, str]]:
-    """The tasks that all cells have, in the order of the first."""
     shared = set.intersection(*(set(cell.tasks()) for cell in cells)) if cells else set()
     return [task for task in cells[0].tasks() if task in shared] if cells else []
 
@@ -368,5 +362,4 @@ def _shortened(values: set[str]) -> dict[str, str]:
 
 
 def _in_order(path: Path) -> tuple[tuple[int, str], ...]:
-    """Jobs by number: 2 before 10."""
     return tuple((int(part) if part.isdigit() else -1, part) for part in path.parts)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from prefs.comparison.cells import Sweep
-from prefs.comparison.show import table, whole
+from prefs.comparison.show import table
 from prefs.results import figures
 from prefs.results.distribution import distribution_table
 from prefs.results.result import Figure, Result
+from prefs.results.tables import whole
 
 
 def distributions(sweep: Sweep) -> Result:

@@ -16,13 +16,13 @@ import pandas as pd
 from rich.table import Column
 
 from prefs.comparison.cells import Cell, Sweep, flat, read_table, telling
-from prefs.comparison.show import MOST_CELLS, counted, distinct, names_column, numbered, numbers, square
+from prefs.comparison.show import MOST_CELLS, counted, names_column, numbered, numbers, square
 from prefs.errors import UserError
 from prefs.probes.controls import BLIND
 from prefs.results import figures
 from prefs.results.result import Excerpt, Figure, Result, Table, View
-from prefs.results.tables import columns, numeric
-from prefs.results.terminal import number, with_interval
+from prefs.results.tables import columns, distinct, numeric
+from prefs.results.terminal import number, some, with_interval
 from prefs.statistics.agreement import correlations
 from prefs.statistics.estimates import Resamples
 
@@ -197,19 +197,24 @@ def probe_table(probed: Sequence[Probed]) -> pd.DataFrame:
     shown = ("n", "score", "score_low", "score_high", "score_reason", "p", "ceiling", "position", "layer", "penalty")
     rows: list[dict[str, object]] = []
     for one in probed:
-        names: dict[str, object] = {"cell": one.name, "rater": one.cell.rater, "template": one.cell.key}
         for row in one.chosen.to_dict("records"):
             own = one.controls.loc[one.controls["target"] == row["target"], :]
             controls = {str(name): float(score) for name, score in zip(own["control"], own["score"], strict=True)}
             blind = {name: controls[name] for name in BLIND if not np.isnan(controls.get(name, np.nan))}
             best = max(blind, key=lambda name: blind[name]) if blind else None
-            kind = {
-                "probe": str(one.cell.job.config["probe"]["kind"]),
-                "metric": "R²" if pd.isna(row["auc"]) else "AUC",
-            }
-            best_row = {"best_control": best, "best_control_score": None if best is None else blind[best]}
             rows.append(
-                names | {"target": row["target"]} | kind | {name: row[name] for name in shown} | best_row | controls
+                {
+                    "cell": one.name,
+                    "rater": one.cell.rater,
+                    "template": one.cell.key,
+                    "target": row["target"],
+                    "probe": str(one.cell.job.config["probe"]["kind"]),
+                    "metric": "R²" if pd.isna(row["auc"]) else "AUC",
+                    **{name: row[name] for name in shown},
+                    "best_control": best,
+                    "best_control_score": None if best is None else blind[best],
+                    **controls,
+                }
             )
     words = ("cell", "rater", "template", "target", "probe", "metric", "position", "best_control")
     return numeric(pd.DataFrame(rows), words=words)
@@ -372,7 +377,16 @@ def probe_transfer(probed: Sequence[Probed], sweep: Sweep) -> pd.DataFrame:
 
 def probe_remarks(scores: pd.DataFrame) -> list[str]:
     """Which probes are not to be believed, and why: each is named once, for the first reason that holds."""
-    noise, chance, blind, above = [], [], [], []
+    remarks: dict[str, list[str]] = {
+        f"Targets that are mostly noise (the best R² that any probe can reach is under {number(NOISE)}): %s. What their"
+        " probes score, and where they point, says next to nothing.": [],
+        "Probes that predict held-out tasks no better than chance does: %s. Cosines with them and their transfer mean"
+        " nothing.": [],
+        "Probes that do not beat a control that never looks into the model: %s.": [],
+        "Probes that score above the noise ceiling, which is an estimate too: %s. Do not believe more than the"
+        " ceiling.": [],
+    }
+    noise, chance, blind, above = remarks.values()
     for row in scores.to_dict("records"):
         name, score, ceiling = f"{row['cell']}: {row['target']}", row["score"], row["ceiling"]
         if ceiling < NOISE:
@@ -383,27 +397,4 @@ def probe_remarks(scores: pd.DataFrame) -> list[str]:
             blind.append(f"{name} ({row['best_control']} {number(row['best_control_score'])})")
         elif score > ceiling + 0.05:
             above.append(f"{name} ({number(score)} of {number(ceiling)})")
-    remarks = (
-        (
-            noise,
-            f"Targets that are mostly noise (the best R² that any probe can reach is under {number(NOISE)}): %s. What"
-            " their probes score, and where they point, says next to nothing.",
-        ),
-        (
-            chance,
-            "Probes that predict held-out tasks no better than chance does: %s. Cosines with them and their transfer"
-            " mean nothing.",
-        ),
-        (blind, "Probes that do not beat a control that never looks into the model: %s."),
-        (
-            above,
-            "Probes that score above the noise ceiling, which is an estimate too: %s. Do not believe more than the"
-            " ceiling.",
-        ),
-    )
-    return [remark % _some(names) for names, remark in remarks if names]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    return [remark % some(names, MOST_NAMED) for remark, names in remarks.items() if names]

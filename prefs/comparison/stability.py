@@ -9,20 +9,11 @@ import numpy as np
 import pandas as pd
 
 from prefs.comparison.cells import Sweep
-from prefs.comparison.show import (
-    MOST_CELLS,
-    counted,
-    distinct,
-    names_column,
-    numbers,
-    short_names,
-    telling_columns,
-    whole,
-)
+from prefs.comparison.show import MOST_CELLS, counted, names_column, numbers, short_names, telling_columns
 from prefs.results import figures
 from prefs.results.result import Excerpt, Figure, Result, Table, View
 from prefs.results.stability import Stability, stability_table
-from prefs.results.tables import by_origin, numeric
+from prefs.results.tables import by_origin, distinct, numeric, whole
 from prefs.results.terminal import MISSING, number
 from prefs.statistics.measured import DIRECT
 
@@ -89,7 +80,7 @@ def _pooled(rows: Sequence[Stability]) -> dict[str, object]:
         pooled |= {name: np.mean(r) if r else None, f"{name}_sd": np.std(r, ddof=1) if len(r) > 1 else None}
         pooled[f"{name}_pairs"] = len(r)
     pooled["d"] = _mean(row.cross_seed.informative.d.value for row in rows)
-    pooled["predicted_r"] = _mean(None if row.exact is None else row.exact.predicted_r.value for row in rows)
+    pooled["predicted_r"] = _mean(row.predicted_r.value for row in rows)
     return pooled
 
 

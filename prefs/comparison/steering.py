@@ -9,11 +9,11 @@ import pandas as pd
 
 from prefs.comparison.cells import Cell, Sweep, read_table
 from prefs.comparison.conditions import grids, level
-from prefs.comparison.show import MOST_CELLS, distinct, names_column, numbered, numbers, short_names, table
+from prefs.comparison.show import MOST_CELLS, names_column, numbered, numbers, short_names, table
 from prefs.errors import UserError
 from prefs.results import figures
 from prefs.results.result import Figure, Result, View
-from prefs.results.tables import numeric
+from prefs.results.tables import distinct, numeric
 from prefs.results.terminal import number, with_interval
 
 DOSES, SLOPES = "steering_doses.parquet", "steering_slopes.parquet"

@@ -11,10 +11,10 @@ import pandas as pd
 from rich.table import Column
 
 from prefs.comparison.cells import SEED, Cell, Sweep
-from prefs.comparison.show import distinct, numbered, numbers, table
+from prefs.comparison.show import numbered, numbers, table
 from prefs.results import figures
 from prefs.results.result import Figure, Result, View
-from prefs.results.tables import columns, numeric
+from prefs.results.tables import columns, distinct, numeric
 from prefs.results.terminal import with_interval
 from prefs.statistics.variance import pomp, variance_decomposition
 

@@ -143,7 +143,6 @@ def _picture(code: int) -> str:
 
 
 def _excerpts(result: Result) -> list[Excerpt]:
-    """What the page shows of a result's tables."""
     return [
         excerpt
         for table in result.tables
@@ -243,14 +242,12 @@ def _number(value: Any, digits: int) -> str:
 
 
 def _totals(columns: Sequence[_Column]) -> set[int]:
-    """The rows over all origins, where others are over one."""
     rows = list(zip(*(column.entries for column in columns), strict=True))
     totals = {row for row, entries in enumerate(rows) if any(entry.text == ALL for entry in entries)}
     return totals if len(totals) < len(rows) else set()
 
 
 def _start(prompt: str) -> str:
-    """The first words of a prompt, on one line."""
     return " ".join(prompt[:START].split())
 
 

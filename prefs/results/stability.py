@@ -20,7 +20,6 @@ from prefs.statistics.estimates import Estimate
 from prefs.statistics.exact import (
     ONE_THOUGHT,
     ExactMoments,
-    ExactSummary,
     exact_moments,
     predicted_r,
     seeds_needed,
@@ -33,15 +32,7 @@ if TYPE_CHECKING:
     from prefs.stages.context import CellContext
 
 NOT_ASKED = "rating.exact=false"
-
-
-@dataclass(frozen=True)
-class Exact:
-    """The exact ratings of some tasks, and what they predict of sampled ones."""
-
-    moments: ExactMoments
-    predicted_r: Estimate
-    seeds_needed: Estimate
+COLUMN_OF_MOMENT = {"mean": "exact_mean", "sd": "exact_sd", "noise": "sampling_variance", "between": "between_thoughts"}
 
 
 @dataclass(frozen=True)
@@ -57,11 +48,12 @@ class Stability:
     cross_seed: CrossSeed
     icc: Intraclass
     modal: Modal
-    exact: Exact | None
+    exact: ExactMoments | None
+    predicted_r: Estimate
+    seeds_needed: Estimate
 
 
 def cell_stability(cell: CellContext) -> Result:
-    """A cell's stability by origin."""
     measured, target_r = cell.measured, cell.config.stats.target_r
     rows = stability(measured, cell.groups, target_r)
     table = stability_table(rows)
@@ -89,10 +81,17 @@ def stability(measured: Measured, groups: Sequence[Group], target_r: float) -> l
 
 
 def _stability(measured: Measured, group: Group, target_r: float) -> Stability:
-    x = measured.sampled
+    x, n, exact = measured.sampled, len(group.tasks), measured.exact
+    predicted = needed = Estimate.missing(NOT_ASKED, n)
+    if exact is not None and np.isfinite(exact.mean).any() and not np.isfinite(exact.variance).any():
+        predicted = needed = Estimate.missing(ONE_THOUGHT, int(np.isfinite(exact.mean).sum()))
+    elif exact is not None:
+        m, w, own = exact.mean, exact.variance, exact.uncertainty
+        predicted = predicted_r(m, w, draws=group.draws, uncertainty=own)
+        needed = seeds_needed(m, w, target_r, group.draws, own)
     return Stability(
         origin=group.origin,
-        n=len(group.tasks),
+        n=n,
         kind=measured.kind,
         answers=x.size,
         valid=int(np.isfinite(x).sum()),
@@ -100,18 +99,10 @@ def _stability(measured: Measured, group: Group, target_r: float) -> Stability:
         cross_seed=cross_seed(x, group.draws),
         icc=intraclass(x, group.draws),
         modal=modal(x, group.draws),
-        exact=None if measured.exact is None else _exact(measured.exact, group, target_r),
+        exact=None if exact is None else exact_moments(exact, group.draws),
+        predicted_r=predicted,
+        seeds_needed=needed,
     )
-
-
-def _exact(exact: ExactSummary, group: Group, target_r: float) -> Exact:
-    m, w, own = exact.mean, exact.variance, exact.uncertainty
-    if np.isfinite(m).any() and not np.isfinite(w).any():
-        predicted = needed = Estimate.missing(ONE_THOUGHT, int(np.isfinite(m).sum()))
-    else:
-        predicted = predicted_r(m, w, draws=group.draws, uncertainty=own)
-        needed = seeds_needed(m, w, target_r, group.draws, own)
-    return Exact(exact_moments(exact, group.draws), predicted, needed)
 
 
 def stability_table(rows: Sequence[Stability]) -> pd.DataFrame:
@@ -127,17 +118,10 @@ def stability_table(rows: Sequence[Stability]) -> pd.DataFrame:
         cells |= columns("informative_r", informative.r.mean) | {"informative_r_sd": informative.r.sd.value}
         cells |= columns("d", informative.d) | columns("icc1", row.icc.single) | columns("icc1k", row.icc.mean)
         cells |= {"modal_rating": row.modal.rating} | columns("modal_share", row.modal.share)
-        estimates = {
-            "exact_mean": exact and exact.moments.mean,
-            "exact_sd": exact and exact.moments.sd,
-            "sampling_variance": exact and exact.moments.noise,
-            "between_thoughts": exact and exact.moments.between,
-            "valid_mass": exact and exact.moments.valid_mass,
-            "predicted_r": exact and exact.predicted_r,
-            "seeds_needed": exact and exact.seeds_needed,
-        }
-        for name, estimate in estimates.items():
-            cells |= columns(name, estimate or Estimate.missing(NOT_ASKED, row.n))
+        for name in ("mean", "sd", "noise", "between", "valid_mass"):
+            estimate = Estimate.missing(NOT_ASKED, row.n) if exact is None else getattr(exact, name)
+            cells |= columns(COLUMN_OF_MOMENT.get(name, name), estimate)
+        cells |= columns("predicted_r", row.predicted_r) | columns("seeds_needed", row.seeds_needed)
         table.append(cells)
     return numeric(pd.DataFrame(table), words=("origin", "kind"))
 
@@ -201,9 +185,8 @@ def _exact_view(table: pd.DataFrame, kind: str, target_r: float) -> View:
 def _remarks(ratings: Ratings, whole: Stability, target_r: float) -> list[str]:
     remarks = []
     exact, r, modal = whole.exact, whole.cross_seed.pearson.mean, whole.modal
-    valid_mass, sd, seeds = (
-        (exact.moments.valid_mass.value, exact.moments.sd.value, exact.seeds_needed.value) if exact else (None,) * 3
-    )
+    valid_mass, sd = (exact.valid_mass.value, exact.sd.value) if exact else (None, None)
+    seeds = whole.seeds_needed.value
     if valid_mass is not None and valid_mass < 0.5:
         remarks.append(
             f"Only {valid_mass:.0%} of the model's probability is on the options: it mostly answers with"

@@ -72,7 +72,6 @@ class JobContext:
 
     @property
     def rater(self) -> ModelSpec:
-        """The model that rates, and whose activations are captured."""
         return self.roles.rater
 
     @cached_property
@@ -107,7 +106,6 @@ class CellContext:
 
     @property
     def config(self) -> Config:
-        """The job's."""
         return self.job.config
 
     @property
@@ -122,8 +120,8 @@ class CellContext:
 
 
 @dataclass(frozen=True)
-class JobStage:
-    """A part of a job that is run once.
+class Stage:
+    """A part of a job.
 
     Attributes
     ----------
@@ -133,17 +131,11 @@ class JobStage:
         Gives what was found; what later stages need it puts into the context.
     wanted
         Whether a config asks for it.
+    by_cell
+        Whether it is run for each cell, with its context, and not once with the job's.
     """
 
     name: str
-    run: Callable[[JobContext], Result]
+    run: Callable[[Any], Result]
     wanted: Callable[[Config], bool] = lambda config: True
-
-
-@dataclass(frozen=True)
-class CellStage:
-    """A part of a job that is run for each of its cells; its attributes are those of a `JobStage`."""
-
-    name: str
-    run: Callable[[CellContext], Result]
-    wanted: Callable[[Config], bool] = lambda config: True
+    by_cell: bool = True

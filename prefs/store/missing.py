@@ -51,7 +51,6 @@ class ReplyTable:
         self.table.write({key: row for key, row in rows.items() if row is not None})
 
     def refresh(self) -> None:
-        """Read what other jobs have written since."""
         self.table.refresh()
 
 
@@ -76,7 +75,6 @@ class ReplyVectors:
         self.vectors.append(list(rows), self.layers, stacked.to(getattr(torch, self.dtype)), absent)
 
     def refresh(self) -> None:
-        """Read what other jobs have written since."""
         self.vectors.refresh()
 
 
