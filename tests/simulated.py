@@ -171,11 +171,7 @@ def _probe(
 
 
 def _ratings(
-    plain: Mapping[str, Any],
-    key: str,
-    completions: Sequence[Completion],
-    mass: np.ndarray,
-    random: np.random.Generator,
+    plain: Mapping[str, Any], key: str, completions: Sequence[Completion], mass: np.ndarray, random: np.random.Generator
 ) -> Ratings:
     template = _section(Template, plain["template"][key])
     exact, seeds = plain["rating"]["exact"], tuple(plain["rating"]["seeds"])

@@ -454,14 +454,6 @@ def test_a_sweep_of_which_not_all_finished(tmp_path):
     assert "RuntimeError: CUDA out of memory at /Data/X" in result.page
 
 
-def test_no_job_finished(tmp_path):
-    sweep_of(tmp_path, "ab", dict.fromkeys("ab", ValueError("no")))
-    failed = "Failed: model.name=a (ValueError: no); model.name=b (ValueError: no)."
-    with pytest.raises(UserError, match=re.escape(f"nothing to compare: Of 2 jobs 0 finished. {failed}")):
-        compared(tmp_path)
-    assert not (tmp_path / "comparison").exists()
-
-
 def test_of_a_cell_measured_twice_the_later_counts(tmp_path):
     # What is only where and how fast does not make another cell.
     made = [

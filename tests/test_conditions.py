@@ -187,15 +187,6 @@ def test_what_else_differs_makes_another_grid_and_is_in_its_name(tmp_path, varie
     assert names_of_grids(tmp_path) == dict.fromkeys(names, 2)
 
 
-def test_a_sweep_without_conditions_has_no_grid(tmp_path):
-    for name in "ab":
-        cell(tmp_path / name, None, None, f"model.name={name}", "concept=[]")
-    result = compared(tmp_path)
-    assert not list(result.out.glob("condition*"))
-    assert "by condition" not in result.printed
-    assert "<h2>Conditions" not in result.page
-
-
 # Tasks and ratings that are not all there
 
 
@@ -286,16 +277,3 @@ def test_damaged_steering_is_named_and_left_out(tmp_path, name, damage):
     assert remark.startswith(f"{GRID} rating.condition=neutral: ")
     assert str(path) in remark
     assert set(result.table("steering")["rating"]) == {"positive"}
-
-
-def test_the_same_cell_steered_in_two_ways_counts_once_with_both(tmp_path):
-    for layer in (7, 15):
-        cell(tmp_path / f"{layer}", None, None, "steering=concept", f"steering.layers=[{layer}]")
-        steered(tmp_path / f"{layer}", ("neutral", "neutral"), 0.1, layers=(layer,))
-    result = compared(tmp_path)
-    assert len(result.cells()) == 1
-    table = result.table("steering").query("control == 'concept'")
-    assert sorted(zip(table["cell"], table["layer"], strict=True)) == [
-        (f"{GRID} steering.layers=[15]", 15),
-        (f"{GRID} steering.layers=[7]", 7),
-    ]

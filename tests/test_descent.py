@@ -172,24 +172,6 @@ def test_planted_signal_is_found_at_its_layer(kind):
 # --- each by itself
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_two_targets_at_once_are_each_by_itself(kind):
-    """Also where one stops long before the other, and would later become better again."""
-    vectors = residuals(60, 2, 6)
-    targets = np.stack([planted(vectors, 0, 0.95), np.random.default_rng(5).normal(size=60)], axis=1)
-    splits = Splits.draw(np.arange(60) % 3, 0)
-    settings = {"batch_size": 16, "max_epochs": 60, "learning_rate": 0.01, "patience": 2, "hidden": 4}
-    together = bank_of(vectors, targets, splits, kind, (1e-3, 1.0), **settings)
-    epochs = set()
-    for t in range(2):
-        alone = bank_of(vectors, targets[:, [t]], splits, kind, (1e-3, 1.0), **settings)
-        torch.testing.assert_close(together.criterion[..., [t]], alone.criterion, rtol=1e-4, atol=1e-6)
-        for name in alone.best:
-            torch.testing.assert_close(together.best[name][:, :, :, [t]], alone.best[name], rtol=1e-3, atol=1e-5)
-        epochs.add(alone.trainer.current_epoch)
-    assert len(epochs) == 2
-
-
 @pytest.mark.parametrize("kind", ["ridge", "linear", "mlp"])
 def test_sites_in_groups_are_the_same_probes(kind, monkeypatch):
     vectors, splits = residuals(40, 3, 5), Splits.draw(np.arange(40) % 2, 0)

@@ -74,11 +74,7 @@ def test_a_fifth_of_each_group_validates_and_never_all_of_it(sizes, seed):
 
 @pytest.mark.parametrize(
     ("group", "message"),
-    [
-        (np.zeros(5, dtype=int), "2 or more"),
-        (np.array([0, 2, 2]), "numbered 0, 1"),
-        (np.array([0.0, 1.0]), "integers"),
-    ],
+    [(np.zeros(5, dtype=int), "2 or more"), (np.array([0, 2, 2]), "numbered 0, 1"), (np.array([0.0, 1.0]), "integers")],
 )
 def test_groups_that_cannot_be_are_refused(group, message):
     with pytest.raises(ValueError, match=message):

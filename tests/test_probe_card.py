@@ -73,16 +73,6 @@ def test_predictions_are_those_of_the_formulas():
         torch.testing.assert_close(each.predict(x), wanted)
 
 
-def test_a_direction_has_norm_1_and_raises_the_prediction():
-    each = probe("linear")
-    direction = each.direction()
-    assert direction is not None
-    assert float(direction.norm()) == pytest.approx(1)
-    x = torch.zeros(D)
-    assert each.predict(x + direction) > each.predict(x)
-    assert probe("mlp").direction() is None
-
-
 def test_the_card_says_what_it_is(saved):
     folder, whole = saved
     card = json.loads((folder / CARD).read_text())

@@ -165,18 +165,6 @@ def test_the_page_the_figures_and_wandb_have_them(sweep):
     assert logs.summary["compare/probe/wide-stated/exact"] == pytest.approx(score)
 
 
-def test_without_probes_nothing_is_said(tmp_path):
-    simulate(tmp_path / "0", [], completed(some_tasks(6)), {"anchored": around(signal(6))})
-    # A probe as earlier versions wrote it: one table by layer, and a file beside.
-    pd.DataFrame({"target": ["exact"], "layer": [0], "r2": [0.5]}).to_parquet(tmp_path / "0" / "anchored/probe.parquet")
-    (tmp_path / "0" / "anchored" / "probe").mkdir()
-    (tmp_path / "0" / "anchored" / "probe" / "probe.safetensors").write_bytes(b"old")
-    result = compared(tmp_path)
-    assert not list(result.out.glob("probe*"))
-    assert "robe" not in result.printed.replace(str(result.out), "")
-    assert "Probes" not in result.page
-
-
 @pytest.mark.parametrize("damage", ["no card", "no tensors", "of no model", "of fewer sites"])
 def test_a_damaged_probe_is_one_line_and_left_out(damage, folder, tmp_path):
     shutil.copytree(folder / "0", tmp_path / "0")
@@ -238,19 +226,6 @@ def test_a_probe_without_a_direction_is_left_out_of_the_cosines(tmp_path):
     assert "A probe of kind mlp has no direction, and so no cosine: other-anchored: exact." in result.remarks
     assert set(result.table("probe_cosines")["b"]) == {"keen-anchored: mean of 4 seeds"}
     assert "other-anchored" in set(result.table("probe_transfer")["trained_on"])
-
-
-def test_transfer_is_on_the_tasks_that_both_have(tmp_path):
-    clear = signal(TASKS)
-    job(tmp_path / "0", "keen", {"anchored": clear[:60]}, *RIDGE, tasks=60)
-    job(tmp_path / "1", "usual", {"anchored": clear[40:]}, *RIDGE, tasks=40, first=40, draw=1)
-    job(tmp_path / "2", "far", {"anchored": clear[:30]}, *RIDGE, tasks=30, first=500, draw=2)
-    table = compared(tmp_path).table("probe_transfer")
-    n = table.set_index(["trained_on", "tested_on"])["n"]
-    assert (n["keen-anchored", "keen-anchored"], n["keen-anchored", "usual-anchored"]) == (60, 20)
-    row = row_of(table, trained_on="far-anchored", tested_on="keen-anchored")
-    assert (row["n"], row["r_reason"]) == (0, "fewer than 3 tasks with both")
-    assert np.isnan(row["r"])
 
 
 # Cautions

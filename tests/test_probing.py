@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -218,27 +217,15 @@ def test_another_config_is_trained_anew(cell, report, store, monkeypatch, change
 def test_other_data_is_trained_on_anew(cell, report, store, monkeypatch):
     monkeypatch.setattr(tested, "train_and_test", untrained)
     measured = cell.measured
-    others = {
-        "layers": replace(cell, residuals=[replace(each, layers=LAYERS[:2]) for each in cell.residuals]),
-        "one rating": replace(cell, measured=replace(measured, sampled=np.where(measured.sampled == 5, 4, 1))),
-        "masses": replace(cell, measured=replace(measured, mass=measured.mass * 0.99)),
-        "texts": replace(cell, completions=["other words", *cell.completions[1:]]),
-        "temperature": replace(cell, sampling=Sampling(0.5, 1.0, 8)),
-    }
-    for other in others.values():
+    for other in (
+        replace(cell, residuals=[replace(captured, layers=LAYERS[:2]) for captured in cell.residuals]),
+        replace(cell, measured=replace(measured, sampled=np.where(measured.sampled == 5, 4, 1))),
+        replace(cell, measured=replace(measured, mass=measured.mass * 0.99)),
+        replace(cell, completions=["other words", *cell.completions[1:]]),
+        replace(cell, sampling=Sampling(0.5, 1.0, 8)),
+    ):
         with pytest.raises(AssertionError, match="probes are trained"):
             probe(other, config(), 50, [], store)
-    with pytest.raises(AssertionError, match="probes are trained"):
-        probe(cell, config(), 51, [], store)
-
-
-def test_what_training_warned_of_is_said_again(cell, store, caplog):
-    unfinished = config("linear", targets=["exact"], max_epochs=2, learning_rate=1e-4, patience=5)
-    for _ in range(2):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            probe(cell, unfinished, 0, [], store)
-        assert "had not stopped after 2 epochs" in caplog.text
 
 
 def test_jobs_that_want_the_same_probes_train_them_once(cell, tmp_path, monkeypatch):

@@ -35,7 +35,6 @@ HOSTILE = {
     "right to left": "שלום \u202eעולם",
     "lines": "\n\n  two empty lines before,\ttabs\n\nand   spaces\n",
 }
-# Shown as characters that can be seen.
 CONTROL = "NUL \x00 bell \x07 escape \x1b[31m delete \x7f C1 \x85 half \ud83d a pair \ufffe end"
 LONG = "What is the sum? " * 6000
 
@@ -181,6 +180,10 @@ class TestText:
         assert not page.attributes("onerror", "onmouseover", "onclick", "style")
         assert page.attributes("alt") == page.attributes("data-cell") == page.attributes("data-origin") == [text]
 
+    def test_is_not_cut_and_control_characters_are_made_visible(self, tmp_path):
+        shown = "NUL ␀ bell ␇ escape ␛[31m delete ␡ C1 � half � a pair � end"
+        assert page_of(tmp_path, example(prompt=LONG, cell=CONTROL)).pres[1:3] == ["\n" + LONG, "\n" + shown]
+
     def test_a_completion_is_shown_once_with_the_cells_that_rated_it(self, tmp_path):
         page = page_of(tmp_path, example(a="Same.", b="Other.", c="Same.", d=None, e=""))
         assert page.pres[1:-1] == ["\nSay hi.", "\nSame.", "\nOther."]
@@ -295,15 +298,10 @@ class TestInABrowser:
         page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
         assert page.get_log("browser") == []
         events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-        asked = [
-            event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
-        ]
+        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        asked = [event["request"]["url"] for event in sent]
         assert page_path.as_uri() in asked
-        own = (
-            page_path.as_uri(),
-            "data:image/png",
-            "chrome://",
-        )  # the last are of the page that the browser begins with
+        own = (page_path.as_uri(), "data:image/png", "chrome://")  # the last are of the browser's first page
         assert [url for url in asked if not url.startswith(own)] == []
         assert page.execute_script("return window.hostile") is None
         assert page.title == SCRIPT

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -164,52 +164,28 @@ def test_the_model_writes_its_own_completion_where_one_is_needed(folder, own, ba
         scored(folder, own, text="Hi", completion="")
 
 
-class Page(HTMLParser):
-    """What a browser would make of the page: its elements, and the tokens as text."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.elements: list[str] = []
-        self.tokens: list[str] = []
-        self.titles: list[str] = []
-        self._in_tokens = self._in_span = False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.elements.append(tag)
-        assert not any(name == "style" or name.startswith("on") for name in given)
-        self._in_tokens |= tag == "div" and given.get("class") == "tokens"
-        if self._in_tokens and tag == "span":
-            self._in_span = True
-            self.tokens.append("")
-            self.titles.append(given["title"])
-
-    def handle_endtag(self, tag):
-        self._in_tokens &= tag != "div"
-        self._in_span &= tag != "span"
-
-    def handle_data(self, data):
-        if self._in_span:
-            self.tokens[-1] += data
+def tokens_of(page: str) -> list[tuple[str, str]]:
+    """The text and the title of each token of a page; the text of a page is in no other element."""
+    (tokens,) = re.findall(r'<div class="tokens"[^>]*>(.*?)</div>', page, flags=re.DOTALL)
+    spans = re.findall(r'<span [^<>]*?title="([^"]*)"[^<>]*>([^<>]*)</span>', tokens)
+    assert tokens.replace("<br>", "").count("<") == 2 * len(spans)
+    return [(unescape(text), unescape(title)) for title, text in spans]
 
 
 def test_hostile_text_is_text_on_the_page(folder, own):
     save_probe(folder, SavedProbe(made("linear", "rating"), card()))
     applied = scored(folder, own, text=HOSTILE, completion="</span></div><img src=x onerror=alert(1)>")
     html = (folder.parent / "out" / "score.html").read_text()
-    page = Page(html)
-    assert "script" not in page.elements
-    assert "img" not in page.elements
+    assert not re.search("<script|<img", html)
     assert "default-src 'none'" in html
-    assert len(page.tokens) == len(applied.stream.tokens) == len(written(folder)["tokens"])
-    told = zip(page.tokens, page.titles, strict=True)
-    for at, ((shown, title), token) in enumerate(zip(told, applied.stream.tokens, strict=True)):
+    told = tokens_of(html)
+    assert len(told) == len(applied.stream.tokens) == len(written(folder)["tokens"])
+    for number, ((shown, title), token) in enumerate(zip(told, applied.stream.tokens, strict=True)):
         assert shown == (token.replace("\n", "↵").replace("\x1b", "␛") or "·")
-        assert f"token {at}, " in title
+        assert f"token {number}, " in title
         assert shown in title
-    assert sum("control token" in title for title in page.titles) == sum(applied.stream.control)
-    assert page.titles[-1].endswith(", rating")
+    assert sum("control token" in title for _, title in told) == sum(applied.stream.control)
+    assert told[-1][1].endswith(", rating")
     assert "<script>alert('<|im_end|>')</script>" in "".join(applied.stream.tokens)
     assert written(folder)["conversation"][0]["content"] == HOSTILE
 
@@ -320,7 +296,7 @@ def test_the_command(folder):
     assert "(cut off after 4 tokens)" in done.stdout
     assert f"token by token  {out / 'score.html'}" in done.stdout
     assert "\x1b" not in done.stdout
-    assert Page((out / "score.html").read_text()).tokens
+    assert tokens_of((out / "score.html").read_text())
 
 
 @pytest.mark.parametrize(
