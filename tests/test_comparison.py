@@ -257,7 +257,7 @@ def of_templates(folder: Path, means: Mapping[str, np.ndarray], *overrides: str)
 )
 def test_a_stable_template_that_measures_something_else_is_named_alone(alike, overrides, tmp_path):
     count, like, length = 60, signal(60), signal(60, 1)
-    means = {key: np.clip(like + 0.3 * (signal(count, 10 + at) - 3), 1, 5) for at, key in enumerate(alike)}
+    means = {key: np.clip(like + 0.3 * (signal(count, 10 + number) - 3), 1, 5) for number, key in enumerate(alike)}
     (remark,) = of_templates(tmp_path, {"stated": length, **means}, *overrides)
     row = row_of(stability_by(read_sweep([tmp_path])), by="template", group="stated")
     r = np.nanmax([row["cross_seed_r"], row["predicted_r"]])
@@ -318,7 +318,7 @@ def test_variance_is_where_the_simulation_put_it(tmp_path):
 
 
 def test_cells_with_different_tasks_are_compared_on_the_common_ones(tmp_path):
-    tasks, means = some_tasks(25), {name: signal(25, at) for at, name in enumerate("ab")}
+    tasks, means = some_tasks(25), {name: signal(25, number) for number, name in enumerate("ab")}
     rows = {"a": np.arange(20), "b": np.random.default_rng(5).permutation(np.arange(5, 25))}
     changed = {"a": tasks, "b": [*tasks[:7], dataclasses.replace(tasks[7], prompt="Another task."), *tasks[8:]]}
     made = {}
@@ -527,7 +527,7 @@ def test_hostile_names_and_texts_stay_as_they_are_and_all_files_where_they_belon
     texts = [Completion(task, f"I'm sorry {task.prompt}") for task in tasks]
     for number, name in enumerate(raters):
         rated(folder / f"{number}", f"model.name='{name}'", texts=texts, draw=number)
-    result = compared(folder, wandb_mode="offline", drawn=True)
+    result = compared(folder, drawn=True)
     assert list(result.table("cells")["rater"].unique()) == raters
     assert list(result.table("cells")["origin"].unique()) == ["ALL", *origins]
     assert "[bold]x[/bold]-anchored" in result.printed
@@ -537,10 +537,6 @@ def test_hostile_names_and_texts_stay_as_they_are_and_all_files_where_they_belon
     figures = list((result.out / "figures").rglob("*.png"))
     assert {path.parent for path in figures} == {result.out / "figures"}
     assert len([path for path in figures if path.stem.startswith("refused_")]) == 3
-    (wandb,) = (result.out / "wandb").glob("offline-run-*")
-    logs = offline_wandb.read(wandb)
-    assert logs.exit_code == 0
-    assert logs.summary[f"compare/valid_mass/{logs.config['cells'][0]}/ALL"] == pytest.approx(1)
     # Beside what the jobs and the comparison write, nothing came to be anywhere.
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
     assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "comparison"}

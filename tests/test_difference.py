@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_vectors import residuals, tensors
 
 from prefs.concepts.difference import difference_of_means, project
-from prefs.probes.features import NotFinite
-from prefs.probes.probe import Site
 from prefs.statistics.estimates import Resamples
 
 N, LAYERS, D = 30, 3, 12
@@ -109,15 +106,3 @@ def test_exchanging_the_conditions_turns_the_vector_round(n, seed):
     )
     torch.testing.assert_close(one.vector, -other.vector)
     np.testing.assert_allclose(one.halves, other.halves, atol=1e-5)
-
-
-def test_what_does_not_fit_is_refused():
-    first, second = pair()
-    with pytest.raises(ValueError, match="same tasks"):
-        extracted(first, second[:-1])
-    with pytest.raises(ValueError, match="no halves"):
-        extracted(first[:1], second[:1], folds=np.array([0]))
-    first[3, 2, 0] = torch.nan
-    with pytest.raises(NotFinite) as caught:
-        extracted(first, second)
-    assert caught.value.site == Site(2, "rating")

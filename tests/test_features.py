@@ -7,7 +7,7 @@ import pytest
 import torch
 from simulated_vectors import captured, residuals, tensors
 
-from prefs.probes.features import Captured, NotFinite, Tensors
+from prefs.probes.features import Captured, NotFinite
 from prefs.probes.probe import Site
 
 
@@ -61,17 +61,3 @@ def test_a_number_that_is_not_finite_is_named(tmp_path, bad):
         tensors(vectors).read(range(12), slice(0, 4))
     assert tensors(vectors).read(range(7), slice(0, 4)).shape == (7, 4, 8)
     assert tensors(vectors).read(range(12), slice(0, 2)).shape == (12, 2, 8)
-
-
-@pytest.mark.parametrize(
-    ("vectors", "sites", "message"),
-    [
-        (torch.zeros(3, 4), 3, r"\[3, 4\] torch.float32"),
-        (torch.zeros(3, 2, 4, dtype=torch.long), 2, "int64"),
-        (torch.zeros(0, 2, 4), 2, "at least one"),
-        (torch.zeros(3, 2, 4), 3, "3 sites do not fit"),
-    ],
-)
-def test_vectors_that_cannot_be_are_refused(vectors, sites, message):
-    with pytest.raises(ValueError, match=message):
-        Tensors(vectors, [Site(layer, "rating") for layer in range(sites)])

@@ -70,12 +70,3 @@ def test_a_fifth_of_each_group_validates_and_never_all_of_it(sizes, seed):
             assert held_back == min(-(-size // 5), size - 1)
     for fit in range(splits.fits):
         assert splits.training(fit).sum() == sum(size for group, size in enumerate(sizes) if group != fit)
-
-
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [(np.zeros(5, dtype=int), "2 or more"), (np.array([0, 2, 2]), "numbered 0, 1"), (np.array([0.0, 1.0]), "integers")],
-)
-def test_groups_that_cannot_be_are_refused(group, message):
-    with pytest.raises(ValueError, match=message):
-        Splits.draw(group, seed=0)

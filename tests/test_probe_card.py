@@ -57,8 +57,8 @@ def test_a_loaded_probe_predicts_the_same(tmp_path, kind):
 def test_predictions_are_those_of_the_formulas():
     x = torch.randn(7, D, generator=GENERATOR)
     for kind in TENSORS_OF:
-        each = probe(kind)
-        z, parts = (x - each.mean) / each.scale, each.tensors
+        made = probe(kind)
+        z, parts = (x - made.mean) / made.scale, made.tensors
         if kind == "mlp":
             hidden = torch.nn.functional.gelu(z @ parts["hidden_weight"].T + parts["hidden_bias"])
             wanted = hidden @ parts["out_weight"] + 1
@@ -70,7 +70,7 @@ def test_predictions_are_those_of_the_formulas():
                 "logistic": 1 / (1 + torch.exp(-(score - 0.5))),
                 "ordinal": below[0] + 2 * (below[1] - below[0]) + 5 * (1 - below[1]),
             }[kind]
-        torch.testing.assert_close(each.predict(x), wanted)
+        torch.testing.assert_close(made.predict(x), wanted)
 
 
 def test_the_card_says_what_it_is(saved):

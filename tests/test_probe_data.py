@@ -52,16 +52,3 @@ def test_each_task_is_in_one_batch(tmp_path, monkeypatch, cache):
         assert torch.equal(torch.cat([batch.features for batch in made]), vectors[rows, 1:3])
         assert torch.equal(torch.cat([batch.targets for batch in made]), targets[rows])
         assert torch.cat([batch.rows for batch in data.in_order()]).tolist() == features.order.tolist()
-
-
-@pytest.mark.parametrize(
-    ("targets", "n", "message"),
-    [
-        (torch.zeros(11, 1), 12, "do not fit targets"),
-        (torch.zeros(12, 1), 10, "10 groups"),
-        (torch.full((12, 1, 3), float("nan")), 12, "NaN or infinite"),
-    ],
-)
-def test_targets_that_do_not_fit_are_refused(targets, n, message):
-    with pytest.raises(ValueError, match=message):
-        ProbeData(tensors(residuals(12, 2, 4)), slice(0, 2), targets, Splits.draw(np.arange(n) % 3, 0))

@@ -47,7 +47,7 @@ def test_scores_are_those_of_scikit_learn_and_scipy(n):
 def test_auc_is_that_of_scikit_learn():
     predictions, y = simulated(80, 6, binary=True)
     predictions[:, 5] = 2.0
-    got = [each.auc.value for each in score(predictions, y, None, binary=True)]
+    got = [scored.auc.value for scored in score(predictions, y, None, binary=True)]
     assert got == pytest.approx([roc_auc_score(y, column) for column in predictions.T], abs=1e-12)
     assert got[5] == 0.5
     np.testing.assert_allclose(auc_columns(predictions[:, :, None], y[:, None])[:, 0], got, atol=1e-12)
@@ -58,14 +58,16 @@ def test_each_resample_is_scored_as_the_tasks_drawn(monkeypatch):
     predictions, y = simulated(40, 3, seed=2, binary=True)
     draws = Resamples.draw(40, 60, seed=5)
     got = score(predictions, y, draws, binary=True)
-    for column, each in zip(predictions.T, got, strict=True):
+    for column, scored in zip(predictions.T, got, strict=True):
         of_resamples = [peers(column, y, times) for times in draws.times[1:]]
         aucs = [roc_auc_score(y, column, sample_weight=times) for times in draws.times[1:].astype(float)]
         ranks = stats.rankdata(column), stats.rankdata(y)
         spearmans = [peers(*ranks, times)[1] for times in draws.times[1:]]
         r2, pearson, mae = zip(*of_resamples, strict=True)
         for estimate, values in zip(
-            (each.r2, each.pearson, each.spearman, each.mae, each.auc), (r2, pearson, spearmans, mae, aucs), strict=True
+            (scored.r2, scored.pearson, scored.spearman, scored.mae, scored.auc),
+            (r2, pearson, spearmans, mae, aucs),
+            strict=True,
         ):
             assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=1e-9)
     monkeypatch.setattr(scores, "BLOCK_ENTRIES", 400)  # one column a block
@@ -90,11 +92,11 @@ def test_tasks_without_a_target_or_a_prediction_are_left_out():
     predictions[:, 3] = np.nan
     draws = Resamples.draw(50, 200, seed=1)
     got = score(predictions, y, draws, binary=True)
-    assert [each.r2.n for each in got] == [48, 46, 47, 0]
-    for column, each in enumerate(got[:3]):
+    assert [scored.r2.n for scored in got] == [48, 46, 47, 0]
+    for column, scored in enumerate(got[:3]):
         rows = np.isfinite(predictions[:, column]) & np.isfinite(y)
         only = score(predictions[rows][:, [column]], y[rows], Resamples(draws.times[:, rows]), binary=True)
-        assert_same([each], only)
+        assert_same([scored], only)
     assert all(getattr(got[3], metric) == Estimate.missing("fewer than 3 tasks (0)", 0) for metric in METRICS)
 
 
@@ -142,13 +144,13 @@ finite = st.floats(-1e3, 1e3, width=32)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(finite, st.integers(0, 1), finite), min_size=3, max_size=30), st.integers(0, 2**31))
 def test_properties(rows, seed):
-    predictions, positive, y = (np.array(each, dtype=np.float64) for each in zip(*rows, strict=True))
+    predictions, positive, y = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
     draws = Resamples.draw(len(rows), 20, seed)
     (got,) = score(predictions[:, None], y, draws)
     assert got.r2.value is None or got.r2.value <= 1 + 1e-9
-    for each in (got.pearson, got.spearman):
-        assert each.defined or each.reason in ("the target is constant", "the prediction is constant")
-        assert all(end is None or -1 <= end <= 1 for end in (each.value, each.low, each.high))
+    for scored in (got.pearson, got.spearman):
+        assert scored.defined or scored.reason in ("the target is constant", "the prediction is constant")
+        assert all(end is None or -1 <= end <= 1 for end in (scored.value, scored.low, scored.high))
     assert got.mae.value == pytest.approx(mean_absolute_error(y, predictions))
     (flipped,) = score(-predictions[:, None], -y, draws)
     assert_same([got], [flipped])
@@ -168,7 +170,7 @@ def test_many_targets_at_many_sites_are_those_one_by_one(monkeypatch):
     y[:, 2] = 1.0
     for many, metric in ((r2_columns, "r2"), (auc_columns, "auc")):
         singly = [score(predictions[:, :, t], y[:, t], None, binary=True) for t in range(5)]
-        expected = np.array([[getattr(each, metric).value for each in column] for column in singly], dtype=float).T
+        expected = np.array([[getattr(scored, metric).value for scored in column] for column in singly], dtype=float).T
         assert np.isnan(expected[:, 2]).all()
         np.testing.assert_allclose(many(predictions, y), expected, atol=1e-9)
         with monkeypatch.context() as patch:

@@ -45,12 +45,12 @@ def subject(
 ) -> Subject:
     """Ratings that layer 4 at `rating` knows, with vectors [N, positions * layers, d] in a store."""
     residuals = []
-    for at, position in enumerate(POSITIONS):
+    for number, position in enumerate(POSITIONS):
         shards = Store.open(str(folder)).vectors("residuals", {"position": position, "of": name})
         keys = [shards.key(task=task) for task in range(N)]
-        there = [task for task in range(N) if task not in absent]
-        mine = x[there, at * len(LAYERS) : (at + 1) * len(LAYERS)]
-        shards.append([keys[task] for task in there], list(LAYERS), mine, [keys[task] for task in absent])
+        present = [task for task in range(N) if task not in absent]
+        mine = x[present, number * len(LAYERS) : (number + 1) * len(LAYERS)]
+        shards.append([keys[task] for task in present], list(LAYERS), mine, [keys[task] for task in absent])
         shards.refresh()
         residuals.append(Residuals(position, LAYERS, keys, shards))
     rng = np.random.default_rng(seed)
@@ -58,15 +58,15 @@ def subject(
     sampled = np.where(rng.random((N, 3)) < p[:, None], 5.0, 1.0)
     sampled[:5, 0] = np.nan
     measured = Measured(
-        tasks=tuple(f"task-{at}" for at in range(N)),
-        origins=tuple(ORIGINS[at % 4] for at in range(N)),
+        tasks=tuple(f"task-{number}" for number in range(N)),
+        origins=tuple(ORIGINS[number % 4] for number in range(N)),
         says=("1", "5"),
         values=(1.0, 5.0),
         sampled=sampled,
         mass=0.9 * np.stack([1 - p, p], axis=1),
         refused=(p < 0.2).astype(float),
     )
-    texts = [f"words of task {at}" for at in range(N)]
+    texts = [f"words of task {number}" for number in range(N)]
     return Subject(name, measured, Sampling(1.0, 1.0, 8), texts, texts, residuals)
 
 
@@ -88,9 +88,9 @@ def cell(tmp_path_factory, x) -> Subject:
 
 @pytest.fixture(scope="module")
 def report(cell, store) -> ProbeReport:
-    found = probe(cell, config(), 50, [], store)
-    assert isinstance(found, ProbeReport)
-    return found
+    outcome = probe(cell, config(), 50, [], store)
+    assert isinstance(outcome, ProbeReport)
+    return outcome
 
 
 def test_every_table_is_there(report):
@@ -123,7 +123,7 @@ def test_saved_probes_predict_what_the_tables_say(report, tmp_path, x):
     assert saved.card["metrics"]["score"] == pytest.approx(report.chosen["score"][0])
     assert len(saved.sites) == 6
     column = report.features.sites.index(saved.probe.site)
-    used = [at for at in range(N) if at != 7]
+    used = [number for number in range(N) if number != 7]
     y = report.subject.measured.exact.mean[used]
     assert np.corrcoef(saved.probe.predict(x[used, column]), y)[0, 1] > 0.9
 
@@ -134,9 +134,9 @@ def test_transfer_between_two_templates_of_a_job(report, x, tmp_path, store):
     table = other.transfer.set_index(["trained_on", "tested_on"])
     assert len(table) == 16
     # The same ratings and the same vectors under another name, and one task more.
-    there = table.loc[("anchored: exact", "likert: exact")]
-    assert there["n"] == 47
-    assert there["r"] > 0.9
+    pair = table.loc[("anchored: exact", "likert: exact")]
+    assert pair["n"] == 47
+    assert pair["r"] > 0.9
 
 
 @pytest.mark.parametrize("kind", ["linear", "logistic", "ordinal", "mlp", "mean_difference"])
@@ -144,34 +144,34 @@ def test_every_kind_goes_through(cell, kind, tmp_path, store):
     few = ProbeControlsConfig(permutations=2, random_directions=0, texts=False, embedding_model=None)
     target = "good" if kind == "logistic" else "exact"
     settings = config(kind, targets=[target], threshold="median", max_epochs=30, learning_rate=0.03, controls=few)
-    found = probe(cell, settings, 0, [], store)
-    assert isinstance(found, ProbeReport)
-    assert found.metric == ("AUC" if kind == "logistic" else "R²")
-    assert found.chosen["score"][0] > 0.25
-    found.save(tmp_path, {})
+    outcome = probe(cell, settings, 0, [], store)
+    assert isinstance(outcome, ProbeReport)
+    assert outcome.metric == ("AUC" if kind == "logistic" else "R²")
+    assert outcome.chosen["score"][0] > 0.25
+    outcome.save(tmp_path, {})
     assert load_probe(tmp_path / target).probe.kind == {"mean_difference": "linear"}.get(kind, kind)
 
 
 def test_what_cannot_be_probed_says_why(tmp_path, x, store):
     broken = x.clone()
     broken[9, 3, 3] = torch.nan
-    found = probe(subject(tmp_path / "0", broken), config(), 0, [], store)
-    assert isinstance(found, NoProbe)
-    assert found.reason.startswith("the vector of task task-9 at rating, layer 1 holds a NaN")
-    found = probe(subject(tmp_path / "1", x, absent=tuple(range(3, N))), config(), 0, [], store)
-    assert isinstance(found, NoProbe)
-    assert "3 tasks have a vector at mean_completion, rating; 4 folds need 4" in found.reason
+    outcome = probe(subject(tmp_path / "0", broken), config(), 0, [], store)
+    assert isinstance(outcome, NoProbe)
+    assert outcome.reason.startswith("the vector of task task-9 at rating, layer 1 holds a NaN")
+    outcome = probe(subject(tmp_path / "1", x, absent=tuple(range(3, N))), config(), 0, [], store)
+    assert isinstance(outcome, NoProbe)
+    assert "3 tasks have a vector at mean_completion, rating; 4 folds need 4" in outcome.reason
 
 
 def test_a_constant_target_is_left_out_with_its_reason(cell, store):
     flat = replace(cell, measured=replace(cell.measured, sampled=np.full((N, 3), 5.0)))
-    found = probe(flat, config(), 0, [], store)
-    assert isinstance(found, ProbeReport)
-    assert [each.target.key for each in found.nothing] == ["sampled", "single"]
-    assert found.chosen["target"].tolist() == ["exact"]
-    found = probe(flat, config(targets=["sampled"]), 0, [], store)
-    assert isinstance(found, NoProbe)
-    assert found.reason == "mean of 3 seeds: all 47 tasks have the same value, 5: there is nothing to predict"
+    outcome = probe(flat, config(), 0, [], store)
+    assert isinstance(outcome, ProbeReport)
+    assert [missing.target.key for missing in outcome.nothing] == ["sampled", "single"]
+    assert outcome.chosen["target"].tolist() == ["exact"]
+    outcome = probe(flat, config(targets=["sampled"]), 0, [], store)
+    assert isinstance(outcome, NoProbe)
+    assert outcome.reason == "mean of 3 seeds: all 47 tasks have the same value, 5: there is nothing to predict"
 
 
 def files(report: ProbeReport, folder: Path) -> dict[str, bytes]:
@@ -189,10 +189,10 @@ def untrained(*_: object) -> NoReturn:
 def test_what_was_trained_once_is_found_and_is_the_same(cell, store, report, tmp_path, monkeypatch):
     again = reopened(cell)
     monkeypatch.setattr(tested, "train_and_test", untrained)
-    found = probe(again, config(), 50, [], Store.open(str(store.root)), untrained)
-    assert isinstance(found, ProbeReport)
-    assert (report.work, found.work) == (StageCounts("probes, anchored", 0, 3), StageCounts("probes, anchored", 3, 0))
-    assert files(found, tmp_path / "found") == files(report, tmp_path / "made")
+    outcome = probe(again, config(), 50, [], Store.open(str(store.root)), untrained)
+    assert isinstance(outcome, ProbeReport)
+    assert (report.work, outcome.work) == (StageCounts("probes, anchored", 0, 3), StageCounts("probes, anchored", 3, 0))
+    assert files(outcome, tmp_path / "found") == files(report, tmp_path / "made")
     # Names are for people: a probe by another name is the same probe.
     other = config(name="mine", _target_="elsewhere.RidgeBank")
     assert isinstance(probe(replace(again, name="other"), other, 50, [], store), ProbeReport)
@@ -243,5 +243,5 @@ def test_jobs_that_want_the_same_probes_train_them_once(cell, tmp_path, monkeypa
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(job, range(2)))
     assert len(trained) == 1
-    first, second = (files(each, tmp_path / f"{at}") for at, each in enumerate(reports))
+    first, second = (files(trained, tmp_path / f"{number}") for number, trained in enumerate(reports))
     assert first == second

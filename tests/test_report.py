@@ -171,7 +171,7 @@ class TestText:
     @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
     def test_is_shown_as_it_is_everywhere(self, tmp_path, text):
         page, harmless = (
-            Page(write_report(tmp_path / "report.html", everywhere(tmp_path, each))) for each in (text, "ok")
+            Page(write_report(tmp_path / "report.html", everywhere(tmp_path, words))) for words in (text, "ok")
         )
         # But for a column's name and a prompt's first words, which have no lines and no end.
         assert harmless.text.count("ok") - page.text.count(text) in (0, 1, 2)
@@ -200,7 +200,7 @@ class TestFile:
         assert all(link.startswith(("#", "data:")) for link in page.attributes("src", "href", "srcset", "action"))
         assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.elements}
         assert not re.search(r"https?:|//[a-z]|@import|url\(", path.read_text(encoding="utf-8").replace("// ", ""))
-        policy = next(each for each in page.attributes("content") if "default-src" in each)
+        policy = next(content for content in page.attributes("content") if "default-src" in content)
         assert policy.startswith("default-src 'none'; img-src data:;")
         assert [given["class"] for tag, given in page.elements if tag == "figure" and "class" in given] == ["wide"]
         assert [file.name for file in path.parent.iterdir()] == ["report.html"]
@@ -243,12 +243,14 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frame = pd.DataFrame({"name": ["b10", "b9", "a", "c", "d"], "x": VALUES, "n": [1, 2, 3, 4, 5000]})
     frame = frame.assign(x_low=frame["x"] - 1, x_high=frame["x"] + 1, x_reason=None)
     frame.loc[1, "x_reason"] = "no variance in ratings"
-    wide = pd.DataFrame({f"a_rather_long_name_{at}": [at / 7] for at in range(30)})
+    wide = pd.DataFrame({f"a_rather_long_name_{number}": [number / 7] for number in range(30)})
     hostile = pd.DataFrame({name: [text] for name, text in HOSTILE.items()} | {SCRIPT: [SCRIPT]})
     sizes = enumerate([(1400, 400), (900, 600)])
     figures = {f"{number} {SCRIPT}": picture(folder / f"{number}.png", size) for number, size in sizes}
     hostile_texts = enumerate(HOSTILE.values())
-    examples = [example(f"hostile-{at}", text, "HOSTILE", **{"smollm2-likert": text}) for at, text in hostile_texts]
+    examples = [
+        example(f"hostile-{number}", text, "HOSTILE", **{"smollm2-likert": text}) for number, text in hostile_texts
+    ]
     ratings = (
         Rated("smollm2-anchored", "It is four.", False, "3.62 (mass .95)", ("5", "out_of_range: 10")),
         Rated("gemma-anchored", "No.", True, "1.05 (mass 1.00)", ("1", "1")),
@@ -289,7 +291,7 @@ def texts(page: Chrome, selector: str) -> list[str]:
 
 
 def tasks_shown(page: Chrome) -> list[str]:
-    return [each.text for each in page.find_elements("css selector", ".example .task") if each.is_displayed()]
+    return [task.text for task in page.find_elements("css selector", ".example .task") if task.is_displayed()]
 
 
 @pytest.mark.browser
@@ -335,7 +337,7 @@ class TestInABrowser:
 
     def test_the_filter_hides_and_counts(self, page):
         text, origin, cell, count = (
-            page.find_element("id", f"filter-{each}") for each in ("text", "origin", "cell", "count")
+            page.find_element("id", f"filter-{name}") for name in ("text", "origin", "cell", "count")
         )
         assert count.text == "10 of 10 shown"
         text.send_keys("2 + 2")

@@ -149,12 +149,6 @@ def test_constant_target_and_tiny_data():
     assert bank.weight[:2].abs().max() == 0
 
 
-@pytest.mark.parametrize("penalties", [(), (0.0,), (1.0, -1.0), (float("nan"),), (float("inf"),)])
-def test_penalties_that_cannot_be_are_refused(penalties):
-    with pytest.raises(ValueError, match="penalties"):
-        bank_of(residuals(12, 1, 4), noisy(12, 1), by_thirds(12), penalties)
-
-
 @BOTH_WAYS
 def test_a_penalty_lost_in_rounding_is_told(n, d):
     vectors = residuals(n, 1, d, dtype=torch.float32)

@@ -65,14 +65,14 @@ def made(kind: str, position: str, d: int = 576, layer: int = 14) -> Probe:
 def predicted(probe: Probe, vector: torch.Tensor) -> float:
     """What each form says of one vector, written out again, in float64."""
     z = ((vector - probe.mean) / probe.scale).double().numpy()
-    of = {name: tensor.double().numpy() for name, tensor in probe.tensors.items()}
+    parts = {name: tensor.double().numpy() for name, tensor in probe.tensors.items()}
     if probe.kind == "mlp":
-        hidden = of["hidden_weight"] @ z + of["hidden_bias"]
-        return float((hidden * ndtr(hidden)) @ of["out_weight"] + of["bias"])
+        hidden = parts["hidden_weight"] @ z + parts["hidden_bias"]
+        return float((hidden * ndtr(hidden)) @ parts["out_weight"] + parts["bias"])
     if probe.kind == "ordinal":
-        at_most = [*(expit(each - z @ of["weight"]) for each in of["thresholds"]), 1.0]
-        return float(np.diff([0.0, *at_most]) @ of["values"])
-    raw = float(z @ of["weight"] + of["bias"])
+        at_most = [*(expit(edge - z @ parts["weight"]) for edge in parts["thresholds"]), 1.0]
+        return float(np.diff([0.0, *at_most]) @ parts["values"])
+    raw = float(z @ parts["weight"] + parts["bias"])
     return float(expit(raw)) if probe.kind == "logistic" else raw
 
 
@@ -289,9 +289,9 @@ def test_the_command(folder):
     done = run(folder.parent, "probe=probe", f"text={HOSTILE}", "max_new_tokens=4")
     assert done.returncode == 0, done.stderr
     (out,) = folder.parent.glob("outputs/*/*")
-    found = json.loads((out / "score.json").read_text())
-    assert found["conversation"][0]["content"] == HOSTILE
-    assert re.search(rf"predicted +{found['prediction']:.2f} on a scale from 1 to 5", done.stdout)
+    record = json.loads((out / "score.json").read_text())
+    assert record["conversation"][0]["content"] == HOSTILE
+    assert re.search(rf"predicted +{record['prediction']:.2f} on a scale from 1 to 5", done.stdout)
     assert "R² .71, r .85" in done.stdout
     assert "(cut off after 4 tokens)" in done.stdout
     assert f"token by token  {out / 'score.html'}" in done.stdout
