@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_calls import replies
 
 from prefs.config import ApiConfig
 from prefs.data.task import Task
@@ -25,7 +26,7 @@ from prefs.errors import UserError
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models, ModelSpec
 from prefs.models.openai.engine import OpenAIEngine
-from prefs.models.types import Message, Question, Reply, Request, Sample, Sampling
+from prefs.models.types import Message, Question, Request, Sample, Sampling
 from prefs.stages.complete import complete
 from prefs.stages.records import Completion
 from prefs.store.table import Store
@@ -122,12 +123,6 @@ def served(server) -> Iterator[OpenAIEngine]:
     engine.close()
 
 
-def replies(engine, requests: list[Request]) -> list[Reply]:
-    """In the order of the requests."""
-    done = dict(engine.run(requests))
-    return [done[number] for number in range(len(requests))]
-
-
 def to_rate(rows, question: Question, **wanted) -> list[Request]:
     return [Request(row, question, sampling=Sampling(1.0, 1.0, 1), **wanted) for row in rows]
 
@@ -170,12 +165,6 @@ def test_the_server_says_what_is_too_long(served):
     assert samples[2].invalid is None
     (reply,) = replies(served, to_rate([(*long, Message("assistant", "Done."))], SCALE, seeds=(0,), scores=(0,)))
     assert reply.scores[0].invalid == reply.samples[0].invalid == "too_long"
-
-
-def test_a_choice_is_held_to_the_options(served):
-    question = Question("Was that a refusal, or did the assistant do it?", ("refusal", "compliance"))
-    chosen = {reply.choice for reply in replies(served, [Request(row, question, choose=True) for row in ROWS])}
-    assert chosen <= {"refusal", "compliance"}
 
 
 def test_a_model_that_is_not_on_the_server(server):

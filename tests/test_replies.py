@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 
 from prefs.config import ThinkingConfig
-from prefs.models.openai.refusals import refusal_of_row, words
+from prefs.models.openai.refusals import words
 from prefs.models.openai.replies import (
     Answer,
     Malformed,
@@ -81,21 +81,6 @@ def test_an_answer_with_anything_in_any_place_is_read_or_malformed(path, value):
 )
 def test_a_servers_words_on_one_line(body, line):
     assert words(body) == line
-
-
-@pytest.mark.parametrize(
-    ("status", "message"),
-    [
-        (400, "Invalid value for 'temperature'"),
-        (400, "max_tokens is too large: 5000. This model supports at most 4096 completion tokens"),
-        (400, "Unknown model"),
-        (403, "Country, region, or territory not supported"),
-        (429, "maximum context length"),
-        (404, "No endpoints found"),
-    ],
-)
-def test_a_refusal_of_everything_is_not_taken_for_a_rows(status, message):
-    assert refusal_of_row(status, "", message) is None
 
 
 @pytest.mark.parametrize(

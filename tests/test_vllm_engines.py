@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import signal
 import subprocess
-import threading
 import time
 from itertools import chain
 
@@ -26,7 +24,6 @@ from prefs.models.vllm.workers import (
     Call,
     Output,
     WorkersDied,
-    _ctrl_c_gets_through,
     _guard,
 )
 
@@ -74,7 +71,7 @@ def tiny(tmp_path_factory):
 def test_scores_samples_and_choices_equal_those_of_transformer_lens(tiny):
     make, local = tiny
     engine, greedy = make(), Sampling(0.0, 1.0, 3)
-    ours, theirs = (observe(each, CONVERSATIONS, QUESTIONS, greedy, seeds=(0, 1)) for each in (engine, local))
+    ours, theirs = (observe(one, CONVERSATIONS, QUESTIONS, greedy, seeds=(0, 1)) for one in (engine, local))
     for one, other in zip(chain(*ours), chain(*theirs), strict=True):
         assert one.samples == other.samples
         assert one.scores[0].mass == pytest.approx(other.scores[0].mass, rel=1e-3, abs=1e-9)
@@ -122,16 +119,3 @@ def test_engines_outlive_their_guard_only_if_it_is_told(closed):
     assert (engine.poll() is None) is closed
     engine.kill()
     assert engine.wait() == -signal.SIGKILL
-
-
-def test_ctrl_c_comes_through_what_swallows_it():
-    def start():
-        try:
-            time.sleep(10)
-        except KeyboardInterrupt:
-            pytest.fail("swallowed")
-
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt), _ctrl_c_gets_through():
-        start()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
