@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from prefs.comparison.cells import FIRST, Cell, Sweep, flat, telling
+from prefs.comparison.cells import FIRST, Cell, Sweep, flat, named, telling
 from prefs.comparison.show import MOST_CELLS, names_column, numbered, numbers, table, telling_columns
 from prefs.results import figures
 from prefs.results.result import Excerpt, Figure, Result, Table, View
@@ -132,7 +132,7 @@ def grids(cells: Sequence[Cell]) -> list[Grid]:
     extras = telling(names, [_base(cell) for cell in firsts], ("concept.name", *FIRST))
     made = []
     for (rater, key), extra, group in zip(names, extras, several, strict=True):
-        name = " ".join([f"{rater}-{key}", *(f"{fact}={value}" for fact, value in extra.items())])
+        name = named(f"{rater}-{key}", extra)
         tasks = {
             task: origin
             for cell in group.values()
@@ -266,15 +266,13 @@ def condition_effects(made: Sequence[Grid], sweep: Sweep) -> tuple[pd.DataFrame,
 
 def _contrasts(grid: Grid, result: Factorial) -> Iterator[tuple[str, str, str, Estimate, Estimate]]:
     """Source, contrast in words, the levels it is averaged over, points and standardised points of each effect."""
-    for effect in result.first:
-        pair, over = _levels(grid, effect.first, effect.second)
-        yield COMPLETING, " − ".join(pair), ", ".join(over), effect.points, effect.standardised
-    for effect in result.second:
-        over, pair = _levels(grid, effect.first, effect.second)
-        yield RATING, " − ".join(pair), ", ".join(over), effect.points, effect.standardised
+    main = [(COMPLETING, effect) for effect in result.first] + [(RATING, effect) for effect in result.second]
+    for source, effect in main:
+        pair, over = _levels(grid, effect.first, effect.second)[:: 1 if source == COMPLETING else -1]
+        yield source, " − ".join(pair), ", ".join(over), effect.points, effect.standardised
     crossed = result.interaction
     if crossed is not None:
-        completing, rating = (" − ".join(pair) for pair in _levels(grid, crossed.first, crossed.second))
+        completing, rating = map(" − ".join, _levels(grid, crossed.first, crossed.second))
         yield INTERACTION, f"({completing}) × ({rating})", "", crossed.points, crossed.standardised
         none = Estimate.missing("a difference of two effects", result.n)
         yield RATING_OVER_COMPLETING, f"|{rating}| − |{completing}|", "", result.second_over_first, none

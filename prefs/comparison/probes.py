@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Column
 
-from prefs.comparison.cells import Cell, Sweep, flat, read_table, telling
+from prefs.comparison.cells import Cell, Sweep, flat, named, read_table, telling
 from prefs.comparison.show import MOST_CELLS, counted, names_column, numbered, numbers, square
 from prefs.errors import UserError
 from prefs.probes.controls import BLIND
@@ -270,7 +270,7 @@ def probe_cosines(probed: Sequence[Probed]) -> tuple[pd.DataFrame, list[str]]:
     extras = telling([(name,) for name in raters], [dict(identity) for identity in groups], ("model.dtype", "model.id"))
     rows: list[dict[str, object]] = []
     for rater, extra, group in zip(raters, extras, groups.values(), strict=True):
-        model = " ".join([rater, *(f"{key.removeprefix('model.')}={value}" for key, value in extra.items())])
+        model = named(rater, {key.removeprefix("model."): value for key, value in extra.items()})
         pairs = _cosines({one.label(saved.probe.target): saved for one, saved in group})
         if len(group) > 1 and not pairs:
             remarks.append(f"Probes of {model}: no two have a layer and position in common, and so no cosine.")

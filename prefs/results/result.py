@@ -158,17 +158,15 @@ class Result:
         return {table.name: table.frame for table in self.tables}[name]
 
 
-def joined(results: Iterable[Result], title: str = "", note: str = "") -> Result:
+def joined(results: Iterable[Result]) -> Result:
     """Several results as one, in their order."""
     results = list(results)
     return Result(
-        title,
-        note,
-        tuple(table for result in results for table in result.tables),
-        tuple(view for result in results for view in result.views),
-        tuple(figure for result in results for figure in result.figures),
-        tuple(remark for result in results for remark in result.remarks),
-        {name: value for result in results for name, value in result.metrics.items()},
-        tuple(series for result in results for series in result.series),
-        tuple(artifact for result in results for artifact in result.artifacts),
+        tables=tuple(table for result in results for table in result.tables),
+        views=tuple(view for result in results for view in result.views),
+        figures=tuple(figure for result in results for figure in result.figures),
+        remarks=tuple(remark for result in results for remark in result.remarks),
+        metrics={name: value for result in results for name, value in result.metrics.items()},
+        series=tuple(series for result in results for series in result.series),
+        artifacts=tuple(artifact for result in results for artifact in result.artifacts),
     )

@@ -46,8 +46,6 @@ class JobContext:
         The config as plain containers, as cards and W&B have it.
     sites
         What is captured, probed and steered.
-    counts
-        What it did and spent.
     completions, rated, judged, concepts
         What stages brought; not there before they ran.
     probes
