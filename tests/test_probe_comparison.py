@@ -40,22 +40,11 @@ def activations(means: np.ndarray, noise: float, d: int = D, seed: int = 0) -> n
     return vectors
 
 
-def job(
-    folder: Path,
-    name: str,
-    means: Mapping[str, np.ndarray],
-    *overrides: str,
-    d: int = D,
-    noise: float = 0.3,
-    tasks: int = TASKS,
-    first: int = 0,
-    draw: int = 0,
-) -> Path:
-    vectors = {key: activations(ratings, noise, d, number) for number, (key, ratings) in enumerate(means.items())}
+def job(folder: Path, name: str, means: Mapping[str, np.ndarray], *overrides: str, d: int = D, draw: int = 0) -> None:
+    vectors = {key: activations(ratings, 0.3, d, number) for number, (key, ratings) in enumerate(means.items())}
     mass = {key: around(ratings) for key, ratings in means.items()}
-    texts = completed(some_tasks(tasks, first))
+    texts = completed(some_tasks(TASKS))
     simulate(folder, [f"model.name={name}", *overrides], texts, mass, draw=draw, vectors=vectors)
-    return folder
 
 
 @pytest.fixture(scope="module")
