@@ -13,7 +13,6 @@ from statsmodels.stats.anova import anova_lm
 
 from prefs.statistics.estimates import Estimate, Resamples
 from prefs.statistics.factorial import (
-    ALL_ALIKE,
     FEW_COMPLETE,
     INCOMPLETE,
     NEVER_BESIDE,
@@ -100,7 +99,7 @@ finite = st.floats(-100, 100, allow_nan=False, width=32)
 designs = arrays(np.float64, st.tuples(st.integers(3, 6), st.integers(1, 3), st.integers(1, 3)), elements=finite)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(designs)
 def test_swapping_the_factors_swaps_their_effects(y):
     one, other = factorial(y), factorial(y.swapaxes(1, 2))
@@ -115,18 +114,6 @@ def test_swapping_the_factors_swaps_their_effects(y):
     assert shares(one)["residual"].value == pytest.approx(shares(other)["residual"].value, abs=1e-6)
     a, b = one.second_over_first.value, other.second_over_first.value
     assert (a is None and b is None) or (a or 0) == pytest.approx(-(b or 0), abs=1e-9)
-
-
-@settings(max_examples=60, deadline=None)
-@given(designs, st.integers(0, 2**16))
-def test_what_is_the_same_in_all_of_a_tasks_cells_changes_nothing(y, seed):
-    shift = np.random.default_rng(seed).integers(-50, 50, size=(len(y), 1, 1)).astype(float)
-    one, other = factorial(y), factorial(y + shift)
-    assert values(one) == pytest.approx(values(other), abs=1e-9)
-    spread = y - y.mean(axis=(1, 2), keepdims=True)
-    if np.abs(spread).max() > 1e-3:  # smaller ones are lost in the shift's rounding
-        for name in SHARES:
-            assert shares(one)[name].value == pytest.approx(shares(other)[name].value, abs=1e-4), name
 
 
 def test_tasks_that_lack_a_value_are_left_out_and_counted():
@@ -182,18 +169,3 @@ def test_what_is_undefined_has_a_reason(y, contrasts, shares_, over):
     if y is ALL_THE_SAME:
         assert values(result) == [0.0] * 7
         assert result.second[0].points == Estimate(0.0, 0.0, 0.0, 6)
-
-
-def test_tasks_that_do_not_differ_have_no_standard_deviation():
-    y = np.tile(np.arange(9.0).reshape(1, 3, 3), (5, 1, 1))
-    result = factorial(y, Resamples.draw(5, 20))
-    assert result.second[0].points.value == pytest.approx(-1)
-    assert result.second[0].standardised.reason == ALL_ALIKE
-    assert result.shares.residual.value == 0
-
-
-def test_other_shapes_are_refused():
-    with pytest.raises(ValueError, match="y must be"):
-        factorial(np.zeros((5, 3)))
-    with pytest.raises(ValueError, match="resamples of 4 tasks"):
-        factorial(np.zeros((5, 2, 2)), Resamples.draw(4, 3))

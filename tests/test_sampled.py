@@ -95,15 +95,6 @@ def test_cross_seed_interval_agrees_with_scipy(kind, peer):
     assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=0.03)
 
 
-def test_the_mode_is_of_the_whole_cell():
-    # 2 is the mode only through tasks with one valid rating, which no pair uses; among the others it would be 4.
-    x = np.array([[2, nan]] * 4 + [[4, 4], [4, 4], [4, 4], [2, 2], [1, 2], [2, 3], [5, 5]], dtype=float)
-    got = cross_seed(x).informative
-    assert modal(x).rating == 2
-    assert got.d.value == pytest.approx(6 / 7)
-    assert got.r.mean.value == pytest.approx(stats.pearsonr([4, 4, 4, 1, 2, 5], [4, 4, 4, 2, 3, 5]).statistic)
-
-
 def test_mode_and_distribution_by_hand():
     got = modal([[4, 4], [2, nan], [2, 5]], Resamples.draw(3, 50))
     assert (got.rating, got.share.value, got.ratings, got.share.n) == (2.0, 0.4, 5, 3)
@@ -187,8 +178,3 @@ def test_order_scale_and_unrated_tasks_change_nothing(x, scale, shift, random):
         assert (got[name].n, got[name].reason) == (expected[name].n, expected[name].reason), name
         if expected[name].defined:
             assert got[name].value == pytest.approx(expected[name].value, abs=1e-7), name
-
-
-def test_ratings_must_be_tasks_by_seeds():
-    with pytest.raises(ValueError, match=r"\[tasks, seeds\]"):
-        cross_seed([1, 2, 3])
