@@ -9,7 +9,6 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ import pandas as pd
 from prefs.comparison.cells import FIRST, Cell, Sweep, flat, named, telling
 from prefs.comparison.show import MOST_CELLS, names_column, numbered, numbers, table, telling_columns
 from prefs.results import figures
-from prefs.results.result import Excerpt, Figure, Result, Table, View
+from prefs.results.result import Excerpt, Result, Table, View, figure
 from prefs.results.tables import by_origin, columns, distinct, numeric, whole
 from prefs.results.terminal import MISSING, number, with_interval
 from prefs.statistics.estimates import Estimate, known_mean
@@ -202,8 +201,8 @@ def conditions(sweep: Sweep) -> Result | None:
     for count, grid in enumerate(made[:MOST_CELLS]):
         values, rows = violin_tables(grid, means)
         title, label = f"Ratings by condition: {grid.name}", "condition the completion was written in"
-        draw = partial(figures.violins, title=title, table=values, means=rows, label=label)
-        drawn.append(Figure(numbered("conditions", count), draw))
+        name = numbered("conditions", count)
+        drawn.append(figure(name, figures.violins, title=title, table=values, means=rows, label=label))
     metrics = {
         f"compare/condition/{row['grid']}/{row['ratings']}/{row['of']}/{row['contrast']}": row["points"]
         for row in effects.to_dict("records")

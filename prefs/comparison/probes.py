@@ -7,7 +7,6 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from prefs.comparison.show import MOST_CELLS, counted, names_column, numbered, n
 from prefs.errors import UserError
 from prefs.probes.controls import BLIND
 from prefs.results import figures
-from prefs.results.result import Excerpt, Figure, Result, Table, View
+from prefs.results.result import Excerpt, Result, Table, View, figure
 from prefs.results.tables import columns, distinct, numeric
 from prefs.results.terminal import number, some, with_interval
 from prefs.statistics.agreement import correlations
@@ -121,22 +120,21 @@ def probes(sweep: Sweep) -> Result:
         # A figure each: names are long, and side by side too small to be read.
         panels = cosine_matrices(cosines, probed, all_targets=MOST_CELLS, most=MOST_NAMES)
         for count, (title, matrix) in enumerate(panels.items()):
-            draw = partial(
-                figures.matrices,
-                title="Cosine similarity of probes",
-                panels={title: matrix},
-                label="cosine of the directions",
+            drawn.append(
+                figure(
+                    numbered("probe_cosines", count),
+                    figures.matrices,
+                    title="Cosine similarity of probes",
+                    panels={title: matrix},
+                    label="cosine of the directions",
+                )
             )
-            drawn.append(Figure(numbered("probe_cosines", count), draw))
     if len(transfer):
         tables.append(Table("probe_transfer", transfer, "Transfer", TRANSFER_NOTE))
         if max(len(distinct(transfer, side)) for side in ("trained_on", "tested_on")) <= MOST_NAMES:
-            draw = partial(
-                figures.transfer,
-                title="Probe transfer\nthe probe reads the row's model;\nscored against the column's ratings",
-                table=transfer.drop_duplicates(["trained_on", "tested_on"]),
-            )
-            drawn.append(Figure("probe_transfer", draw))
+            title = "Probe transfer\nthe probe reads the row's model;\nscored against the column's ratings"
+            pairs = transfer.drop_duplicates(["trained_on", "tested_on"])
+            drawn.append(figure("probe_transfer", figures.transfer, title=title, table=pairs))
     remarks = (*probe_remarks(scores), *damaged, *without)
     metrics = {f"compare/probe/{row['cell']}/{row['target']}": row["score"] for row in scores.to_dict("records")}
     return Result("Probes", NOTE, tuple(tables), (_view(scores),), tuple(drawn), remarks, metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ class Figure:
     name: str
     draw: Callable[[Path], object]
     title: str = ""
+
+
+def figure(name: str, draw: Callable[..., object], **given: Any) -> Figure:
+    """A figure by a function of `prefs.results.figures`, with what it is given beside the path."""
+    return Figure(name, partial(draw, **given))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -126,16 +126,18 @@ def stability_table(rows: Sequence[Stability]) -> pd.DataFrame:
     return numeric(pd.DataFrame(table), words=("origin", "kind"))
 
 
+def r_and_sd(row: Mapping[Any, Any]) -> str:
+    """Cross-seed r as views have it, with its SD over pairs of seeds."""
+    r = number(row["cross_seed_r"])
+    return r if r == MISSING else f"{r} ± {number(row['cross_seed_r_sd'])}"
+
+
+def mode(row: Mapping[Any, Any]) -> str:
+    """The modal rating as views have it, with its share."""
+    return MISSING if pd.isna(row["modal_rating"]) else f"{row['modal_rating']:g} ({number(row['modal_share'])})"
+
+
 def _sampled_view(table: pd.DataFrame, pairs: int) -> View:
-    def mean_and_sd(row: Row) -> str:
-        r = number(row["cross_seed_r"])
-        return r if r == MISSING else f"{r} ± {number(row['cross_seed_r_sd'])}"
-
-    def mode(row: Row) -> str:
-        if pd.isna(row["modal_rating"]):
-            return MISSING
-        return f"{row['modal_rating']:g} ({number(row['modal_share'])})"
-
     return View.of(
         f"Sampled ratings: cross-seed r is mean ± SD over {pairs} pairs of rating seeds",
         all_last(table),
@@ -143,7 +145,7 @@ def _sampled_view(table: pd.DataFrame, pairs: int) -> View:
             "origin": lambda row: row["origin"],
             "n": lambda row: str(row["n"]),
             "valid": lambda row: f"{row['valid']}/{row['answers']}",
-            "cross-seed r": mean_and_sd,
+            "cross-seed r": r_and_sd,
             "informative r": lambda row: number(row["informative_r"]),
             "d": lambda row: number(row["d"]),
             "mode (share)": mode,
