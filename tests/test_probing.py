@@ -147,7 +147,7 @@ def test_every_kind_goes_through(cell, kind, tmp_path, store):
     outcome = probe(cell, settings, 0, [], store)
     assert isinstance(outcome, ProbeReport)
     assert outcome.metric == ("AUC" if kind == "logistic" else "R²")
-    assert outcome.chosen["score"][0] > 0.25
+    assert outcome.chosen["score" if kind == "logistic" else "pearson"][0] > 0.5
     outcome.save(tmp_path, {})
     assert load_probe(tmp_path / target).probe.kind == {"mean_difference": "linear"}.get(kind, kind)
 

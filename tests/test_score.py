@@ -119,10 +119,13 @@ def written(folder: Path) -> dict:
 TURNS = (Message("user", "Name a colour."), Message("assistant", "Blue, green"))
 
 
-def captured(engine: LocalEngine, position: str, *turns: Message, **wanted: object) -> Reply:
+def captured(
+    engine: LocalEngine, position: str, *turns: Message, sampling: Sampling = GREEDY, scores: tuple[int, ...] = ()
+) -> Reply:
     """What the engine itself captures at layer 14."""
     question = Question(template("stated").question, tuple("12345"), "Answer: ") if position == "rating" else None
-    (reply,) = replies(engine, [Request(turns, question, GREEDY, capture=Capture((14,), (position,)), **wanted)])
+    capture = Capture((14,), (position,))
+    (reply,) = replies(engine, [Request(turns, question, sampling, scores=scores, capture=capture)])
     return reply
 
 
@@ -200,7 +203,8 @@ def test_a_rater_that_thinks_is_read_after_its_thought(folder, backend):
     assert spec.thinking == ThinkingConfig(True, "", ".", " ", 12, True)
     thinker = LocalEngine(backend.bridge, backend.encoder.tokenizer, spec)
     applied = scored(folder, Models({spec.engine: thinker}), text="Name a colour.", completion="Blue")
-    reply = captured(thinker, "rating", *applied.conversation, scores=(5,))
+    sampling = Sampling(1.0, 1.0, 1)
+    reply = captured(thinker, "rating", *applied.conversation, sampling=sampling, scores=(5,))
     assert applied.thought == reply.scores[5].thought
     assert applied.prediction == pytest.approx(predicted(probe, reply.residuals["rating"][0]), abs=1e-4)
     assert float(applied.scores[-1]) == pytest.approx(applied.prediction, abs=2e-3)
@@ -211,7 +215,7 @@ def test_a_rater_that_thinks_is_read_after_its_thought(folder, backend):
     ("probe", "changed", "match"),
     [
         ({}, {"scale": None}, "card has no scale, which scoring new text needs"),
-        ({}, {"model": None}, "card has no model, which scoring new text needs"),
+        ({}, {"template": None}, "card has no template, which scoring new text needs"),
         ({}, {"scale": {"low": 1}}, "no scale.high"),
         ({}, {"template": {"question": "?", "options": [{}], "prefill": None}}, "no template.options with say"),
         ({}, {"model_config": {"name": "x", "path": "y", "colour": 3}}, "no model_config that this version"),
