@@ -1,4 +1,4 @@
-"""Exact ratings: by hand, against peers, by their properties, and against what sampling gives."""
+"""Exact ratings: by hand, by their properties, and against what sampling gives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy import stats
 
 from prefs.statistics.estimates import Estimate, Resamples
 from prefs.statistics.exact import (
@@ -37,30 +36,6 @@ def test_summary_and_moments_by_hand():
     assert exact_moments(exact_summary(np.empty((0, 2)), [1, 2])).mean.reason == "no task with an exact rating"
     with pytest.raises(ValueError, match="negative"):
         exact_summary([[0.5, -0.5]], [1, 2])
-
-
-def test_intervals_agree_with_scipy():
-    exact = exact_summary(np.random.default_rng(0).dirichlet(np.full(5, 0.5), size=150), np.arange(1, 6))
-    draws = Resamples.draw(150, 4000, seed=1)
-    got = exact_moments(exact, draws)
-    predicted = predicted_r(exact.mean, exact.variance, draws=draws)
-
-    def peer(statistic, *data):
-        return stats.bootstrap(
-            data, statistic, paired=True, n_resamples=4000, vectorized=False, method="percentile",
-            rng=np.random.default_rng(2),
-        ).confidence_interval  # fmt: skip
-
-    for estimate, interval in (
-        (got.mean, peer(np.mean, exact.mean)),
-        (got.sd, peer(lambda m: np.std(m, ddof=1), exact.mean)),
-        (got.noise, peer(np.mean, exact.variance)),
-        (predicted, peer(lambda m, w: m.var(ddof=1) / (m.var(ddof=1) + w.mean()), exact.mean, exact.variance)),
-    ):
-        assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high), abs=0.02)
-    seeds = seeds_needed(exact.mean, exact.variance, 0.9, draws)
-    assert seeds.low == np.ceil(9 * (1 / predicted.high - 1))
-    assert seeds.high == np.ceil(9 * (1 / predicted.low - 1))
 
 
 def test_predicted_r_and_seeds_needed_by_hand():
