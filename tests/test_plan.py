@@ -34,18 +34,9 @@ from prefs.store.table import Store
 
 # At this temperature the model goes on to the end of its tokens, and its seeds part at once.
 SMALL = (
-    "dataset.limit=6",
-    "completer.max_new_tokens=8",
-    "completer.temperature=3",
-    "rating.seeds=[0,1]",
-    "rating.max_new_tokens=4",
-    "rating.temperature=3",
-    "capture.layers=[0,14]",
-    "probe=none",
-    "stats.bootstrap=0",
-    "wandb.mode=disabled",
-    "model.device=cpu",
-    "model.dtype=float32",
+    *("dataset.limit=6", "completer.max_new_tokens=8", "completer.temperature=3", "probe=none", "stats.bootstrap=0"),
+    *("rating.seeds=[0,1]", "rating.max_new_tokens=4", "rating.temperature=3", "capture.layers=[0,14]"),
+    *("wandb.mode=disabled", "model.device=cpu", "model.dtype=float32"),
 )
 JUDGED = (
     *("template=[likert,anchored]", "judge=llm", "model@judge.model=smollm2"),
