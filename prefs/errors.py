@@ -33,7 +33,6 @@ class ConfigError(UserError):
 
 
 def missing_value(key: str) -> ConfigError:
-    """The error for a key that has no default and was not given."""
     return ConfigError(key, "???", "a value; this one has no default, so give it on the command line")
 
 
@@ -62,7 +61,6 @@ def one_line_errors(*, enabled: bool, interrupted: str) -> Iterator[None]:
 
 
 def _mendable(error: Exception) -> str | None:
-    """One line for what the user can mend."""
     if isinstance(error, UserError | HydraException | OmegaConfBaseException):
         return explain(error)
     innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]

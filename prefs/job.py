@@ -5,14 +5,13 @@ Written when a job begins and again when it ends, so that what was killed in bet
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefs.errors import UserError
 from prefs.store.files import write_durably
@@ -73,6 +72,18 @@ class ModelUsage:
         return f"{self.model}: {self.requests:,} requests, {tokens}{cost}"
 
 
+Counts = TypeVar("Counts", StageCounts, ModelUsage)
+
+
+def summed(counts: Iterable[Counts]) -> list[Counts]:
+    """Those of the same stage, or of the same model, together."""
+    totals: dict[str, Counts] = {}
+    for count in counts:
+        name = count.stage if isinstance(count, StageCounts) else count.model
+        totals[name] = totals[name].plus(count) if name in totals else count
+    return list(totals.values())
+
+
 @dataclass
 class JobCounts:
     """What a job has done and spent so far; it fills this in while it runs, so that a job that fails leaves it too.
@@ -85,17 +96,13 @@ class JobCounts:
     logged: bool = True
 
     def add(self, counts: Iterable[StageCounts]) -> None:
-        """Note what a stage did."""
         for stage in counts:
             self.work.append(stage)
             if self.logged:
                 log.info("%s", stage)
 
     def spend(self, usage: ModelUsage) -> None:
-        """Add to what was spent on a model."""
-        before = [known for known in self.spent if known.model == usage.model]
-        self.spent = [known for known in self.spent if known.model != usage.model]
-        self.spent.append(functools.reduce(ModelUsage.plus, before, usage))
+        self.spent = summed([*self.spent, usage])
         log.info("%s", usage)
 
 

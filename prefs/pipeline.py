@@ -24,7 +24,7 @@ from prefs.results.stability import cell_stability
 from prefs.results.terminal import console, show, show_files
 from prefs.results.wandb import tracker
 from prefs.stages.concept import compare_concepts, extract_concepts
-from prefs.stages.context import CellContext, CellStage, JobContext, JobStage, RunFolder
+from prefs.stages.context import CellContext, JobContext, RunFolder, Stage
 from prefs.stages.dose_response import steer_cell
 from prefs.stages.measure import Roles, job_tasks, measure, sites
 from prefs.stages.probe import ProbeReport, Subject, features_digest, probe, probe_result
@@ -59,9 +59,7 @@ def run_job(
     models.keep_only(roles.specs)
     job = JobContext(config, plain_config, folder.path, tasks, roles, config.template, captured, store, models, counts)
     with job.noting_usage():
-        results = {
-            stage.name: stage.run(job) for stage in STAGES if isinstance(stage, JobStage) and stage.wanted(config)
-        }
+        results = _run(job, config, by_cell=False)
     if config.shard is not None:
         show_files(console(), [*counts.work, *counts.spent], store=store.root)
         merge = "The same command without shard= shows the whole, once all are."
@@ -80,9 +78,7 @@ def run_job(
             run_config=plain_config,
             another=number > 0,
         ) as track:
-            own = {
-                stage.name: stage.run(cell) for stage in STAGES if isinstance(stage, CellStage) and stage.wanted(config)
-            }
+            own = _run(cell, config, by_cell=True)
             of_cell = write(joined(own.values()), job.folder / key)
             of_job = written.artifacts if number == 0 else ()
             found = {**results, **own}
@@ -96,6 +92,11 @@ def run_job(
     show_files(console(), [*counts.work, *counts.spent], folder=job.folder, store=store.root, wandb=offline)
 
 
+def _run(context: JobContext | CellContext, config: Config, *, by_cell: bool) -> dict[str, Result]:
+    """What the stages of a job, or of a cell, found, by name."""
+    return {stage.name: stage.run(context) for stage in STAGES if stage.by_cell == by_cell and stage.wanted(config)}
+
+
 def _usage(counts: JobCounts) -> dict[str, float]:
     return {
         f"usage/{usage.model}/{name}": value
@@ -106,7 +107,6 @@ def _usage(counts: JobCounts) -> dict[str, float]:
 
 
 def _measure(job: JobContext) -> Result:
-    """Complete, rate and capture, and judge."""
     job.completions, job.rated, job.judged = measure(
         job.config, job.tasks, job.roles, job.templates, job.sites.capture, job.store, job.models, job.counts
     )
@@ -116,7 +116,12 @@ def _measure(job: JobContext) -> Result:
 def _probe(cell: CellContext) -> Result:
     """Probes of the cell's ratings, from the store or trained now; each with its card is an artifact."""
     job, config, completions = cell.job, cell.config, cell.ratings.completions
-    residuals = _residuals(cell)
+    # The position ``rating`` is the template's own.
+    captured = dict(job.rated.residuals)
+    if cell.key in job.rated.rating_residuals:
+        captured["rating"] = job.rated.rating_residuals[cell.key]
+    layers, positions = tuple(config.probe.layers), config.probe.positions or config.capture.positions
+    residuals = [replace(captured[position], layers=layers) for position in positions]
     subject = Subject(
         name=cell.key,
         measured=cell.measured,
@@ -134,16 +139,6 @@ def _probe(cell: CellContext) -> Result:
     job.counts.add([cell.probed.work])
     job.probes.append(cell.probed)
     return replace(result, artifacts=tuple(_artifacts(cell, cell.probed, residuals)))
-
-
-def _residuals(cell: CellContext) -> list[Residuals]:
-    """At the positions and layers probed; ``rating`` is the template's own."""
-    config, rated = cell.config, cell.job.rated
-    by_position = dict(rated.residuals)
-    if cell.key in rated.rating_residuals:
-        by_position["rating"] = rated.rating_residuals[cell.key]
-    positions = config.probe.positions or config.capture.positions
-    return [replace(by_position[position], layers=tuple(config.probe.layers)) for position in positions]
 
 
 def _artifacts(cell: CellContext, report: ProbeReport, residuals: list[Residuals]) -> list[Artifact]:
@@ -187,16 +182,16 @@ def _whole(config: Config) -> bool:
 
 # What a job does, in this order: first what it does once, then what it does for each of its cells. What they found is
 # printed in this order, too.
-STAGES: tuple[JobStage | CellStage, ...] = (
-    JobStage("measure", _measure),
-    JobStage("completions", completions, wanted=_whole),
-    CellStage("answers", answers),
-    CellStage("stability", cell_stability),
-    CellStage("distribution", cell_distribution),
-    CellStage("refusals", cell_refusals),
-    CellStage("probe", _probe, wanted=lambda config: config.probe.kind != "none"),
-    JobStage("judges", judges, wanted=_whole),
-    JobStage("concepts", extract_concepts, wanted=lambda config: bool(config.concept)),
-    CellStage("concepts of the cell", compare_concepts, wanted=lambda config: bool(config.concept)),
-    CellStage("steering", steer_cell, wanted=lambda config: config.steering.vector != "none"),
+STAGES = (
+    Stage("measure", _measure, by_cell=False),
+    Stage("completions", completions, wanted=_whole, by_cell=False),
+    Stage("answers", answers),
+    Stage("stability", cell_stability),
+    Stage("distribution", cell_distribution),
+    Stage("refusals", cell_refusals),
+    Stage("probe", _probe, wanted=lambda config: config.probe.kind != "none"),
+    Stage("judges", judges, wanted=_whole, by_cell=False),
+    Stage("concepts", extract_concepts, wanted=lambda config: bool(config.concept), by_cell=False),
+    Stage("concepts of the cell", compare_concepts, wanted=lambda config: bool(config.concept)),
+    Stage("steering", steer_cell, wanted=lambda config: config.steering.vector != "none"),
 )

@@ -28,9 +28,10 @@ from prefs.models.types import Engine
 from prefs.results.result import Result, View
 from prefs.results.terminal import MISSING
 from prefs.stages.concept import reader_of
-from prefs.stages.dose_response import arrows, steered_along
+from prefs.stages.dose_response import steered_along
 from prefs.stages.measure import Roles, Sites, job_tasks, measure, sites
-from prefs.stages.steer import Arrow, Control
+from prefs.stages.steer import Control, SteeringVector
+from prefs.stages.steering_vectors import steering_vectors
 from prefs.store.planned import PlannedStore
 from prefs.store.table import store_root
 
@@ -202,26 +203,26 @@ def _counted(config: Config, tasks: Sequence[Task], roles: Roles, captured: Site
         read_all(config.concept, tasks, reader)
         done.add(reader.done())
     if config.steering.vector != "none":
-        vectors, remarks = _arrows(config, tasks, captured, reader)
+        vectors, remarks = _steering_vectors(config, tasks, captured, reader)
         for ratings in rated.ratings.values() if vectors else ():
             steered_along(config, vectors, ratings, roles.rater, store, models, done)
     return _Counted(done.work, counts, ([work.bytes for work in done.work], store.sizes), remarks)
 
 
-def _arrows(
+def _steering_vectors(
     config: Config, tasks: Sequence[Task], captured: Sites, reader: Reader | None
-) -> tuple[list[Arrow], list[str]]:
+) -> tuple[list[SteeringVector], list[str]]:
     """The vectors to be steered with, as far as they can be known, others in the place of those that cannot; and what
     there is to say of that."""
     steering, remarks = config.steering, []
     if steering.vector != "concept":
-        vectors, _ = arrows(steering, captured.steered, load_vectors(Path(steering.vector)), None, None)
+        vectors, _ = steering_vectors(steering, captured.steered, load_vectors(Path(steering.vector)), None, None)
     elif reader is not None and not any(work.computed for work in reader.work):
         key = next(iter(config.concept))
         concept = extract({key: config.concept[key]}, tasks, reader, bootstrap=config.stats.bootstrap)[key]
         if isinstance(concept, str):
             return [], [f"No steering, since there will be no vectors of concept {key}: {concept}."]
-        vectors, _ = arrows(steering, captured.steered, concept.saved({}), concept, None)
+        vectors, _ = steering_vectors(steering, captured.steered, concept.saved({}), concept, None)
     else:
         kinds = ["concept", *["random"] * steering.controls.random, *["shuffled"] * steering.controls.shuffled]
         kinds += ["ablation"] * steering.controls.ablation
@@ -235,11 +236,11 @@ def _arrows(
     return vectors, remarks
 
 
-def _unknown(control: str, layer: int, number: int, captured: Sites) -> Arrow:
+def _unknown(control: str, layer: int, number: int, captured: Sites) -> SteeringVector:
     """In the place of a vector: one that no other is equal to."""
     assert captured.architecture is not None
     vector = torch.full((captured.architecture.d_model,), 1.0 + number)
-    return Arrow(f"{control} {number}", cast(Control, control), layer, vector, 1.0)
+    return SteeringVector(f"{control} {number}", cast(Control, control), layer, vector, 1.0)
 
 
 def _cost(role: str, spec: ModelSpec, most: Counts, likely: Counts, tflops: float) -> RoleCost:

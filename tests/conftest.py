@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so d
 
 import pytest
 import yaml
+from hypothesis import settings
 from omegaconf import OmegaConf
 
 from prefs.config import CONF
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from prefs.models.loading import Models, ModelSpec
     from prefs.models.local.engine import LocalEngine
     from prefs.models.tokens import ChatEncoder
+
+# How long an example takes is the machine's affair.
+settings.register_profile("prefs", deadline=None)
+settings.load_profile("prefs")
 
 TEMPLATES = ("binary", "likert", "agreement", "stated", "anchored", "anchored_precise")
 # Files are handed to the workers in this order, so that none is left with a long one at the end.

@@ -30,14 +30,14 @@ class Say:
 class Asked:
     """One request that came in: when, what, and for the how-manieth time."""
 
-    at: float
+    when: float
     body: dict[str, Any]
     attempt: int
     headers: Mapping[str, str]
 
     @property
     def prompt(self) -> str:
-        return next(each["content"] for each in self.body["messages"][::-1] if each["role"] == "user")
+        return next(turn["content"] for turn in self.body["messages"][::-1] if turn["role"] == "user")
 
 
 @dataclass
@@ -55,29 +55,23 @@ class FaultServer:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def attempts(self, prompt: str) -> list[Asked]:
-        return [each for each in self.asked if each.prompt == prompt]
+        return [asked for asked in self.asked if asked.prompt == prompt]
 
     def prompts(self) -> list[str]:
-        return [each.prompt for each in self.asked]
+        return [asked.prompt for asked in self.asked]
 
 
 def chat(text: str | None, *, finish: str = "stop", usage: Mapping[str, Any] | None = None, **message: Any) -> dict:
     """The body of a chat completion."""
-    logprobs = message.pop("logprobs", None)
-    return {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "model": "something-else",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": text, **message},
-                "finish_reason": finish,
-                "logprobs": logprobs,
-            }
-        ],
-        "usage": usage or {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
-    }
+    choice = {"index": 0, "finish_reason": finish, "logprobs": message.pop("logprobs", None)}
+    choice["message"] = {"role": "assistant", "content": text, **message}
+    usage = usage or {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+    return {"id": "1", "object": "chat.completion", "model": "something-else", "choices": [choice], "usage": usage}
+
+
+def error(message: str, status: int = 400, after_s: float = 0.0, **more: Any) -> Say:
+    body = {"error": {"message": message, "type": "invalid_request_error", **more}}
+    return Say(body, status=status, after_s=after_s)
 
 
 def likeliest(*positions: tuple[str, Mapping[str, float]]) -> dict:
@@ -92,10 +86,6 @@ def likeliest(*positions: tuple[str, Mapping[str, float]]) -> dict:
             for token, top in positions
         ]
     }
-
-
-def error(message: str, status: int = 400, **more: Any) -> Say:
-    return Say({"error": {"message": message, "type": "invalid_request_error", **more}}, status=status)
 
 
 class _Server(ThreadingHTTPServer):
@@ -126,7 +116,7 @@ def serving(answer: Callable[[Asked], Say], models: Say | None = None) -> Iterat
                 self.send(Say({"detail": "Not Found"}, status=404))
                 return
             with lock:
-                same = [each for each in state.asked if each.body == body]
+                same = [before for before in state.asked if before.body == body]
                 asked = Asked(
                     time.monotonic(), body, len(same) + 1, {name.lower(): value for name, value in self.headers.items()}
                 )
@@ -153,8 +143,8 @@ def serving(answer: Callable[[Asked], Say], models: Say | None = None) -> Iterat
                 self.send_header("Content-Length", str(len(content) + 100 * say.cut_off))
                 self.end_headers()
                 if say.drip:
-                    for at in range(len(content)):
-                        self.wfile.write(content[at : at + 1])
+                    for start in range(len(content)):
+                        self.wfile.write(content[start : start + 1])
                         closing.wait(0.1)
                 else:
                     self.wfile.write(content[: len(content) // 2] if say.cut_off else content)

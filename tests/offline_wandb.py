@@ -55,16 +55,14 @@ def _name(item) -> str:
 
 def _records(content: bytes) -> Iterator[bytes]:
     """The records of a LevelDB log: whole (type 1) or in pieces (2 first, 3 middle, 4 last), in blocks of 32 KiB."""
-    at, pieces = HEADER, b""
-    while at + HEADER <= len(content):
-        left = BLOCK - at % BLOCK
-        if left < HEADER:
-            at += left
+    start, pieces = HEADER, b""
+    while start + HEADER <= len(content):
+        if (left := BLOCK - start % BLOCK) < HEADER:
+            start += left
             continue
-        length = int.from_bytes(content[at + 4 : at + 6], "little")
-        kind = content[at + 6]
-        pieces += content[at + HEADER : at + HEADER + length]
-        at += HEADER + length
+        length, kind = int.from_bytes(content[start + 4 : start + 6], "little"), content[start + 6]
+        start += HEADER + length
+        pieces += content[start - length : start]
         if kind in (1, 4):
             yield pieces
             pieces = b""

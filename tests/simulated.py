@@ -171,11 +171,7 @@ def _probe(
 
 
 def _ratings(
-    plain: Mapping[str, Any],
-    key: str,
-    completions: Sequence[Completion],
-    mass: np.ndarray,
-    random: np.random.Generator,
+    plain: Mapping[str, Any], key: str, completions: Sequence[Completion], mass: np.ndarray, random: np.random.Generator
 ) -> Ratings:
     template = _section(Template, plain["template"][key])
     exact, seeds = plain["rating"]["exact"], tuple(plain["rating"]["seeds"])
@@ -229,11 +225,11 @@ def steer(folder: Path, doses: Sequence[Mapping[str, Any]]) -> None:
     table = pd.DataFrame(rows)
     slopes = []
     for (vector, control, layer), of_vector in table.groupby(["vector", "control", "layer"], sort=False):
-        there = of_vector.loc[of_vector["coherent"], :].sort_values(by="coefficient")
-        slope = float(np.polyfit(there["coefficient"], there["mean"], 1)[0])
-        at_none = float(np.interp(0, there["coefficient"], there["mean"]))
-        row = {"vector": vector, "control": control, "layer": layer, "n": 8, "doses": len(there)}
-        deltas = {"delta_minus": there["mean"].iloc[0] - at_none, "delta_plus": there["mean"].iloc[-1] - at_none}
+        coherent = of_vector.loc[of_vector["coherent"], :].sort_values(by="coefficient")
+        slope = float(np.polyfit(coherent["coefficient"], coherent["mean"], 1)[0])
+        at_none = float(np.interp(0, coherent["coefficient"], coherent["mean"]))
+        row = {"vector": vector, "control": control, "layer": layer, "n": 8, "doses": len(coherent)}
+        deltas = {"delta_minus": coherent["mean"].iloc[0] - at_none, "delta_plus": coherent["mean"].iloc[-1] - at_none}
         for name, value in ({"slope": slope} | deltas).items():
             row |= {name: value, f"{name}_low": value - 0.01, f"{name}_high": value + 0.01, f"{name}_reason": None}
         slopes.append(row)

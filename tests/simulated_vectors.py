@@ -63,12 +63,12 @@ def captured(
     n, count, _ = vectors.shape
     layers = tuple(range(count)) if layers is None else tuple(layers)
     collection = Store.open(str(folder)).vectors("residuals", {"position": position})
-    keys = [collection.key(task=at) for at in range(n)]
+    keys = [collection.key(task=task) for task in range(n)]
     gone = vectors.isnan().flatten(1).all(1)
     order = np.random.default_rng(0).permutation(n)
     for some in np.array_split(order, parts):
-        there = [int(at) for at in some if not gone[at]]
-        missing = [keys[at] for at in some if gone[at]]
-        collection.append([keys[at] for at in there], layers, vectors[there], missing)
+        present = [int(task) for task in some if not gone[task]]
+        missing = [keys[task] for task in some if gone[task]]
+        collection.append([keys[task] for task in present], layers, vectors[present], missing)
     collection.refresh()
     return Residuals(position, layers, keys, collection)

@@ -63,18 +63,18 @@ def sweep(folder: Path, environment: dict[str, str], *arguments: str, timeout_s:
 
 def processes(wanted: Callable[[Sequence[bytes]], bool]) -> list[int]:
     """The processes of this machine whose command line, in words, is wanted."""
-    found = []
+    numbers = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
             if wanted((folder / "cmdline").read_bytes().split(b"\0")):
-                found.append(int(folder.name))
-    return found
+                numbers.append(int(folder.name))
+    return numbers
 
 
 def jobs(folder: Path) -> list[dict]:
     """The jobs' own records, by number."""
-    found = sorted((folder / "sweep").glob("*/job.json"), key=lambda path: int(path.parent.name))
-    return [job(path.parent) for path in found]
+    records = sorted((folder / "sweep").glob("*/job.json"), key=lambda path: int(path.parent.name))
+    return [job(path.parent) for path in records]
 
 
 def job(folder: Path) -> dict:

@@ -23,20 +23,17 @@ from simulated import (
     around,
     compared,
     completed,
-    config,
     hydra_sweep,
     row_of,
     signal,
     simulate,
     some_tasks,
 )
-from wandb.proto import wandb_internal_pb2
 
 from prefs.compare import main
 from prefs.comparison.agreement import agreement, agreement_matrices
 from prefs.comparison.cells import read_sweep
-from prefs.comparison.jobs import unfinished
-from prefs.comparison.stability import stability_by, stability_of_cells
+from prefs.comparison.stability import stability_by
 from prefs.comparison.variance import variance
 from prefs.data.task import Task
 from prefs.errors import UserError
@@ -164,11 +161,9 @@ def test_stability_by_pools_pairs_over_cells(four, jobs):
         assert (row["cells"], row["cross_seed_r_pairs"]) == (2, 12)
         assert row["cross_seed_r"] == pytest.approx(np.mean(pooled))
         assert row["cross_seed_r_sd"] == pytest.approx(np.std(pooled, ddof=1))
-        assert row["d"] == pytest.approx(np.mean([four.cell(f"{name}-{key}")["d"] for name in RATERS]))
     for name in RATERS:
         pooled = [*r[name, "anchored"], *r[name, "stated"]]
         assert by.loc[("rater", name), "cross_seed_r"] == pytest.approx(np.mean(pooled))
-        assert by.loc[("cell", f"{name}-stated"), "cross_seed_r"] == pytest.approx(np.mean(r[name, "stated"]))
     odd = [mean_of_pairs(x[1::2]) for job in jobs.values() for x in job.sampled.values()]
     assert (by.loc[("origin", "MATH"), "cells"], by.loc[("origin", "MATH"), "cross_seed_r_pairs"]) == (4, 24)
     assert by.loc[("origin", "MATH"), "cross_seed_r"] == pytest.approx(np.mean(odd))
@@ -230,7 +225,6 @@ def test_wandb_has_one_run_of_the_comparison(four):
     (folder,) = (four.out / "wandb").glob("offline-run-*")
     logs = offline_wandb.read(folder)
     assert (logs.name, logs.group, logs.exit_code) == ("comparison", GROUP, 0)
-    assert job_type(folder) == "compare"
     assert logs.config["cells"] == ["keen-anchored", "keen-stated", "usual-anchored", "usual-stated"]
     assert logs.config["folders"] == [str(four.out.parent)]
     for name in ("cross_seed_r", "informative_r", "d", "icc1", "predicted_r", "valid_mass"):
@@ -242,17 +236,6 @@ def test_wandb_has_one_run_of_the_comparison(four):
     assert {f"figures/{path.stem}" for path in (four.out / "figures").iterdir()} <= logged
     assert "report" in logged
     assert f"wandb sync {folder}    (comparison)" in four.printed
-
-
-def job_type(folder: Path) -> str:
-    """What `offline_wandb` leaves out."""
-    (path,) = folder.glob("*.wandb")
-    for raw in offline_wandb._records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(raw)
-        if record.WhichOneof("record_type") == "run":
-            return record.run.job_type
-    return ""
 
 
 # Templates that measure something else
@@ -268,15 +251,13 @@ def of_templates(folder: Path, means: Mapping[str, np.ndarray], *overrides: str)
     ("alike", "overrides"),
     [
         (["anchored", "anchored_precise", "likert"], []),
-        (["anchored", "anchored_precise"], []),
         (["anchored", "likert"], ["rating.seeds=[0]"]),
-        (["anchored", "likert"], ["rating.seeds=[]"]),
         (["anchored", "likert"], ["rating.exact=false"]),
     ],
 )
 def test_a_stable_template_that_measures_something_else_is_named_alone(alike, overrides, tmp_path):
     count, like, length = 60, signal(60), signal(60, 1)
-    means = {key: np.clip(like + 0.3 * (signal(count, 10 + at) - 3), 1, 5) for at, key in enumerate(alike)}
+    means = {key: np.clip(like + 0.3 * (signal(count, 10 + number) - 3), 1, 5) for number, key in enumerate(alike)}
     (remark,) = of_templates(tmp_path, {"stated": length, **means}, *overrides)
     row = row_of(stability_by(read_sweep([tmp_path])), by="template", group="stated")
     r = np.nanmax([row["cross_seed_r"], row["predicted_r"]])
@@ -284,10 +265,6 @@ def test_a_stable_template_that_measures_something_else_is_named_alone(alike, ov
     if not overrides:
         most = max(np.corrcoef(length, mean)[0, 1] for mean in means.values())
         assert remark.endswith(f"at most {shown(most)}): it measures something else.")
-
-
-def test_templates_that_agree_are_not_named(tmp_path):
-    assert of_templates(tmp_path, dict.fromkeys(("anchored", "stated", "likert"), signal(60))) == []
 
 
 # Where the noise comes from
@@ -337,21 +314,11 @@ def test_variance_is_where_the_simulation_put_it(tmp_path):
     assert (table["holds"] == "").all()
 
 
-def test_cells_that_lack_leave_their_level_out(tmp_path):
-    for number, (rater, keys) in enumerate({"a": TEMPLATES, "b": TEMPLATES, "c": TEMPLATES[1:]}.items()):
-        mass = {key: around(signal(30)) for key in keys}
-        simulate(tmp_path / f"{number}", [f"model.name={rater}"], completed(some_tasks(30)), mass)
-    result = variance(read_sweep([tmp_path]))
-    assert result.remarks == ("Variance decomposition: without rater c, which lack cells.",)
-    assert set(result.frame("variance")["raters"]) == {2}
-    assert set(result.frame("variance")["templates"]) == {2}
-
-
 # Tasks
 
 
 def test_cells_with_different_tasks_are_compared_on_the_common_ones(tmp_path):
-    tasks, means = some_tasks(25), {name: signal(25, at) for at, name in enumerate("ab")}
+    tasks, means = some_tasks(25), {name: signal(25, number) for number, name in enumerate("ab")}
     rows = {"a": np.arange(20), "b": np.random.default_rng(5).permutation(np.arange(5, 25))}
     changed = {"a": tasks, "b": [*tasks[:7], dataclasses.replace(tasks[7], prompt="Another task."), *tasks[8:]]}
     made = {}
@@ -380,10 +347,8 @@ def test_cells_without_common_tasks_are_compared_in_groups(tmp_path):
         overrides = [f"model.name={name}", f"dataset.name={data}"]
         made[name, data] = rated(tmp_path / f"{number}", *overrides, texts=texts, draw=number)
     result = compared(tmp_path)
-    remark = (
-        "All cells have only 0 tasks in common, so they are compared in groups: cells 2 on 12 tasks, 2 on 10 tasks."
-    )
-    assert remark in result.remarks
+    remark = "All cells have only 0 tasks in common, so they are compared in groups: cells 2 on 12 tasks, 2 on 10 tasks"
+    assert f"{remark}." in result.remarks
     for (name, data), job in made.items():
         row = result.cell(f"{name}-anchored dataset.name={data}")
         assert row["n"] == sizes[data]
@@ -393,19 +358,6 @@ def test_cells_without_common_tasks_are_compared_in_groups(tmp_path):
         row = row_of(result.table("agreement"), condition=f"dataset.name={data}")
         assert row["r"] == pytest.approx(expected)
     assert set(result.table("variance")["condition"]) == {"dataset.name=first", "dataset.name=second"}
-
-
-def test_cells_that_differ_in_their_tasks_alone_are_told_apart(tmp_path):
-    # As when a user's file of tasks was changed between two runs.
-    for number, name in enumerate("ab"):
-        rated(tmp_path / name, f"model.name={name}", texts=completed(some_tasks(10, first=50 * number)), draw=number)
-    result = compared(tmp_path)
-    remark = (
-        "All cells have only 0 tasks in common, so they are compared in groups: cells 1 on 10 tasks, 1 on 10 tasks."
-    )
-    assert remark in result.remarks
-    assert result.table("agreement").empty
-    assert not result.table("variance").duplicated(["condition", "source"]).any()
 
 
 def test_a_task_without_a_completion_and_an_empty_one(tmp_path):
@@ -427,17 +379,6 @@ def test_raters_of_different_completions_are_not_compared_unsaid(tmp_path):
         rated(tmp_path / name, f"model.name={name}", texts=completed(some_tasks(12), by=f"Done by {name}"))
     remark = "Raters rated different completions; set one completer for all to compare raters (completer=...)."
     assert remark in compared(tmp_path).remarks
-
-
-def test_a_single_task(tmp_path):
-    rated(tmp_path, means=np.array([3.5]))
-    result = compared(tmp_path, drawn=True)
-    row = result.cell("smollm2-anchored")
-    assert (row["n"], row["exact_mean"]) == (1, pytest.approx(3.5))
-    assert pd.isna(row["cross_seed_r"])
-    assert "smollm2-anchored: no cross-seed r (fewer than 3 tasks with two valid ratings)." in result.remarks
-    assert result.table("variance")["share"].isna().all()
-    assert "Comparison · 1 cell of 1 job" in result.printed
 
 
 # Settings
@@ -482,59 +423,12 @@ def test_a_rater_that_thinks_is_called_one_and_its_thoughts_count_as_noise(tmp_p
     assert set(result.table("variance")["ratings"]) == {"exact"}
 
 
-def test_after_one_thought_no_r_is_predicted_and_sampled_ratings_tell_the_noise(tmp_path):
-    overrides = ["model.name=thinker", "model.thinking.enabled=true"]
-    simulate(tmp_path, overrides, completed(some_tasks(40)), {"anchored": thinkers(40, 1)})
-    result = compared(tmp_path)
-    row = result.cell("thinker-anchored")
-    assert row["kind"] == "after one thought"
-    assert pd.isna(row["predicted_r"])
-    assert row["predicted_r_reason"].startswith("one thought a task")
-    assert np.isfinite(row["exact_mean"])
-    assert set(result.table("variance")["ratings"]) == {"sampled"}
-
-
-def test_sampled_ratings_alone(tmp_path):
-    made = {}
-    for number, name in enumerate("ab"):
-        overrides, mass = [f"model.name={name}", "rating.exact=false"], {"anchored": around(signal(20), mass=0.8)}
-        made[name] = simulate(tmp_path / name, overrides, completed(some_tasks(20)), mass, draw=number)
-    result = compared(tmp_path, drawn=True)
-    row, x = result.cell("a-anchored"), made["a"].sampled["anchored"]
-    assert pd.isna(row["predicted_r"])
-    assert row["predicted_r_reason"] == "rating.exact=false"
-    assert np.isnan(x).any()
-    assert row["cross_seed_r"] == pytest.approx(mean_of_pairs(x))
-    agreed = result.table("agreement").iloc[0]
-    assert agreed["means"] == "over seeds"
-    means = [np.nanmean(made[name].sampled["anchored"], axis=1) for name in "ab"]
-    assert agreed["r"] == pytest.approx(np.corrcoef(means)[0, 1])
-    assert set(result.table("variance")["ratings"]) == {"sampled"}
-
-
-def test_little_probability_on_the_options_is_said(tmp_path):
-    simulate(tmp_path, [], completed(some_tasks(20)), {"anchored": around(signal(20), mass=0.31)})
-    assert stability_of_cells(read_sweep([tmp_path])).remarks == (
-        "smollm2-anchored: only 31% of the model's probability is on the options; that part is what is measured.",
-    )
-
-
 def test_what_names_do_not_say_is_said(tmp_path):
     for name, temperature in {"a": 1.0, "b": 0.7}.items():
         rated(tmp_path / name, f"model.name={name}", f"rating.temperature={temperature}")
     result = compared(tmp_path)
     assert result.cells() == ["a-anchored", "b-anchored"]
     assert "Cells differ in more than their names say: rating.temperature." in result.remarks
-
-
-def test_long_settings_that_begin_alike_still_name_different_cells(tmp_path):
-    for number, word in enumerate(("loves", "hates")):
-        prompt = f"You are a helpful assistant who always {word} all tasks"
-        rated(tmp_path / word, f"rating.system_prompt='{prompt}'", draw=number)
-    result = compared(tmp_path)
-    assert len(result.cells()) == 2
-    assert list(result.table("stability_by").query("by == 'cell'")["cells"]) == [1, 1]
-    assert result.table("variance")["condition"].nunique() == 2
 
 
 # Jobs that did not finish, and files that cannot be read
@@ -560,31 +454,6 @@ def test_a_sweep_of_which_not_all_finished(tmp_path):
     assert "RuntimeError: CUDA out of memory at /Data/X" in result.page
 
 
-def test_what_is_not_finished_is_named_as_it_was_called(tmp_path):
-    sweep_of(tmp_path / "failed", "ab", {"b": UserError("model.path: got 'LLaMA'")})
-    remark = "Of 2 jobs 1 finished. Failed: model.name=b (model.path: got 'LLaMA')."
-    assert unfinished(read_sweep([tmp_path / "failed"])) == remark
-    sweep_of(tmp_path / "begun", "abc", begun="a")
-    # The same folder twice is one sweep.
-    assert unfinished(read_sweep([tmp_path / "begun"] * 2)) == "Of 3 jobs 1 finished. Not begun: 2."
-    sweep_of(tmp_path / "whole", "ab")
-    assert unfinished(read_sweep([tmp_path / "whole"])) is None
-
-
-def test_no_job_finished(tmp_path):
-    sweep_of(tmp_path, "ab", dict.fromkeys("ab", ValueError("no")))
-    failed = "Failed: model.name=a (ValueError: no); model.name=b (ValueError: no)."
-    with pytest.raises(UserError, match=re.escape(f"nothing to compare: Of 2 jobs 0 finished. {failed}")):
-        compared(tmp_path)
-    assert not (tmp_path / "comparison").exists()
-
-
-def test_a_damaged_multirun_file_does_not_stop_a_comparison(tmp_path):
-    sweep_of(tmp_path, "ab")
-    (tmp_path / "multirun.yaml").write_text("hydra: [")
-    assert len(compared(tmp_path).cells()) == 2
-
-
 def test_of_a_cell_measured_twice_the_later_counts(tmp_path):
     # What is only where and how fast does not make another cell.
     made = [
@@ -598,58 +467,30 @@ def test_of_a_cell_measured_twice_the_later_counts(tmp_path):
     assert result.cell("smollm2-anchored")["cross_seed_r"] == pytest.approx(expected)
 
 
-def test_jobs_are_in_the_order_of_their_numbers(tmp_path):
-    for number in (0, 2, 10):
-        rated(tmp_path / f"{number}", f"model.name=r{number}", means=signal(3))
-    assert [cell.rater for cell in read_sweep([tmp_path]).cells] == ["r0", "r2", "r10"]
-
-
 @pytest.mark.parametrize("name", ["completions.parquet", "anchored/ratings.parquet", "anchored/exact.parquet"])
-@pytest.mark.parametrize("damage", ["gone", "cut", "empty", "other"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "other"])
 def test_a_damaged_table_is_named(name, damage, tmp_path):
     rated(tmp_path, means=signal(5))
     path = tmp_path / name
-    content = path.read_bytes()
     if damage == "gone":
         path.unlink()
     elif damage == "other":
         pd.DataFrame({"x": [1]}).to_parquet(path)
     else:
-        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+        path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError) as caught:
         read_sweep([tmp_path])
-    line = str(caught.value)
-    assert line.startswith(f"cannot read {path} (")
-    assert line.endswith("run its job again")
-    assert "\n" not in line
+    assert re.fullmatch(rf"cannot read {re.escape(str(path))} \(.*run its job again", str(caught.value))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"config": {}, "overrides": []}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"config": {}, "overrides": []}', b"\xff\xfe\x00"])
 def test_a_damaged_record_is_named(content, tmp_path):
     (tmp_path / "job.json").write_bytes(content)
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}/job.json: not the record of a job")):
         read_sweep([tmp_path])
 
 
-def test_where_nothing_can_be_written_is_one_line(tmp_path):
-    rated(tmp_path / "run", means=signal(5))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError) as caught:
-        compared(tmp_path / "run", out=tmp_path / "file" / "below")
-    assert str(caught.value).startswith(f"cannot write {tmp_path}/file/below/cells: ")
-    assert "\n" not in str(caught.value)
-
-
 # Folders
-
-
-def test_a_single_run_and_the_same_again(tmp_path):
-    rated(tmp_path, "template=anchored")
-    first = compared(tmp_path)
-    assert (first.out, first.cells(), first.remarks) == (tmp_path / "comparison", ["smollm2-anchored"], [])
-    content = (first.out / "cells.csv").read_bytes()
-    again = compared(tmp_path)
-    assert (again.out, (again.out / "cells.csv").read_bytes()) == (first.out, content)
 
 
 def test_several_folders_at_once(tmp_path, monkeypatch):
@@ -680,20 +521,14 @@ HOSTILE = [
 
 
 def test_hostile_names_and_texts_stay_as_they_are_and_all_files_where_they_belong(tmp_path):
-    folder, raters, origins = (
-        tmp_path / "sweep",
-        ["../up/<i>$a_b$</i>", "[bold]x[/bold]", "名前"],
-        ["<b>$one$</b>", "[red]two", "None"],
-    )
-    tasks = [
-        Task(f"{text[:50]} {n}", f"{text} {n}", origins[n % 3])
-        for n, text in enumerate(text for text in HOSTILE for _ in range(3))
-    ]
+    folder, raters = tmp_path / "sweep", ["../up/<i>$a_b$</i>", "[bold]x[/bold]", "名前"]
+    origins = ["<b>$one$</b>", "[red]two", "None"]
+    tasks = [Task(f"{text[:50]} {n}", f"{text} {n}", origins[n % 3]) for n, text in enumerate(HOSTILE * 3)]
     texts = [Completion(task, f"I'm sorry {task.prompt}") for task in tasks]
     texts[1] = Completion(tasks[1], "")
     for number, name in enumerate(raters):
         rated(folder / f"{number}", f"model.name='{name}'", texts=texts, draw=number)
-    result = compared(folder, wandb_mode="offline", drawn=True)
+    result = compared(folder, drawn=True)
     assert list(result.table("cells")["rater"].unique()) == raters
     assert list(result.table("cells")["origin"].unique()) == ["ALL", *origins]
     assert "[bold]x[/bold]-anchored" in result.printed
@@ -703,25 +538,9 @@ def test_hostile_names_and_texts_stay_as_they_are_and_all_files_where_they_belon
     figures = list((result.out / "figures").rglob("*.png"))
     assert {path.parent for path in figures} == {result.out / "figures"}
     assert len([path for path in figures if path.stem.startswith("refused_")]) == 3
-    (wandb,) = (result.out / "wandb").glob("offline-run-*")
-    logs = offline_wandb.read(wandb)
-    assert logs.exit_code == 0
-    assert logs.summary[f"compare/valid_mass/{logs.config['cells'][0]}/ALL"] == pytest.approx(1)
     # Beside what the jobs and the comparison write, nothing came to be anywhere.
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
     assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "comparison"}
-
-
-def test_names_too_long_for_a_file(tmp_path):
-    # Nothing unusual: two system prompts, in characters of three bytes, and the main template.
-    for number, chosen in enumerate(((0, 0), (0, 1), (1, 0))):
-        prompt = "あなたは親切で正直なアシスタントです。いつも丁寧に答えてください。"
-        roles = zip(("rating", "completer"), chosen, strict=True)
-        texts = [Completion(done.task, "I'm sorry.") for done in completed(some_tasks(6))]
-        overrides = [f"{role}.system_prompt='{which}{prompt}'" for role, which in roles]
-        simulate(tmp_path / f"{number}", overrides, texts, {"anchored_precise": around(signal(6, number))}, draw=number)
-    result = compared(tmp_path)
-    assert len(list((result.out / "figures").glob("refused_*.png"))) == 3
 
 
 # The command line
@@ -743,7 +562,3 @@ def test_disabled_wandb_writes_no_folder(capsys, tmp_path, monkeypatch):
     assert (tmp_path / "found" / "here" / "cells.csv").is_file()
     assert not list(tmp_path.rglob("*wandb*"))
     assert "smollm2" in capsys.readouterr().out
-
-
-def test_the_simulated_config_is_the_shipped_one():
-    assert config("template=[anchored]", "model.name=x")["template"]["anchored"]["name"] == "anchored_1_5"

@@ -82,8 +82,8 @@ def test_steering_by_the_job_s_vector_and_by_its_file_is_the_same(extracted, tmp
         f"hydra.run.dir={tmp_path}/two",
     )  # fmt: skip
     again = pd.read_parquet(tmp_path / "two" / "anchored_precise" / "steering_doses.parquet")
-    of = ["vector", "layer", "coefficient", "mean", "valid_mass"]
-    one, two = (table.loc[table["control"] == "concept", of].reset_index(drop=True) for table in (doses, again))
+    columns = ["vector", "layer", "coefficient", "mean", "valid_mass"]
+    one, two = (table.loc[table["control"] == "concept", columns].reset_index(drop=True) for table in (doses, again))
     # From a vector that went through a file; other tasks of the same data set.
     pd.testing.assert_frame_equal(one.drop(columns=["mean", "valid_mass"]), two.drop(columns=["mean", "valid_mass"]))
     assert two["mean"].between(1, 5).all()
@@ -100,8 +100,8 @@ def test_vectors_of_another_model_are_refused_before_anything_is_loaded(extracte
     assert "the vectors of liking_math are of another model than smollm2: revision 'another' and" in refused(
         tmp_path, store, *given
     )
-    there = (given[0], f"steering.vector={folder}/concept/liking_math", given[2])
-    layer = refused(tmp_path, store, *there, "steering.layers=[7]")
+    own = (given[0], f"steering.vector={folder}/concept/liking_math", given[2])
+    layer = refused(tmp_path, store, *own, "steering.layers=[7]")
     assert "liking_math has no vector at last_prompt, layer 7; it has last_prompt, last_completion, mean" in layer
 
 

@@ -15,8 +15,7 @@ import pytest
 from simulated import Compared, Simulated, around, compared, completed, hydra_sweep, row_of, simulate, some_tasks, steer
 
 from prefs.comparison.cells import read_sweep
-from prefs.comparison.conditions import condition_means, grids, violin_tables
-from prefs.comparison.steering import dose_tables, read_steered, steering_table
+from prefs.comparison.conditions import grids
 
 LEVELS, KEY, TASKS = ("positive", "neutral", "negative"), "anchored_precise", 40
 PAIRS = tuple(itertools.product(LEVELS, LEVELS))
@@ -67,7 +66,7 @@ def sweep(folder: Path, *overrides: str, pairs: Sequence[tuple[str, str]] = PAIR
 def jobs(tmp_path_factory) -> dict[tuple[str, str], Simulated]:
     folder = tmp_path_factory.mktemp("multirun") / "09-00-00"
     made = hydra_sweep(folder, "+experiment=system_prompts")
-    swept = [tuple(each.partition("=")[2] for each in job if ".condition=" in each) for job in made]
+    swept = [tuple(override.partition("=")[2] for override in job if ".condition=" in override) for job in made]
     assert swept == list(PAIRS)
     return sweep(folder)
 
@@ -130,35 +129,14 @@ def test_which_context_dominates_is_said(nine):
     assert not [line for line in nine.remarks if "names say" in line or "rated different completions" in line]
 
 
-def test_the_screen_and_the_page_have_the_grid(nine, jobs):
+def test_the_grid_is_printed_and_drawn(nine, jobs):
     printed = nine.printed.split(f"{GRID}: exact ratings by condition")[1]
     (line,) = [line for line in printed.splitlines() if line.strip().startswith("neutral  ")]
     for rating in LEVELS:
         assert f"{jobs['neutral', rating].means(KEY).mean():.2f} [" in line
     assert f"What conditions do to the same {TASKS} tasks" in nine.printed
-    assert "completed: negative rated: positive" in nine.printed
-    for words in ("Means by condition", "Main effects and interaction", "Shares of the variation within tasks"):
-        assert words in nine.page
     assert (nine.out / "figures" / "conditions.png").exists()
-
-
-def test_the_closing_tables_fit_into_80_columns(jobs, tmp_path):
-    printed = compared(jobs["positive", "positive"].folder.parent, out=tmp_path / "out", width=80).printed
-    assert max(map(len, printed.partition("tables and figures")[0].splitlines())) <= 80
-    assert "…" not in printed
-
-
-def test_violins_have_every_task(jobs):
-    read = read_sweep([jobs["positive", "positive"].folder.parent])
-    (grid,) = grids(read.cells)
-    values, numbers = violin_tables(grid, condition_means([grid], read))
-    assert list(dict.fromkeys(values["row"])) == ["exact mean of a task", "mean of 4 sampled ratings"]
-    assert list(dict.fromkeys(values["panel"])) == [f"rated: {name}" for name in LEVELS]
-    assert list(dict.fromkeys(values["violin"])) == list(LEVELS)
-    own = {"row": "exact mean of a task", "panel": "rated: neutral", "violin": "negative"}
-    drawn = values.loc[(values[list(own)] == pd.Series(own)).all(axis=1), "value"]
-    np.testing.assert_allclose(drawn, jobs["negative", "neutral"].means(KEY))
-    assert row_of(numbers, **own)["mean"] == pytest.approx(drawn.mean())
+    assert "completed: negative rated: positive" in nine.printed
 
 
 # Grids that are not whole, or not one
@@ -184,23 +162,6 @@ def test_a_failed_job_leaves_what_does_not_need_it(tmp_path):
     assert line.split()[1] == "–"
 
 
-@pytest.mark.parametrize(("role", "varied"), [("completer", "completing"), ("rating", "rating")])
-def test_one_factor_alone(tmp_path, role, varied):
-    for number, name in enumerate(("neutral", "positive")):
-        pair = (name, None) if role == "completer" else (None, name)
-        cell(tmp_path / f"{number}", *pair)
-    result = compared(tmp_path)
-    effects = result.table("condition_effects")
-    assert set(effects["of"]) == {varied}
-    row = row_of(effects, ratings="exact")
-    assert row["contrast"] == "positive − neutral"  # in the order of the concept, not of the jobs
-    assert row["over"] == "no condition"
-    assert f"{GRID}: {varied} under positive instead of neutral moves ratings by" in "\n".join(result.remarks)
-    shares = result.table("condition_shares").query("ratings == 'exact'").set_index("source")["share"]
-    assert shares[[varied, "task × condition"]].sum() == pytest.approx(1)
-    assert shares.notna().sum() == 2
-
-
 def names_of_grids(folder: Path) -> dict[str, int]:
     """The grids of some jobs, and how many cells each has."""
     return {grid.name: len(grid.cells) for grid in grids(read_sweep([folder]).cells)}
@@ -224,37 +185,6 @@ def test_what_else_differs_makes_another_grid_and_is_in_its_name(tmp_path, varie
     assert names_of_grids(tmp_path) == dict.fromkeys(names, 2)
 
 
-def test_two_data_sets_and_two_templates_have_whole_grids(tmp_path):
-    for number, (name, pair) in enumerate(itertools.product("ab", CORNERS[:2])):
-        first = 0 if name == "a" else 100
-        cell(tmp_path / f"{number}", *pair, f"dataset.name={name}", first=first, tasks=10, keys=(KEY, "stated"))
-    assert names_of_grids(tmp_path) == {
-        f"smollm2-{key} dataset.name={name}": 2 for name in "ab" for key in (KEY, "stated")
-    }
-    result = compared(tmp_path)
-    assert set(result.table("conditions").query("origin == 'ALL'")["n"]) == {10}
-    # Of each grid its means, then its effects.
-    titles = [line for line in result.printed.splitlines() if "completed under" in line or "do to the same" in line]
-    assert ["do to the same" in title for title in titles] == [False, True] * 4
-
-
-def test_a_sweep_without_conditions_has_no_grid(tmp_path):
-    for name in "ab":
-        cell(tmp_path / name, None, None, f"model.name={name}", "concept=[]")
-    result = compared(tmp_path)
-    assert not list(result.out.glob("condition*"))
-    assert "by condition" not in result.printed
-    assert "<h2>Conditions" not in result.page
-
-
-def test_a_system_prompt_of_ones_own_is_no_level(tmp_path):
-    cell(tmp_path / "0", None, "positive", "completer.system_prompt=Hello.")
-    cell(tmp_path / "1", None, "negative", "completer.system_prompt=Hello.")
-    cell(tmp_path / "2", None, "negative", "completer.system_prompt=Goodbye.")
-    (grid,) = grids(read_sweep([tmp_path]).cells)
-    assert list(grid.cells) == [("no condition", "positive"), ("no condition", "negative")]
-
-
 # Tasks and ratings that are not all there
 
 
@@ -268,34 +198,6 @@ def test_tasks_missing_in_some_cells_are_left_out_and_counted(tmp_path):
     assert (row["n"], row["left_out"]) == (TASKS - 5, 5)
     assert row["points"] == pytest.approx((y[:, :, 0] - y[:, :, 2]).mean())
     assert f"{GRID}: effects are without 5 tasks that lack a rating in some cell." in result.remarks
-    table = result.table("conditions").query("completing == 'neutral' and origin == 'ALL' and ratings == 'exact'")
-    assert dict(zip(table["rating"], table["n"], strict=True)) == {
-        "positive": TASKS,
-        "neutral": TASKS - 5,
-        "negative": TASKS,
-    }
-
-
-def test_all_ratings_equal(tmp_path):
-    for number, pair in enumerate(PAIRS[:2] + PAIRS[3:5]):
-        cell(tmp_path / f"{number}", *pair, mean=np.full(12, 4.0), tasks=12)
-    result = compared(tmp_path, drawn=True)
-    effects = result.table("condition_effects").query("ratings == 'exact'")
-    assert set(effects["points"]) == {0}
-    assert effects["standardised"].isna().all()
-    assert "tasks do not differ" in set(effects["standardised_reason"])
-    assert set(result.table("condition_shares")["share_reason"]) == {"no variation within tasks"}
-    assert "neither context clearly dominates" in "\n".join(result.remarks)
-
-
-@pytest.mark.parametrize("tasks", [1, 2])
-def test_few_tasks(tmp_path, tasks):
-    for number, pair in enumerate(PAIRS[:2]):
-        cell(tmp_path / f"{number}", *pair, tasks=tasks)
-    result = compared(tmp_path, drawn=True)
-    assert set(result.table("condition_effects")["points_reason"]) == {"fewer than 3 tasks with all their ratings"}
-    assert set(result.table("conditions").query("origin == 'ALL'")["n"]) == {tasks}
-    assert "what the condition of rating does is not known (fewer than 3 tasks" in "\n".join(result.remarks)
 
 
 @pytest.mark.parametrize(("override", "kind"), [("rating.exact=false", "sampled"), ("rating.seeds=[]", "exact")])
@@ -304,27 +206,15 @@ def test_one_kind_of_ratings_alone(tmp_path, override, kind):
     result = compared(tmp_path)
     assert set(result.table("conditions")["ratings"]) == {kind}
     row = row_of(result.table("condition_effects"), of="rating", contrast="positive − negative")
-    y = {
-        pair: job.means(KEY) if kind == "exact" else np.nanmean(job.sampled[KEY], axis=1) for pair, job in jobs.items()
-    }
+    if kind == "exact":
+        y = {pair: job.means(KEY) for pair, job in jobs.items()}
+    else:
+        y = {pair: np.nanmean(job.sampled[KEY], axis=1) for pair, job in jobs.items()}
     assert row["points"] == pytest.approx(np.mean([y[c, "positive"] - y[c, "negative"] for c in LEVELS[::2]]))
     words = {"exact": "exact ratings", "sampled": "means over seeds"}[kind]
     assert f"{GRID}: {words} by condition" in result.printed
     sampled = [line for line in result.remarks if line.startswith("Sampled ratings by condition")]
     assert len(sampled) == (kind == "sampled")
-
-
-def test_no_resamples_give_no_verdict(tmp_path):
-    sweep(tmp_path, "stats.bootstrap=0", pairs=CORNERS)
-    (remark,) = [line for line in compared(tmp_path).remarks if line.startswith(f"{GRID}: being")]
-    assert "without intervals (stats.bootstrap=0) there is no saying which dominates." in remark
-
-
-def test_completions_that_are_not_shared_are_said(tmp_path):
-    for number, pair in enumerate(PAIRS):
-        cell(tmp_path / f"{number}", *pair, by=f"{pair[0]} {number}" if pair[0] == "neutral" else None)
-    remark = f"{GRID}: cells completed under neutral rated different completions"
-    assert len([line for line in compared(tmp_path).remarks if line.startswith(remark)]) == 1
 
 
 # Steering
@@ -363,36 +253,11 @@ def test_the_table_of_steering_has_conditions_and_slopes(steered_sweep):
     assert row["null_slope"] == pytest.approx(0.02)
     assert "Steering: rating points a unit of the coefficient" in steered_sweep.printed
     assert ".20 [.19, .21]" in steered_sweep.printed
-    assert "Slopes and changes" in steered_sweep.page
     assert (steered_sweep.out / "figures" / "steering.png").exists()
 
 
-def test_curves_are_panels_of_rating_and_lines_of_completing(steered_sweep):
-    read = read_sweep([steered_sweep.out.parent])
-    cells, remarks = read_steered(read)
-    assert not remarks
-    ((title, table),) = dose_tables(read, cells).items()
-    assert title == f"{GRID}\nliking_math, layer 15"
-    assert list(dict.fromkeys(table["panel"])) == [f"rated: {name}" for name in LEVELS]
-    assert list(dict.fromkeys(table["line"])) == [f"completed: {name}" for name in LEVELS]
-    assert len(table) == 9 * len(DOSES)
-    assert set(table["control"]) == {"concept"}
-
-
-def test_without_a_grid_a_line_is_a_cell(tmp_path):
-    for name in "ab":
-        cell(tmp_path / name, None, None, f"model.name={name}")
-        steered(tmp_path / name, ("neutral", "neutral"), 0.1, layers=(15, 23))
-    read = read_sweep([tmp_path])
-    cells, _ = read_steered(read)
-    tables = dose_tables(read, cells)
-    assert list(tables) == [f"{KEY}\nliking_math, layer {layer}" for layer in (15, 23)]
-    assert [set(table["line"]) for table in tables.values()] == [{f"a-{KEY}", f"b-{KEY}"}] * 2
-    assert set(steering_table(cells)["completing"]) == {"no condition"}
-
-
 @pytest.mark.parametrize("name", ["steering_doses.parquet", "steering_slopes.parquet"])
-@pytest.mark.parametrize("damage", ["gone", "cut", "other", "no rows"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "other"])
 def test_damaged_steering_is_named_and_left_out(tmp_path, name, damage):
     for number, pair in enumerate(PAIRS[:2]):
         cell(tmp_path / f"{number}", *pair)
@@ -403,31 +268,9 @@ def test_damaged_steering_is_named_and_left_out(tmp_path, name, damage):
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:50])
     else:
-        table = pd.DataFrame({"x": [1]}) if damage == "other" else pd.read_parquet(path).iloc[:0]
-        table.to_parquet(path)
+        pd.DataFrame({"x": [1]}).to_parquet(path)
     result = compared(tmp_path)
     (remark,) = [line for line in result.remarks if "its steered ratings are left out" in line]
     assert remark.startswith(f"{GRID} rating.condition=neutral: ")
     assert str(path) in remark
     assert set(result.table("steering")["rating"]) == {"positive"}
-
-
-def test_a_job_that_should_have_steered_but_has_no_files_is_named(tmp_path):
-    cell(tmp_path / "0", None, None, "steering=concept")
-    result = compared(tmp_path)
-    (remark,) = [line for line in result.remarks if "its steered ratings are left out" in line]
-    assert "steering_doses.parquet" in remark
-    assert "<h2>Steering" not in result.page
-
-
-def test_the_same_cell_steered_in_two_ways_counts_once_with_both(tmp_path):
-    for layer in (7, 15):
-        cell(tmp_path / f"{layer}", None, None, "steering=concept", f"steering.layers=[{layer}]")
-        steered(tmp_path / f"{layer}", ("neutral", "neutral"), 0.1, layers=(layer,))
-    result = compared(tmp_path)
-    assert len(result.cells()) == 1
-    table = result.table("steering").query("control == 'concept'")
-    assert sorted(zip(table["cell"], table["layer"], strict=True)) == [
-        (f"{GRID} steering.layers=[15]", 15),
-        (f"{GRID} steering.layers=[7]", 7),
-    ]

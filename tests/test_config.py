@@ -14,10 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra_app import shipped_configs
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefs.config import CONF, Config, typed, with_prompts
+from prefs.config import CONF, Config, typed
 from prefs.errors import UserError, explain
 from prefs.models.loading import ModelSpec
 from prefs.results.stability import stability, stability_table
@@ -53,10 +52,7 @@ def test_roles_templates_and_what_is_not_given():
     config = composed()
     assert (config.model.name, list(config.template), config.completer.model) == ("smollm2", ["anchored_precise"], None)
     assert composed("completer=smollm2").completer.model.path == "embedded:smollm2"
-    assert composed("model=hf", "model.path=meta/Llama-3.1-8B").model.name == "Llama-3.1-8B"
     assert composed("dataset=file", f"dataset.path={__file__}").dataset.name == "test_config.py"
-    names = [template.name for template in composed("template=[binary,likert,agreement,stated]").template.values()]
-    assert names == ["qualitative_binary", "likert_qualitative", "likert_agreement", "stated_1_5"]
     empty = composed("rating.system_prompt=", "completer.system_prompt=''")
     assert (empty.rating.system_prompt, empty.completer.system_prompt) == ("", "")
     assert config.rating.system_prompt is None
@@ -70,13 +66,6 @@ def test_the_reports_data_sets_are_pinned_and_capped(name):
     assert dataset.limit == (1000 if origins else None)
     for source in dataset.sources.values():
         assert re.search(r"\b[0-9a-f]{40}\b", source.revision or source.path)
-
-
-def test_a_source_is_put_elsewhere_from_the_command_line(tmp_path):
-    sources = composed("dataset=mixed", f"{WILDCHAT}.path={tmp_path}", f"{WILDCHAT}.max_chars=50").dataset.sources
-    assert (sources["wildchat"].path, sources["wildchat"].max_chars) == (str(tmp_path), 50)
-    assert sources["wildchat"].only == {"language": "English"}
-    assert sources["alpaca"].path == "tatsu-lab/alpaca"
 
 
 @pytest.mark.parametrize("name", shipped("model"))
@@ -98,60 +87,25 @@ def test_every_model_rates_completes_and_judges(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("group", "name"),
-    [(group, name) for group in ("completer", "judge", "probe", "concept") for name in shipped(group)],
+    ("group", "name"), [(group, name) for group in ("judge", "probe", "concept") for name in shipped(group)]
 )
 def test_every_option_of_the_other_groups(group, name):
     if group == "concept":
         assert composed(f"concept=[{name}]").concept[name].contrast == ["positive", "negative"]
         return
-    config = getattr(
-        composed(f"{group}={name}", *["completer.model.path=a/b"] * ((group, name) == ("completer", "hf"))), group
-    )
-    assert config.name == {("completer", "hf"): "b", ("judge", "llm"): "smollm2"}.get((group, name), name)
+    config = getattr(composed(f"{group}={name}"), group)
+    assert config.name == {"llm": "smollm2"}.get(name, name)
     if group == "probe":
         assert (config.kind, config.binary) == (name, name == "logistic")
 
 
-def test_models_that_differ_in_little():
-    thinks, plain = composed("model=qwen32b").model, composed("model=qwen32b_nothink").model
-    assert (thinks.path, thinks.revision) == (plain.path, plain.revision)
-    assert (thinks.thinking.enabled, plain.thinking.enabled) == (True, False)
-    assert [model.chat_template_kwargs["enable_thinking"] for model in (thinks, plain)] == [True, False]
-    judge = composed("judge=gpt5nano").judge
-    assert judge.model == composed("model=gpt5nano", *SERVED).model
-    assert judge.phrases == composed().judge.phrases
-
-
-def test_the_canonical_sweep_and_the_reports_raters_over_one_completer():
-    for model, template in itertools.product(("gemma27b", "llama70b"), ("anchored", "likert")):
-        config = composed(f"model={model}", f"template={template}")
-        assert (config.model.name, list(config.template)) == (model, [template])
-    for model in ("gemma27b", "gemma3_27b", "llama70b", "qwen32b", "qwen32b_nothink"):
-        config = composed("+experiment=model_comparison", "completer=llama8b", f"model={model}")
-        assert (config.model.name, config.completer.name) == (model, "llama8b")
-    composed("+experiment=model_comparison", "completer=llama8b", "model=haiku", "rating.exact=false")
-
-
-SIX = ["binary", "likert", "agreement", "stated", "anchored", "anchored_precise"]
-RATERS = {"model": "smollm2,smollm2_plain"}
-PROMPTS = {f"{role}.condition": "positive,neutral,negative" for role in ("completer", "rating")}
-MULTIRUNS = {
-    "template_comparison": (SIX, {}),
-    "model_comparison": (SIX[-2:], RATERS),
-    "refusals": (SIX[-1:], {}),
-    "noise_sources": (["likert", "stated", "anchored_precise"], {**RATERS, "completer.seed": "0,1"}),
-    "system_prompts": (SIX[-1:], PROMPTS),
-}
-
-
 @pytest.mark.parametrize("name", shipped("experiment"))
-def test_every_experiment(name):
-    cfg = compose("config", overrides=[f"+experiment={name}"], return_hydra_config=True)
-    templates, jobs = MULTIRUNS.get(name, (SIX[-1:], None))
-    assert list(cfg.template) == templates
-    assert (cfg.hydra.mode is RunMode.MULTIRUN) == (jobs is not None)
-    assert dict(cfg.hydra.sweeper.params or {}) == (jobs or {})
+def test_every_experiment_gives_configs_that_exist(name):
+    hydra = compose("config", overrides=[f"+experiment={name}"], return_hydra_config=True).hydra
+    parameters = {key: values.split(",") for key, values in (hydra.sweeper.params or {}).items()}
+    assert hydra.mode is RunMode.MULTIRUN or not parameters
+    for values in itertools.product(*parameters.values()):
+        composed(f"+experiment={name}", *map("=".join, zip(parameters, values, strict=True)))
     assert composed(f"+experiment={name}", "model=llama8b", "dataset=mixed").model.name == "llama8b"
 
 
@@ -173,23 +127,15 @@ def test_conditions_are_the_first_concept_s_system_prompts():
     config = composed("concept=[liking_math,liking_poetry]", *roles)
     assert config.completer.system_prompt == config.concept["liking_math"].conditions["positive"]
     assert config.rating.system_prompt is None
-    plain = OmegaConf.to_container(compose("config", overrides=[*CONCEPT, *roles]), resolve=True)
-    with_them = with_prompts(plain)
-    assert with_them["completer"]["system_prompt"] == config.completer.system_prompt
-    assert with_them["rating"]["system_prompt"] is None
-    assert plain["completer"]["system_prompt"] is None
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (["model=gemma"], "model: got 'gemma'; allowed: one of gemma27b, gemma3_27b, gpt5nano"),
-        (["template=likrt"], "template: got 'likrt'; allowed: one of agreement, anchored"),
-        (["zzz=3"], "zzz: there is no such key. Known here: capture, completer"),
         (["modle=3"], "modle: there is no such key; did you mean 'model'? Known here: capture, completer"),
         (["model.prefil=x"], "model.prefil: there is no such key; did you mean 'prefill'? Known here: api"),
         (["rating.seed=1"], "rating.seed: there is no such key; did you mean 'seeds'?"),
-        (["model.batch_tokens=many"], "model.batch_tokens: Value 'many' of type 'str' could not be"),
         (["model.dtype=int8"], "model.dtype: Invalid value 'int8', expected one of [auto, bfloat16, float16, float32]"),
         (["model=hf"], "model.path: got '???'; allowed: a value"),
         (["model.device=gpu"], "model.device: got 'gpu'; allowed: auto, cpu, mps, cuda or cuda:N"),
@@ -198,95 +144,59 @@ def test_conditions_are_the_first_concept_s_system_prompts():
         (["model.attn_implementation=flash"], "model.attn_implementation: got 'flash'; allowed: one of auto, eager"),
         (["model.backend=vlm"], "model.backend: got 'vlm'; allowed: one of transformer_lens"),
         (["rating.seeds=[0,0]"], "rating.seeds: got [0, 0]; allowed: seeds that differ"),
-        (["rating.seeds=[-1]"], "rating.seeds: got [-1]; allowed: seeds that are 0 or more"),
         (["rating.seeds=[]", "rating.exact=false", "probe=none"], "rating.seeds: got []; allowed: at least one seed"),
         (["rating.temperature=-1"], "rating.temperature: got -1.0; allowed: 0"),
-        (["rating.temperature=inf"], "rating.temperature: got inf"),
         (["completer.top_p=0"], "completer.top_p: got 0.0; allowed: more than 0, at most 1"),
-        (["completer.max_new_tokens=0"], "completer.max_new_tokens: got 0; allowed: 1 or more"),
         (["capture.layers=some"], "capture.layers: got 'some'; allowed: all, or a list of layer numbers"),
-        (["capture.layers=[]"], "capture.layers: got []"),
-        (["capture.layers=[1.5]"], "capture.layers: got [1.5]"),
         (["capture.positions=[last]"], "capture.positions: got 'last'; allowed: one of last_prompt, first_completion"),
         (["capture=none"], "probe.kind: got 'ridge'; allowed: none, since nothing is captured; or capture=residual"),
         (["model.backend=vllm"], "model.backend=vllm, which gives no residual vectors; add: capture=none probe=none"),
         (["probe.positions=[first_completion]"], "probe.positions: got 'first_completion'; allowed: a captured"),
-        (["probe.positions=[]"], "probe.positions: got []; allowed: at least one position, or null for all captured"),
-        (["rating.exact=false"], "probe.targets: got ['exact', 'sampled', 'single']; allowed: sampled or single"),
-        (["rating.seeds=[]"], "probe.targets: got ['exact', 'sampled', 'single']; allowed: exact, since rating"),
         (["probe.targets=[good]"], "probe.targets: got 'good'; allowed: one of exact, sampled, single"),
-        (["probe=logistic", "probe.targets=[exact]"], "probe.targets: got 'exact'; allowed: one of good, refused"),
         (["probe=logistic", "probe.targets=[refused]", "judge=none"], "probe.targets: got ['refused']; allowed: good"),
         (["probe=logistic", "probe.threshold=middle"], "probe.threshold: got 'middle'; allowed: midpoint, median or a"),
-        (["probe.folds=1"], "probe.folds: got 1; allowed: 2 or more"),
         (["probe.penalties=[1,-1]"], "probe.penalties: got [-1.0]; allowed: at least one number, each more than 0"),
-        (["probe.penalties=[]"], "probe.penalties: got []; allowed: at least one number, each more than 0"),
-        (["probe=linear", "probe.learning_rate=0"], "probe.learning_rate: got 0.0; allowed: more than 0"),
         (["probe=linear", "probe.optimizer=adam"], "probe.optimizer: got 'adam'; allowed: one of adamw, sgd"),
         (["probe.controls.permutations=-1"], "probe.controls.permutations: got -1; allowed: 0 to 100000"),
         (["model=haiku"], "rating.exact: got True; allowed: false, since this model's server gives no"),
-        (["dataset=file"], "dataset.path: got None; allowed: the path of a .jsonl or .csv file"),
         (["dataset=file", "dataset.path=/no/file.csv"], "got '/no/file.csv'; allowed: a file that exists"),
-        (["dataset.limit=0"], "dataset.limit: got 0; allowed: 1 or more"),
         (["dataset.seed=-1"], "dataset.seed: got -1; allowed: seeds that are 0 or more"),
         (["dataset.kind=hub"], "dataset.sources: got {}; allowed: at least one source"),
-        (["dataset=wildcat"], "dataset: got 'wildcat'; allowed: one of alpaca, bailbench, file, math, mini, mixed"),
         (["dataset=mixed", f"{WILDCHAT}.path=/no/folder"], f"{WILDCHAT}.path: got '/no/folder'; allowed: a folder or"),
-        (["dataset=mixed", f"{WILDCHAT}.path=a/b/c"], f"{WILDCHAT}.path: got 'a/b/c'; allowed: a folder or file that"),
-        (["dataset=mixed", f"{WILDCHAT}.pth=x"], f"{WILDCHAT}.pth: there is no such key; did you mean 'path'?"),
         (["dataset=wildchat", f"{WILDCHAT}.reader=chat"], "expected one of [columns, conversation]"),
         (["dataset=wildchat", f"{WILDCHAT}.prompt=[a,b]"], "got ['a', 'b']; allowed: the one column that holds"),
-        (["dataset=wildchat", f"{WILDCHAT}.prompt=[]"], f"{WILDCHAT}.prompt: got []; allowed: at least one column"),
-        (["dataset=wildchat", f"{WILDCHAT}.origin=' '"], f"{WILDCHAT}.origin: got ' '; allowed: some name"),
-        (["dataset=wildchat", f"{WILDCHAT}.max_chars=0"], f"{WILDCHAT}.max_chars: got 0; allowed: 1 or more"),
-        (["dataset.sources.own.path=a/b"], "dataset.sources.own: there is no such key"),
-        (["judge.phrases=[]"], "judge.phrases: got []; allowed: at least one phrase"),
         (["wandb.mode=on"], "wandb.mode: got"),
         (["stats.target_r=1"], "stats.target_r: got 1.0"),
         (["template.anchored_precise.question=''"], "template.anchored_precise.question: got ''; allowed: some text"),
-        (["template.anchored_precise.options=[]"], "template.anchored_precise.options: got []; allowed: two options"),
         ([f"{OPTIONS}=[{{say: '1', value: 2}},{{say: '2', value: 1}}]"], "got '1: 2.0'; allowed: numbers"),
         ([f"{OPTIONS}=[{{say: a, value: 1}},{{say: A, value: 2}}]"], "options that differ in more than case"),
         (["completer.condition=positive"], "completer.condition: got 'positive'; allowed: null, since no concept"),
         ([*CONCEPT, "rating.condition=good"], "rating.condition: got 'good'; allowed: one of positive, neutral, negat"),
         ([*CONCEPT, "rating.condition=neutral", "rating.system_prompt=Hi"], "rating.system_prompt: got 'Hi'; allowed"),
         (["concept=[liking_maths]"], "concept: got 'liking_maths'; allowed: liking_math, liking_poetry, or a file of"),
-        ([*CONCEPT, f"{LIKING}.contrast=[positive]"], "contrast: got ['positive']; allowed: two conditions"),
         ([*CONCEPT, f"{LIKING}.contrast=[positive,bad]"], "contrast: got 'bad'; allowed: one of positive, neutral"),
         ([*CONCEPT, f"{LIKING}.conditions.positive=null", f"{LIKING}.conditions.negative=null"], "different system pr"),
         ([*CONCEPT, f"{LIKING}.conditions.positive=' '"], "conditions.positive: got ' '; allowed: some text, or null"),
         ([*CONCEPT, f"+{LIKING}.wordings.third.positive=Hi"], "wordings.third: got ['positive']; allowed: a system"),
-        ([*CONCEPT, f"{LIKING}.origins=[]"], "origins: got []; allowed: at least one origin, or null for all"),
-        ([*CONCEPT, f"{LIKING}.folds=1"], "folds: got 1; allowed: 2 or more"),
         (["concept=[liking_math,liking_poetry]", f"{LIKING}.name=liking_poetry"], "concepts with different names"),
         (["steering=concept"], "steering.vector: got 'concept'; allowed: a folder of saved vectors, since no concept"),
-        (["steering=concept", "steering.vector=/no"], "steering.vector: got '/no'; allowed: concept, none, or a"),
         ([*STEERING, "steering.position=first_completion"], "steering.position: got 'first_completion'; allowed: a ca"),
-        ([*STEERING, "steering.position=rating"], "steering.position: got 'rating'; allowed: one of last_prompt"),
-        ([*STEERING, "steering.layers=[]"], "steering.layers: got []; allowed: at least one layer number"),
         ([*STEERING, "steering.coefficients=[1,1]"], "steering.coefficients: got [1.0, 1.0]; allowed: two or more"),
-        ([*STEERING, "steering.coefficients=[1,inf]"], "steering.coefficients: got [1.0, inf]; allowed: two or more"),
         ([*STEERING, "steering.unit=sd"], "steering.unit: got 'sd'; allowed: one of vector, norm"),
         ([*STEERING, "steering.at=answer"], "steering.at: got 'answer'; allowed: one of all, last, completion, quest"),
         ([*STEERING, "rating.exact=false", "probe=none"], "rating.exact: got False; allowed: true, since steered"),
-        ([*STEERING, "steering.controls.random=-1"], "steering.controls.random: got -1; allowed: 0 to 1000"),
         ([*STEERING, "steering.coherence.perplexity=nan"], "steering.coherence.perplexity: got nan; allowed: 0 or"),
-        ([*STEERING, "steering.coeficients=[1]"], "steering.coeficients: there is no such key; did you mean 'coeffici"),
         (["probe.kind=linear"], "probe.kind: got 'linear'; allowed: none, or what probe._target_ is (RidgeBank)"),
-        (["judge=none", "judge.kind=llm"], "judge.kind: got 'llm'; allowed: none, or what judge._target_ is (nothing)"),
+        (["judge=llm", "judge.compliance=Refusal"], "judge.refusal: got ('refusal', 'Refusal'); allowed: a word for"),
         (["judge=llm", "judge.question=Hi"], "judge.question: got 'Hi'; allowed: a question that holds {request}"),
         (["template=[anchored,likert]", "template.likert.name=anchored_1_5"], "templates with different names"),
         (["shard=3/2"], "shard: got '3/2'; allowed: null, or i/n"),
         (["plan_tflops=0"], "plan_tflops: got 0.0; allowed: more than 0, in 10^12 operations a second"),
         (["store.lease_s=inf"], "store.lease_s: got inf; allowed: seconds, 0 or more"),
         (["model.thinking={enabled: true, close: ' '}"], "thinking.close: got ' '; allowed: the text that ends"),
-        (["experiment=smoke"], "Could not override 'experiment'"),
         ([*API, "model.api.base_url=api.openai.com"], "model.api.base_url: got 'api.openai.com'; allowed: the address"),
-        ([*API, "model.api.base_url=http://127.0.0.1:99999/v1"], "model.api.base_url: got 'http://127.0.0.1:99999/v1'"),
         ([*API, "model.api.base_url=https://me:secret@host/v1"], "model.api.base_url: got 'one with a password'"),
-        ([*API, "model.api.concurrency=0"], "model.api.concurrency: got 0; allowed: 1 or more"),
         ([*API, "model.api.top_logprobs=50"], "model.api.top_logprobs: got 50; allowed: 0 to 20"),
-        ([*API, "model.api.timeout_s=0"], "model.api.timeout_s: got 0.0; allowed: seconds, more than 0"),
         ([*API, "model.thinking={enabled: true, force_close: true}"], "thinking.force_close: got True; allowed: false"),
         ([*API, "model.prefill=Answer"], "model.prefill: got 'Answer'; allowed: '' unless the server can go on"),
         (["template=[a"], "no viable alternative at input '[a'"),

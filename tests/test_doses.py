@@ -15,7 +15,6 @@ from tiny_models import SIZES, gemma2, gemma3, llama, plain_model, tiny_model
 from transformers import GPTNeoXConfig, Qwen3Config
 
 from prefs.config import ThinkingConfig
-from prefs.errors import UserError
 from prefs.models.loading import Models
 from prefs.models.prompts import encode_prompt
 from prefs.models.types import Capture, Message, Question, Sampling, Steering
@@ -192,19 +191,6 @@ def test_lower_blocks_and_the_prefix_are_run_once(llama_engine):
     assert columns == {layer: [first, rest] for layer in (0, 1, 2)} | {layer: [first, *[rest] * 5] for layer in (3, 4)}
 
 
-def test_the_unsteered_model_is_run_once_and_with_the_shared_blocks(llama_engine):
-    row = CONVERSATIONS[1]
-    width = len(encode_prompt(llama_engine.encoder, row, ONE_TOKEN).ids)
-    doses = [(), *((Steering(layer, vector(0), coefficient),) for layer, coefficient in ((1, 0.0), (1, 1.0), (3, 1.0)))]
-    with columns_run(llama_engine) as columns:
-        found = dose_replies(llama_engine, [row], ONE_TOKEN, DRAWN, [*doses, ()])
-    # Unsteered, above layer 1 and above layer 3.
-    assert {layer: len(widths) for layer, widths in columns.items()} == {0: 1, 1: 1, 2: 2, 3: 2, 4: 3}
-    assert {size for widths in columns.values() for size in widths} == {width}
-    unsteered, zero, steered, _, again = (replies[0].scores for replies in found)
-    assert unsteered == zero == again != steered
-
-
 def test_logits_that_are_not_finite_are_named_and_spare_other_rows(engine):
     huge = (Steering(2, vector(0), 1e39, "completion"),)
     found, other = dose_replies(engine, CONVERSATIONS, WORDS, DRAWN, [huge, ()], seeds=SEEDS)
@@ -219,11 +205,6 @@ def test_logits_that_are_not_finite_are_named_and_spare_other_rows(engine):
     for reply, observed in ((found[2], expected[2]), *zip(other, expected, strict=True)):
         assert reply.samples == observed.samples
         assert reply.scores[0].mass == pytest.approx(observed.scores[0].mass, rel=1e-3, abs=1e-9)
-
-
-def test_what_does_not_fit_the_model_is_refused(llama_engine):
-    with pytest.raises(UserError, match="no layer 5"):
-        dose_replies(llama_engine, CONVERSATIONS, WORDS, DRAWN, [(), (Steering(5, vector(0), 0.0),)])
 
 
 def nearly_same(found, expected, samples=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pandas as pd
 import pytest
 from tiny_models import llama, tiny_model
 
@@ -14,15 +13,14 @@ from prefs.concepts.reading import Reader
 from prefs.config import ConceptConfig
 from prefs.data.task import Task
 from prefs.models.loading import Models
-from prefs.models.types import Sampling
+from prefs.models.types import Capture, Sampling
 from prefs.probes.probe import Site
-from prefs.stages.concept import concept_remarks, concept_view, rating_correlations, split_halves
-from prefs.stages.rate import CapturePlan
+from prefs.stages.concept import concept_remarks, rating_correlations, split_halves
 from prefs.statistics.measured import Measured
 from prefs.store.table import Store
 
 TASKS = [Task(f"t{n}", f"What is {n} and {n * 3 % 7}?", ("MATH", "POEMS", "NEWS")[n // 8]) for n in range(24)]
-PLAN = CapturePlan(layers=(0, 3), positions=("last_prompt", "mean_completion"), dtype="float32")
+CAPTURE = Capture(layers=(0, 3), positions=("last_prompt", "mean_completion"))
 LIKING = ConceptConfig(
     name="liking",
     conditions={"positive": "You love sums, every one of them.", "neutral": None, "negative": "You hate sums."},
@@ -37,23 +35,10 @@ OTHER = ConceptConfig(
 
 
 @pytest.fixture(scope="module")
-def models() -> Models:
-    return Models()
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"), llama())
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Store:
-    return Store.open(str(tmp_path_factory.mktemp("store")))
-
-
-@pytest.fixture
-def reader(spec, models, store) -> Reader:
-    return Reader(spec, spec, Sampling(1.0, 1.0, 4), 0, PLAN, store, models)
+def reader(tmp_path_factory) -> Reader:
+    spec = tiny_model(tmp_path_factory.mktemp("model"), llama())
+    store = Store.open(str(tmp_path_factory.mktemp("store")))
+    return Reader(spec, spec, Sampling(1.0, 1.0, 4), 0, CAPTURE, store, Models(), dtype="float32")
 
 
 def only(concepts, tasks, reader, **settings) -> Concept | str:
@@ -67,7 +52,7 @@ def test_vectors_and_tests_of_two_concepts(reader, tmp_path):
     assert isinstance(liking, Concept)
     assert isinstance(other, Concept)
     assert (liking.n, other.n) == (8, 24)
-    assert liking.difference.sites == tuple(Site(layer, name) for name in PLAN.positions for layer in PLAN.layers)
+    assert liking.difference.sites == tuple(Site(layer, name) for name in CAPTURE.positions for layer in CAPTURE.layers)
     tests = liking.tests.groupby("test", sort=False)["n"].first().to_dict()
     assert tests == {
         HELD_OUT: 8,
@@ -84,13 +69,11 @@ def test_vectors_and_tests_of_two_concepts(reader, tmp_path):
     assert list(other.tests["test"].unique()) == [HELD_OUT, READ_UNDER, WRITTEN_UNDER, "concept liking"]
     # What differs at the end of the prompt is the prompt alone, so the same text and no text tell as much ...
     at_prompt = liking.tests[liking.tests["position"] == "last_prompt"].set_index(["test", "layer"])
-    for layer in PLAN.layers:
+    for layer in CAPTURE.layers:
         assert at_prompt.loc[(HELD_OUT, layer), "auc"] == at_prompt.loc[(READ_UNDER, layer), "auc"] == 1
         # ... and without a prompt there is nothing to tell apart, but for rows that rounding makes differ.
         assert at_prompt.loc[(WRITTEN_UNDER, layer), "auc"] == pytest.approx(0.5, abs=0.1)
-    vectors = liking.vectors.set_index(["position", "layer"])
-    assert (vectors.loc["last_prompt", "split_half"] > 0.9).all()
-    assert (vectors.loc["last_prompt", "p"] < 0.02).all()
+    assert (liking.vectors.query("position == 'last_prompt'")["split_half"] > 0.9).all()
     assert next(iter(split_halves(liking))) == "last_prompt"
     # A second time everything is in the store.
     again = dataclasses.replace(reader, work=[])
@@ -100,14 +83,12 @@ def test_vectors_and_tests_of_two_concepts(reader, tmp_path):
     assert [path.name for path in paths] == [
         "vectors.safetensors", "vectors.json", "last_prompt.gguf", "mean_completion.gguf",
     ]  # fmt: skip
-    view = concept_view(liking, pd.DataFrame(), pd.DataFrame(), "r with the exact rating")
-    assert len(view.rows) == len(tests) + 3
 
 
-def test_tasks_without_a_completion_under_one_condition_are_left_out_of_both_and_counted(reader, spec):
+def test_tasks_without_a_completion_under_one_condition_are_left_out_of_both_and_counted(reader):
     # The long system prompt leaves the longest tasks no room.
     tasks = [*TASKS[:8], *(Task(f"long{n}", f"Sum {n} " * (90 + n), "MATH") for n in range(2))]
-    room = dataclasses.replace(spec, max_context=330)
+    room = dataclasses.replace(reader.subject, max_context=330)
     config = dataclasses.replace(LIKING, conditions={**LIKING.conditions, "positive": "You love sums. " * 20})
     short = dataclasses.replace(reader, subject=room, completer=room, work=[])
     concept = only({"liking": config}, tasks, short, bootstrap=5)
@@ -141,9 +122,7 @@ def test_projections_are_correlated_with_ratings_without_the_task_s_own_fold(rea
     fits = concept.fits([task.id for task in TASKS])
     assert sorted(set(fits[:8])) == [0, 1, 2]
     assert set(fits[8:]) == {3}
-    along = np.array(
-        [float(vectors[row] @ concept.difference.direction[fit, 1].double()) for row, fit in enumerate(fits)]
-    )
+    along = (vectors * concept.difference.direction[fits, 1].double()).sum(-1).numpy()
     along -= concept.difference.threshold[fits, 1].numpy()
     # Options worth 1 and 2, so that the mean rating is the projection, on some scale.
     p = 0.5 + 0.4 * along / np.abs(along).max()

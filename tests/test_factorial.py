@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from statsmodels.formula.api import ols
-from statsmodels.stats.anova import AnovaRM, anova_lm
+from statsmodels.stats.anova import anova_lm
 
-from prefs.statistics import factorial as module
 from prefs.statistics.estimates import Estimate, Resamples
 from prefs.statistics.factorial import (
-    ALL_ALIKE,
     FEW_COMPLETE,
     INCOMPLETE,
     NEVER_BESIDE,
@@ -68,17 +64,6 @@ def test_shares_are_the_sums_of_squares_of_statsmodels(shape):
     assert got == pytest.approx({name: part / whole for name, part in by_hand.items()})
 
 
-def test_the_parts_give_the_f_of_a_repeated_measures_anova():
-    y = simulated(12)
-    z = y - y.mean(axis=(1, 2), keepdims=True)
-    draws = Resamples.none(12)
-    whole, effects, by_task = module._sums_of_squares(z, z.mean(axis=0)[None], draws, np.array([12.0]))
-    df = np.array([2, 2, 4])
-    f = (effects[0] / df) / (by_task[0] / (df * 11))
-    np.testing.assert_allclose(f, AnovaRM(long(y), "y", "t", within=["c", "r"]).fit().anova_table["F Value"])
-    assert whole[0] == pytest.approx((effects + by_task).sum())
-
-
 def test_contrasts_by_hand():
     y = simulated(20, (3, 2))
     result = factorial(y)
@@ -108,15 +93,13 @@ def test_intervals_are_those_of_the_paired_differences():
     part = (y[:, 0] - y[:, 2]).mean(axis=1)
     resampled = (draws.times[1:] @ part) / 60
     assert (result.low, result.high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])))
-    # Tasks differ by far more than that, but part is compared with itself.
-    assert (result.high or 0) - (result.low or 0) < 0.4 * 2 * 1.96 * y[:, 0, 0].std() / np.sqrt(60)
 
 
 finite = st.floats(-100, 100, allow_nan=False, width=32)
 designs = arrays(np.float64, st.tuples(st.integers(3, 6), st.integers(1, 3), st.integers(1, 3)), elements=finite)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(designs)
 def test_swapping_the_factors_swaps_their_effects(y):
     one, other = factorial(y), factorial(y.swapaxes(1, 2))
@@ -131,18 +114,6 @@ def test_swapping_the_factors_swaps_their_effects(y):
     assert shares(one)["residual"].value == pytest.approx(shares(other)["residual"].value, abs=1e-6)
     a, b = one.second_over_first.value, other.second_over_first.value
     assert (a is None and b is None) or (a or 0) == pytest.approx(-(b or 0), abs=1e-9)
-
-
-@settings(max_examples=60, deadline=None)
-@given(designs, st.integers(0, 2**16))
-def test_what_is_the_same_in_all_of_a_tasks_cells_changes_nothing(y, seed):
-    shift = np.random.default_rng(seed).integers(-50, 50, size=(len(y), 1, 1)).astype(float)
-    one, other = factorial(y), factorial(y + shift)
-    assert values(one) == pytest.approx(values(other), abs=1e-9)
-    spread = y - y.mean(axis=(1, 2), keepdims=True)
-    if np.abs(spread).max() > 1e-3:  # smaller ones are lost in the shift's rounding
-        for name in SHARES:
-            assert shares(one)[name].value == pytest.approx(shares(other)[name].value, abs=1e-4), name
 
 
 def test_tasks_that_lack_a_value_are_left_out_and_counted():
@@ -167,59 +138,34 @@ def test_what_does_not_need_an_absent_cell_is_there():
     assert result.interaction is not None
     assert result.interaction.points.reason == INCOMPLETE
     assert {part.reason for part in shares(result).values()} == {INCOMPLETE}
-    deviations = [y[:, c, r] for c, r in itertools.product(range(3), range(3)) if (c, r) != (2, 0)]
-    sd = np.sqrt(np.mean([part.var(ddof=1) for part in deviations]))
-    assert result.second[2].standardised.value == pytest.approx((y[:, :, 1] - y[:, :, 2]).mean() / sd)
 
 
-def test_a_diagonal_compares_nothing():
+def only_the_diagonal() -> np.ndarray:
     y = np.full((10, 3, 3), np.nan)
     y[:, range(3), range(3)] = simulated(10)[:, range(3), range(3)]
-    result = factorial(y)
-    assert {part.points.reason for part in (*result.first, *result.second)} == {NEVER_BESIDE}
-    assert result.second_over_first.reason == NEVER_BESIDE
+    return y
 
 
-def test_one_factor_alone():
-    y = simulated(10, (1, 3))
-    result = factorial(y, Resamples.draw(10, 20))
-    assert result.first == ()
-    assert result.interaction is None
-    assert result.second[1].points.value == pytest.approx((y[:, 0, 0] - y[:, 0, 2]).mean())
-    assert result.second_over_first.reason == ONE_LEVEL
-    assert result.shares.first.reason == result.shares.interaction.reason == ONE_LEVEL
-    assert (result.shares.second.value or 0) + (result.shares.residual.value or 0) == pytest.approx(1)
+# Sums of probabilities that should be the same differ in their last bit.
+ALL_THE_SAME = np.where(np.random.default_rng(0).random((6, 3, 3)) < 0.5, 0.1 + 0.2, 0.3)
 
 
-def test_ratings_that_are_all_the_same():
-    # Sums of probabilities that should be the same differ in their last bit.
-    y = np.where(np.random.default_rng(0).random((6, 3, 3)) < 0.5, 0.1 + 0.2, 0.3)
-    result = factorial(y, Resamples.draw(6, 20))
-    assert values(result) == [0.0] * 7
-    assert result.second[0].points == Estimate(0.0, 0.0, 0.0, 6)
-    assert result.second_over_first.value == 0
-    assert {part.reason for part in shares(result).values()} == {NO_VARIATION}
-
-
-def test_tasks_that_do_not_differ_have_no_standard_deviation():
-    y = np.tile(np.arange(9.0).reshape(1, 3, 3), (5, 1, 1))
-    result = factorial(y, Resamples.draw(5, 20))
-    assert result.second[0].points.value == pytest.approx(-1)
-    assert result.second[0].standardised.reason == ALL_ALIKE
-    assert result.shares.residual.value == 0
-
-
-@pytest.mark.parametrize("tasks", [0, 2])
-def test_few_tasks(tasks):
-    result = factorial(simulated(tasks), Resamples.draw(tasks, 20))
-    assert {part.points.reason for part in (*result.first, *result.second)} == {FEW_COMPLETE}
-    assert {part.reason for part in shares(result).values()} == {FEW_COMPLETE}
-    assert result.second_over_first == Estimate.missing(FEW_COMPLETE, tasks)
-
-
-@pytest.mark.parametrize("shape", [(5, 3), (5, 0, 3)])
-def test_other_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match="y must be"):
-        factorial(np.zeros(shape))
-    with pytest.raises(ValueError, match="resamples of 4 tasks"):
-        factorial(np.zeros((5, 2, 2)), Resamples.draw(4, 3))
+@pytest.mark.parametrize(
+    ("y", "contrasts", "shares_", "over"),
+    [
+        (simulated(0), FEW_COMPLETE, FEW_COMPLETE, FEW_COMPLETE),
+        (simulated(2), FEW_COMPLETE, FEW_COMPLETE, FEW_COMPLETE),
+        (only_the_diagonal(), NEVER_BESIDE, INCOMPLETE, NEVER_BESIDE),
+        (ALL_THE_SAME, None, NO_VARIATION, None),
+        (simulated(10, (1, 3)), None, ONE_LEVEL, ONE_LEVEL),
+    ],
+    ids=["no tasks", "two tasks", "diagonal", "all the same", "one level"],
+)
+def test_what_is_undefined_has_a_reason(y, contrasts, shares_, over):
+    result = factorial(y, Resamples.draw(len(y), 20))
+    assert {part.points.reason for part in (*result.first, *result.second)} == {contrasts}
+    assert {result.shares.first.reason, result.shares.interaction.reason} == {shares_}
+    assert result.second_over_first.reason == over
+    if y is ALL_THE_SAME:
+        assert values(result) == [0.0] * 7
+        assert result.second[0].points == Estimate(0.0, 0.0, 0.0, 6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from simulated_vectors import captured, residuals, tensors
 
-from prefs.probes.features import Captured, NotFinite, Tensors
+from prefs.probes.features import Captured, NotFinite
 from prefs.probes.probe import Site
 
 
@@ -38,13 +38,6 @@ def test_vectors_from_a_store_are_those_written(tmp_path, dtype):
     assert torch.equal(features.read([15], slice(3, 4)), whole[[15], 3:4])
 
 
-def test_order_is_that_of_the_parts(tmp_path):
-    stored = captured(tmp_path, "rating", residuals(20, 1, 4), parts=3)
-    order = Captured([stored], list(range(20))).order
-    assert order.tolist() == stored.vectors.in_order(stored.keys)
-    assert sorted(order) == list(range(20)) != order.tolist()
-
-
 def test_some_tasks_are_read_as_of_the_whole(tmp_path):
     vectors = residuals(20, 2, 4)
     whole = Captured([captured(tmp_path, "rating", vectors)], list(range(20)))
@@ -68,30 +61,3 @@ def test_a_number_that_is_not_finite_is_named(tmp_path, bad):
         tensors(vectors).read(range(12), slice(0, 4))
     assert tensors(vectors).read(range(7), slice(0, 4)).shape == (7, 4, 8)
     assert tensors(vectors).read(range(12), slice(0, 2)).shape == (12, 2, 8)
-
-
-def test_infinities_that_cancel_are_found():
-    vectors = torch.zeros(3, 1, 4)
-    vectors[1, 0, :2] = torch.tensor([float("inf"), float("-inf")])
-    with pytest.raises(NotFinite, match="row 1"):
-        tensors(vectors).read(range(3), slice(0, 1))
-
-
-def test_a_sum_that_overflows_is_no_fault():
-    """The quick look is at a sum: of finite numbers it can be infinite."""
-    vectors = torch.full((4, 1, 8), 1e308, dtype=torch.float64)
-    assert torch.equal(tensors(vectors).read(range(4), slice(0, 1)), vectors)
-
-
-@pytest.mark.parametrize(
-    ("vectors", "sites", "message"),
-    [
-        (torch.zeros(3, 4), 3, r"\[3, 4\] torch.float32"),
-        (torch.zeros(3, 2, 4, dtype=torch.long), 2, "int64"),
-        (torch.zeros(0, 2, 4), 2, "at least one"),
-        (torch.zeros(3, 2, 4), 3, "3 sites do not fit"),
-    ],
-)
-def test_vectors_that_cannot_be_are_refused(vectors, sites, message):
-    with pytest.raises(ValueError, match=message):
-        Tensors(vectors, [Site(layer, "rating") for layer in range(sites)])

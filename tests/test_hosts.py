@@ -48,19 +48,16 @@ class Site:
 
     def begin(self, host: str, script: str, *overrides: str) -> subprocess.Popen[str]:
         """Run shell commands on a host, where ``job`` is the program on the store as the host sees it."""
-        at = self.folder / host
-        at.mkdir(exist_ok=True)
+        folder = self.folder / host
+        folder.mkdir(exist_ok=True)
         words = [sys.executable, "-m", "prefs.run", *JOB, *overrides]
         job = f'job() {{ {" ".join(map(repr, words))} "$@"; }}'
-        begin = f"set -e; hostname {host}; cd {at}; {job}; {script}"
+        begin = f"set -e; hostname {host}; cd {folder}; {job}; {script}"
         alone = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
         return subprocess.Popen(
             [*alone, "bash", "-c", begin],
-            env=environment(self.seen),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+            env=environment(self.seen), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
 
     def out(self, host: str) -> Path:
         return self.folder / host / "out"
@@ -85,9 +82,9 @@ def possible(tmp_path_factory) -> None:
         pytest.skip("no unshare on this machine")
     site = Site(tmp_path_factory.mktemp("tried"))
     tried = site.begin("tried", f"{site.see}; touch {site.seen}/there")
-    said, _ = tried.communicate(timeout=60)
+    printed, _ = tried.communicate(timeout=60)
     if tried.returncode:
-        pytest.skip(f"no hosts can be made here: {said.strip()}")
+        pytest.skip(f"no hosts can be made here: {printed.strip()}")
 
 
 @pytest.fixture

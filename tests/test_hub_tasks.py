@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefs.config import DatasetConfig, RowReader, SourceConfig, typed
-from prefs.data.hub import Skip, in_turn, task_of
+from prefs.data.hub import Skip, task_of
 from prefs.data.task import Task, load_tasks
 from prefs.errors import ConfigError, UserError
 
@@ -68,21 +68,17 @@ WILDCHAT_ROWS = [
     wildchat(chat(("user", "How do I prune roses?"), ("assistant", "With care.")), key="h1"),
     wildchat(chat(("assistant", "Hello"), ("user", "Name a river")), key="h2"),
     wildchat(chat(("user", "¿Cómo podo las rosas?")), "Spanish", key="h3"),
-    wildchat(chat(("user", "Name a lake")), None, key="h4"),
     wildchat(None, key="h5"),
-    wildchat([], key="h6"),
     wildchat(chat(("assistant", "Hello")), key="h7"),
     wildchat(chat(("user", None)), key="h8"),
     wildchat(chat(("user", " \n ")), key="h9"),
     wildchat(chat(("user", "long " * 1000)), key="h10"),
-    wildchat(chat(("user", "x" * 20_000_000)), key="h11"),
     wildchat(chat(("user", "Name a sea")), key=None),
 ]
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_wildchat_takes_first_english_user_turns(tmp_path, prefs_log, kind):
-    dataset = shipped("wildchat", f"dataset.sources.wildchat.path={written(tmp_path, WILDCHAT_ROWS, kind)}")
+def test_wildchat_takes_first_english_user_turns(tmp_path, prefs_log):
+    dataset = shipped("wildchat", f"dataset.sources.wildchat.path={written(tmp_path, WILDCHAT_ROWS)}")
     assert load_tasks(dataset) == [
         Task("wildchat-h1", "How do I prune roses?", "WILDCHAT", None),
         Task("wildchat-h2", "Name a river", "WILDCHAT", None),
@@ -90,78 +86,13 @@ def test_wildchat_takes_first_english_user_turns(tmp_path, prefs_log, kind):
     ]
     (line,) = messages(prefs_log)
     tasks, _, skipped = line.partition("; skipped ")
-    assert tasks == "wildchat: 3 tasks of 12 rows read"
+    assert tasks == "wildchat: 3 tasks of 9 rows read"
     assert counted(skipped) == {
         "empty": 3,
-        "without a user turn": 2,
-        "with another language than English": 2,
-        "longer than 4,000 characters": 2,
-    }
-
-
-ALPACA_ROWS = [
-    {"instruction": "Name a tree", "input": "", "output": "Oak", "text": "..."},
-    {"instruction": "Add", "input": "1 and 2", "output": "3", "text": "..."},
-    {"instruction": "Add", "input": None, "output": "3", "text": "..."},
-    {"instruction": None, "input": "1 and 2", "output": "3", "text": "..."},
-    {"instruction": "", "input": "1 and 2", "output": "3", "text": "..."},
-]
-
-
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_alpaca_joins_instruction_and_input(tmp_path, prefs_log, kind):
-    dataset = shipped("alpaca", f"dataset.sources.alpaca.path={written(tmp_path, ALPACA_ROWS, kind)}")
-    tasks = load_tasks(dataset)
-    assert [task.prompt for task in tasks] == ["Name a tree", "Add\n\n1 and 2", "Add"]
-    assert all(task.id.startswith("alpaca-") and len(task.id) == len("alpaca-") + 12 for task in tasks)
-    assert messages(prefs_log) == ["alpaca: 3 tasks of 5 rows read; skipped 2 empty"]
-
-
-def test_rows_of_all_kinds(tmp_path, prefs_log):
-    rows = [{"instruction": value, "input": ""} for value in ("Name a tree", 5, ["a"], {"b": 1}, True, None)]
-    rows += [{"input": "no instruction"}, {"instruction": "Add", "input": 7, "output": {"x": [1]}}]
-    dataset = shipped("alpaca", f"dataset.sources.alpaca.path={written(tmp_path / 'alpaca', rows, 'jsonl')}")
-    assert [task.prompt for task in load_tasks(dataset)] == ["Name a tree"]
-    turns = [chat(("user", "Name a tree")), "text", 3, [4, None], [{"role": "user", "content": ["parts"]}], {"role": 1}]
-    rows = [wildchat(value, key=str(number)) for number, value in enumerate(turns)]
-    dataset = shipped("wildchat", f"dataset.sources.wildchat.path={written(tmp_path / 'wildchat', rows, 'jsonl')}")
-    assert load_tasks(dataset) == [Task("wildchat-0", "Name a tree", "WILDCHAT", None)]
-    alpaca, wild = messages(prefs_log)
-    assert alpaca == "alpaca: 1 tasks of 8 rows read; skipped 5 not text, 2 empty"
-    assert counted(wild.partition("; skipped ")[2]) == {
-        "not a conversation": 3,
         "without a user turn": 1,
-        "not text": 1,
+        "with another language than English": 1,
+        "longer than 4,000 characters": 1,
     }
-
-
-def test_bytes_that_are_no_text_spoil_only_their_row(tmp_path, prefs_log):
-    half_a_pair = b"\xed\xa0\x80"
-    buffers = pa.array([b"Name a tree", half_a_pair, b"Add"], pa.binary()).buffers()
-    prompts = pa.Array.from_buffers(pa.string(), 3, buffers)
-    (tmp_path / "data").mkdir()
-    table = pa.table({"instruction": prompts, "input": ["", "", ""]})
-    pq.write_table(table, tmp_path / "data" / "train.parquet")
-    tasks = load_tasks(shipped("alpaca", f"dataset.sources.alpaca.path={tmp_path}"))
-    assert [task.prompt for task in tasks] == ["Name a tree", "Add"]
-    assert messages(prefs_log) == ["alpaca: 2 tasks of 3 rows read; skipped 1 not UTF-8"]
-
-
-def test_math_has_seven_subjects_and_bailbench_categories(tmp_path):
-    dataset = shipped("math", f"dataset.sources.math.path={tmp_path}")
-    subjects = dataset.sources["math"].configs
-    assert len(subjects) == 7
-    for subject in subjects:
-        written(tmp_path, [{"problem": f"Solve {subject}", "type": subject.title()}], name=f"{subject}/train")
-    tasks = [(task.prompt, task.topic) for task in load_tasks(dataset)]
-    assert tasks == [(f"Solve {subject}", subject.title()) for subject in subjects]
-    file = tmp_path / "bailBench.csv"
-    file.write_text('content,subcategory,category\n"Shout, please",Yelling,Loud\nBe quiet,,\n')
-    tasks = load_tasks(shipped("bailbench", f"dataset.sources.bailbench.path={file}"))
-    assert [(task.origin, task.prompt, task.topic) for task in tasks] == [
-        ("BAILBENCH", "Shout, please", "Loud"),
-        ("BAILBENCH", "Be quiet", None),
-    ]
 
 
 SIZES = {"bailbench": 30, "wildchat": 400, "alpaca": 300, "math": 200}
@@ -192,10 +123,7 @@ def test_mixed_is_drawn_evenly_over_origins(four, prefs_log):
     assert list(dict.fromkeys(origins)) == ["BAILBENCH", "WILDCHAT", "ALPACA", "MATH"]
     assert len(set(origins)) == sum(a != b for a, b in pairwise(origins)) + 1  # source by source
     assert len({task.id for task in tasks}) == 200
-    assert all(task.id.startswith(f"{task.origin.lower()}-") for task in tasks)
     assert [line.split(":")[0] for line in messages(prefs_log)] == list(SIZES)
-    few = load_tasks(shipped("mixed", *four, "dataset.limit=10"))
-    assert sorted(Counter(task.origin for task in few).values()) == [2, 2, 3, 3]
 
 
 def test_a_draw_depends_on_the_seed_and_grows_with_the_limit(four):
@@ -212,7 +140,6 @@ def test_a_draw_depends_on_the_seed_and_grows_with_the_limit(four):
             assert set(last) <= set(tasks)
             last = tasks
         assert last == drawn(None, seed)
-    assert drawn(40) == drawn(40)
     assert drawn(40) != drawn(40, seed=1)
 
 
@@ -254,14 +181,6 @@ def test_a_prompt_is_one_task_whatever_its_source_case_and_blanks(tmp_path, pref
     assert sum((Counter(counts) for counts in skipped), Counter()) == {"with a prompt seen before": 2}
 
 
-def test_ids_are_unique(tmp_path, prefs_log):
-    rows = [{"prompt": "Name a tree", "id": 7}, {"prompt": "Add", "id": 7}, {"prompt": "Sing", "id": 8}]
-    sources = {"a": SourceConfig(path=str(written(tmp_path, rows)), origin="One", id="id")}
-    tasks = load_tasks(DatasetConfig(name="a", kind="hub", sources=sources))
-    assert [task.id for task in tasks] == ["one-7", "one-8"]
-    assert messages(prefs_log) == ["a: 2 tasks of 3 rows read; skipped 1 with an id seen before"]
-
-
 def test_a_data_set_of_ones_own_needs_no_code(tmp_path):
     rows = [
         {"question": "Name a tree", "hint": "Not an oak", "nr": 1, "field": "nature", "level": 2, "checked": True},
@@ -269,22 +188,11 @@ def test_a_data_set_of_ones_own_needs_no_code(tmp_path):
         {"question": "Sing", "hint": "", "nr": 3, "field": "arts", "level": 1, "checked": True},
         {"question": "Jump", "hint": "", "nr": 4, "field": "arts", "level": 2, "checked": False},
     ]
-    (tmp_path / "conf" / "dataset").mkdir(parents=True)
-    (tmp_path / "conf" / "dataset" / "own.yaml").write_text(
-        f"""
-name: own
-kind: hub
-sources:
-  questions:
-    path: {written(tmp_path / "data", rows, "jsonl")}
-    origin: QUIZ
-    prompt: [question, hint]
-    id: nr
-    topic: field
-    only: {{level: 2, checked: true}}
-"""
-    )
-    assert load_tasks(shipped("own", f"hydra.searchpath=[file://{tmp_path / 'conf'}]")) == [
+    source = SourceConfig(
+        path=str(written(tmp_path, rows, "jsonl")), origin="QUIZ", prompt=["question", "hint"], id="nr", topic="field",
+        only={"level": 2, "checked": True},
+    )  # fmt: skip
+    assert load_tasks(DatasetConfig(name="own", kind="hub", sources={"questions": source})) == [
         Task("quiz-1", "Name a tree\n\nNot an oak", "QUIZ", "nature"),
         Task("quiz-2", "Add", "QUIZ", None),
     ]
@@ -330,11 +238,3 @@ def test_any_conversation_is_a_task_or_skipped(conversation):
         return
     users = [turn for turn in conversation if isinstance(turn, dict) and turn["role"] == "user"]
     assert task.prompt == users[0]["content"]
-
-
-@given(st.lists(st.integers(0, 5), max_size=5))
-def test_in_turn_takes_one_of_each(lengths):
-    streams = [[(turn, number) for turn in range(length)] for number, length in enumerate(lengths)]
-    taken = list(in_turn(streams))
-    assert taken == sorted(taken)
-    assert len(taken) == sum(lengths)

@@ -82,19 +82,6 @@ def test_other_errors_are_not_taken_for_it(backend, small_device):
         observed(backend)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory."),
-        MemoryError(),
-        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    ],
-)
-def test_how_allocators_say_it(error):
-    assert out_of_memory(error)
-
-
 def test_the_cpu_says_it_so():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import email.utils
 import logging
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import textwrap
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,18 +18,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import template
+from engine_calls import replies
 from fault_server import Asked, FaultServer, Say, chat, error, likeliest, serving
 
-from prefs.config import ApiConfig, ModelConfig, ThinkingConfig
+from prefs.config import ApiConfig, ThinkingConfig
 from prefs.data.task import Task
 from prefs.data.template import Invalid
 from prefs.errors import ConfigError, UserError
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.models.openai import server as served
 from prefs.models.openai.engine import OpenAIEngine
-from prefs.models.openai.refusals import asked_wait
 from prefs.models.sampling import row_seed
-from prefs.models.types import Capture, Message, Question, Reply, Request, Sample, Sampling, Score
+from prefs.models.types import Capture, Message, Question, Request, Sample, Sampling, Score
 from prefs.stages.complete import complete
 from prefs.stages.rate import rate
 from prefs.stages.records import Completion
@@ -42,6 +41,7 @@ SCALE = Question("How much, from 1 to 5?", ("1", "2", "3", "4", "5"))
 TO_TEN = Question("0 to 10?", tuple(str(value) for value in range(11)))
 VERDICT = ("refusal", "compliance")
 THINKS = ThinkingConfig(max_tokens=100)
+NO_LOGPROBS = r"gives no log-probabilities of tiny .*rating.exact=false"
 
 
 @pytest.fixture(autouse=True)
@@ -82,25 +82,12 @@ def to_rate(*prompts: str, question: Question = SCALE, seeds=(), scores=()) -> l
     ]
 
 
+(OPENED,) = to_rate("p", question=dataclasses.replace(SCALE, prefill="Answer: "), seeds=(0,))
+(SCORED,) = to_rate("p", scores=(0,))
+
+
 def to_choose(*prompts: str) -> list[Request]:
     return [Request((), Question(prompt, VERDICT), choose=True) for prompt in prompts]
-
-
-def replies(engine: OpenAIEngine, requests: Sequence[Request]) -> list[Reply]:
-    """In the order of the requests; each has one."""
-    done = dict(engine.run(requests))
-    return [done[number] for number in range(len(requests))]
-
-
-def until_stopped(engine: OpenAIEngine, requests: Sequence[Request]) -> tuple[dict[int, Reply], str]:
-    """What came before the error, and the error."""
-    done = {}
-    try:
-        for number, reply in engine.run(requests):
-            done[number] = reply
-    except UserError as error:
-        return done, str(error)
-    raise AssertionError("it was not stopped")
 
 
 def samples(engine: OpenAIEngine, *prompts: str, **options) -> list[Sample]:
@@ -124,29 +111,18 @@ FAULTS = {
     "limited": error("slow down", 429, code="rate_limit_exceeded"),
     "limited with a time": Say({"error": "slow"}, status=429, headers={"Retry-After-Ms": "50"}),
     "broken": Say(b"<html><h1>Internal Server Error</h1></html>", status=500),
-    "bad gateway": Say(b"", status=502),
     "conflict": error("locked", 409),
     "drips": Say(chat("too late as well"), drip=True),
     "hangs": Say(chat("too late"), hang=True),
     "cut off": Say(chat("an answer that is cut off in the middle"), cut_off=True),
     "not JSON": Say(b'{"choices": [{"message": '),
     "text": Say(b"upstream busy", headers={"Content-Type": "text/plain"}),
-    "a list": Say([1, 2]),
-    "null": Say(None),
     "no choices": Say({**chat("x"), "choices": []}),
-    "choices that are a number": Say({**chat("x"), "choices": 3}),
     "no message": Say({**chat("x"), "choices": [{"index": 0}]}),
     "no content": Say(chat(None)),
-    "content that is a number": Say(chat(3)),  # type: ignore[arg-type]
     "an error in a 200": Say({"error": {"message": "provider returned error", "code": 502}}),
     "an error in a choice": Say(chat("half an ans", finish="error")),
 }
-
-
-def once_faulty(asked: Asked) -> Say:
-    if asked.prompt in FAULTS and asked.attempt == 1:
-        return FAULTS[asked.prompt]
-    return echo(asked)
 
 
 def stored(store: Store, kind: str) -> list[dict[str, Any]]:
@@ -164,7 +140,7 @@ def run(store: Store, spec: ModelSpec, tasks: list[Task]):
 def test_whatever_a_server_does_nothing_is_lost_and_nothing_doubled(tmp_path):
     tasks = [Task(f"t{number}", prompt, origin="A") for number, prompt in enumerate([*FAULTS, *"abcdefgh"])]
     store = Store.open(str(tmp_path))
-    with serving(once_faulty) as server:
+    with serving(lambda asked: FAULTS.get(asked.prompt, echo(asked)) if asked.attempt == 1 else echo(asked)) as server:
         spec = spec_of(server, timeout_s=1.0)
         completions, work = run(store, spec, tasks)
         assert {prompt: len(server.attempts(prompt)) for prompt in FAULTS} == dict.fromkeys(FAULTS, 2)
@@ -233,43 +209,6 @@ def test_rating_asks_every_row_and_seed_once_and_goes_on_where_it_was_stopped(tm
         assert len(rows) == len({row["key"] for row in rows}) == number
 
 
-def test_answers_that_overtake_each_other_stay_with_their_rows_and_come_as_they_are_done():
-    prompts = [f"p{number}" for number in range(6)]
-    with serving_engine(
-        lambda asked: Say(echo(asked).body, after_s=0.6 - 0.1 * int(asked.prompt[1])), concurrency=6
-    ) as (engine, _):
-        done = list(engine.run(to_complete(*prompts)))
-    assert {number: reply.samples[0].text for number, reply in done} == {
-        number: f"re: {prompt}" for number, prompt in enumerate(prompts)
-    }
-    assert done[0][0] > done[-1][0]
-
-
-def test_repeated_and_further_choices_are_left_aside():
-    body = chat("the one")
-    other = {**body["choices"][0], "message": {"role": "assistant", "content": "another"}}
-    shuffled = {**body, "choices": [{**other, "index": 1}, body["choices"][0], other, {**other, "index": 2}]}
-    with serving_engine(lambda asked: Say(shuffled)) as (engine, server):
-        assert texts(engine, "p") == ["the one"]
-        assert len(server.asked) == 1
-
-
-@pytest.mark.parametrize(
-    ("status", "headers", "least"),
-    [(429, {"Retry-After": "1"}, 1.0), (429, {"Retry-After-Ms": "300"}, 0.3), (500, {"Retry-After-Ms": "300"}, 0.3)],
-)
-def test_a_request_is_not_sent_again_before_the_server_says(status, headers, least):
-    def answer(asked: Asked) -> Say:
-        return Say({"error": "busy"}, status=status, headers=headers) if asked.attempt == 1 else echo(asked)
-
-    with serving_engine(answer, concurrency=3) as (engine, server):
-        prompts = [f"p{number}" for number in range(6)]
-        assert texts(engine, *prompts) == [f"re: {prompt}" for prompt in prompts]
-        for prompt in prompts:
-            first, second = server.attempts(prompt)
-            assert second.at - first.at >= least
-
-
 def test_nobody_is_sent_to_a_server_that_asks_for_a_rest():
     limited = Say({"error": "busy"}, status=429, headers={"Retry-After-Ms": "1500"})
 
@@ -280,24 +219,25 @@ def test_nobody_is_sent_to_a_server_that_asks_for_a_rest():
 
     with serving_engine(answer, concurrency=2) as (engine, server):
         texts(engine, "limited", "under way", "next")
-    (turned_away, _), (following,) = server.attempts("limited"), server.attempts("next")
-    assert following.at - turned_away.at >= 1.5
+    (turned_away, again), (following,) = server.attempts("limited"), server.attempts("next")
+    assert min(again.when, following.when) - turned_away.when >= 1.5
 
 
-def test_waits_are_read_from_seconds_milliseconds_and_dates(monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0)
-    date = email.utils.formatdate(1_800_000_030, usegmt=True)
-    assert asked_wait({"retry-after": "7"}) == 7
-    assert asked_wait({"retry-after": "7", "retry-after-ms": "1500"}) == 1.5
-    assert asked_wait({"retry-after": date}) == 30
-    for nothing in ("", "0", "-3", "nan", "soon", email.utils.formatdate(1_799_999_000, usegmt=True)):
-        assert asked_wait({"retry-after": nothing}) is None
+ONE, OTHER = chat("the one")["choices"][0], chat("another")["choices"][0]
 
 
-def test_no_more_requests_at_once_than_allowed_and_no_fewer():
-    with serving_engine(lambda asked: Say(echo(asked).body, after_s=0.3), concurrency=3) as (engine, server):
-        texts(engine, *(f"p{number}" for number in range(9)))
-    assert server.most_at_once == 3
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (chat(None, refusal="I can't help with that."), "I can't help with that."),
+        ({**chat(""), "choices": [{**OTHER, "index": 1}, ONE, OTHER]}, "the one"),
+        (chat(None), ""),
+    ],
+    ids=["a refusal", "further and repeated choices", "never any content"],
+)
+def test_the_text_of_an_answer_is_found_in_it(body, text):
+    with serving_engine(lambda asked: Say(body), max_retries=1) as (engine, _):
+        assert texts(engine, "p") == [text]
 
 
 def test_a_server_at_its_limit_is_waited_for_while_others_get_through():
@@ -318,82 +258,32 @@ def test_a_server_at_its_limit_is_waited_for_while_others_get_through():
     assert len(server.attempts("unlucky")) == turned_away + 1
 
 
-def test_what_was_answered_before_a_server_broke_is_kept_and_not_asked_again(tmp_path):
-    broken = ["c", "d"]
-    tasks = [Task(prompt, prompt, origin="A") for prompt in "abcdef"]
-    store = Store.open(str(tmp_path))
-    with serving(lambda asked: Say(b"", status=503) if asked.prompt in broken else echo(asked)) as server:
-        spec = spec_of(server, concurrency=1, max_retries=2)
-        with pytest.raises(UserError, match=r"did not answer after 3 tries \(503 .*the same command again.*are kept"):
-            run(store, spec, tasks)
-        before = set(server.prompts())
-        assert len(before) < 6
-        kept = {row["text"] for row in stored(store, "completions")}
-        assert kept == {f"re: {prompt}" for prompt in before - {"c", "d"}}
-        assert kept
-        broken.clear()
-        server.asked.clear()
-        completions, work = run(store, spec, tasks)
-        assert sorted(server.prompts()) == sorted(set("abcdef") - {text[-1] for text in kept})
-    assert [completion.text for completion in completions] == [f"re: {task.prompt}" for task in tasks]
-    assert work.reused == len(kept)
-
-
 def test_requests_under_way_are_finished_when_another_fails_and_none_is_begun():
     def answer(asked: Asked) -> Say:
-        return error("no", 400) if asked.prompt == "p0" else Say(echo(asked).body, after_s=1.0)
+        return error("no", 400, after_s=0.5) if asked.prompt == "p0" else Say(echo(asked).body, after_s=1.0)
 
-    with serving_engine(answer, concurrency=3) as (engine, server):
-        done, line = until_stopped(engine, to_complete(*(f"p{number}" for number in range(9))))
-    assert {number: reply.samples[0].text for number, reply in done.items()} == {1: "re: p1", 2: "re: p2"}
-    assert "400" in line
-    assert line.endswith("(2 of 9 rows of this batch were answered and are kept)")
+    rows, done = to_complete(*(f"p{number}" for number in range(9))), {}
+    line = r"400.*\(2 of 9 rows of this batch were answered and are kept\)$"
+    with serving_engine(answer, concurrency=3) as (engine, server), pytest.raises(UserError, match=line):
+        done.update((number, reply.samples[0].text) for number, reply in engine.run(rows))
+    assert done == {1: "re: p1", 2: "re: p2"}
     assert sorted(server.prompts()) == ["p0", "p1", "p2"]
-
-
-def test_a_row_half_answered_keeps_its_half():
-    """Seeds that were answered are worth keeping, even where another seed of the row was not."""
-    rows = to_rate("p", "q", seeds=(0, 1, 2))
-    refused = row_seed(1, rows[0].turns)
-
-    def answer(asked: Asked) -> Say:
-        return error("no", 400) if asked.body["seed"] == refused else Say(chat("3"))
-
-    with serving_engine(answer, concurrency=1) as (engine, _):
-        done, _ = until_stopped(engine, rows)
-    assert {number: {seed: one.text for seed, one in reply.samples.items()} for number, reply in done.items()} == {
-        0: {0: "3"}
-    }
+    assert server.most_at_once == 3
 
 
 @pytest.mark.parametrize(
-    ("reply", "line"),
+    ("reply", "tries", "line"),
     [
-        (
-            Say({"error": "daily limit"}, status=429, headers={"Retry-After": "7200"}),
-            "asks to wait 120 minutes .*daily limit",
-        ),
-        (
-            error("You exceeded your current quota", 429, code="insufficient_quota"),
-            "gives no more: You exceeded your current quota",
-        ),
+        (Say({"error": "a day"}, status=429, headers={"Retry-After": "7200"}), 1, "asks to wait 120 minutes .*a day"),
+        (error("Your quota is used up", 429, code="insufficient_quota"), 1, "gives no more: Your quota is used up"),
+        (Say(b"", status=503), 3, r"did not answer after 3 tries \(503 .*the same command again"),
     ],
-    ids=["a long wait", "a spent quota"],
 )
-def test_what_waiting_does_not_mend_is_left_to_the_user(reply, line):
-    with serving_engine(lambda asked: reply) as (engine, server):
+def test_what_waiting_does_not_mend_is_left_to_the_user(reply, tries, line):
+    with serving_engine(lambda asked: reply, max_retries=2) as (engine, server):
         with pytest.raises(UserError, match=line):
             texts(engine, "p")
-        assert len(server.asked) == 1
-
-
-def test_a_message_that_never_has_content_is_an_empty_answer():
-    with serving_engine(lambda asked: Say(chat(None)), max_retries=2) as (engine, server):
-        assert texts(engine, "p") == [""]
-        assert len(server.asked) == 3
-
-
-# Keys
+        assert len(server.asked) == tries
 
 
 def test_a_missing_key_is_named_before_anything_is_asked(monkeypatch):
@@ -402,9 +292,6 @@ def test_a_missing_key_is_named_before_anything_is_asked(monkeypatch):
         spec = spec_of(server)
         with pytest.raises(UserError, match=r"environment variable PREFS_TEST_KEY is not set"):
             OpenAIEngine.load(spec)
-        config = ModelConfig(name="tiny", path="tiny", backend="openai", api=spec.api)
-        with pytest.raises(UserError, match=r"PREFS_TEST_KEY"):
-            ModelSpec.from_config(config)
         monkeypatch.setenv("PREFS_TEST_KEY", "two words")
         with pytest.raises(UserError, match=r"PREFS_TEST_KEY holds is not a key"):
             OpenAIEngine.load(spec)
@@ -426,17 +313,15 @@ def test_the_key_goes_to_the_server_and_nowhere_else(prefs_log, monkeypatch):
 
 @pytest.mark.parametrize("status", [400, 401, 403, 429, 500])
 def test_a_key_that_a_server_repeats_is_not_passed_on(status, prefs_log):
-    repeated = f"Incorrect API key provided: {KEY} (or sk-test-****cdef)"
-    with serving_engine(lambda asked: error(repeated, status), max_retries=1) as (engine, server):
-        _, line = until_stopped(engine, to_complete("p", "q"))
-        assert len(server.asked) <= 4
-    assert str(status) in line
-    assert "\n" not in line
-    assert "cdef" not in line + prefs_log.text
-    assert status != 401 or "does not accept the key in PREFS_TEST_KEY (401)" in line
-
-
-# Addresses and models
+    repeated = error(f"Incorrect API key provided: {KEY} (or sk-test-****cdef)", status)
+    line = r"does not accept the key in PREFS_TEST_KEY \(401\)" if status == 401 else str(status)
+    with (
+        serving_engine(lambda asked: repeated, max_retries=1) as (engine, _),
+        pytest.raises(UserError, match=line) as caught,
+    ):
+        texts(engine, "p", "q")
+    assert "\n" not in str(caught.value)
+    assert "cdef" not in str(caught.value) + prefs_log.text
 
 
 def test_nobody_at_the_address():
@@ -465,20 +350,6 @@ def test_a_model_that_is_not_there_lists_what_is_close_ones_first(prefs_log):
         engine.close()
     assert "does not list tinny (there is tiny, " in prefs_log.text
 
-
-@pytest.mark.parametrize(
-    "listing",
-    [
-        *(Say({"data": [{"id": "else"}]}), Say([{"id": "tiny"}]), Say({"data": "x"})),
-        *(Say(b"<html>"), Say(b"", status=401), Say(b"", status=500)),
-    ],
-)
-def test_a_model_that_is_not_listed_but_answers_is_used(listing):
-    with serving_engine(echo, listing) as (engine, _):
-        assert texts(engine, "p") == ["re: p"]
-
-
-# Rows that a server will not answer
 
 TOO_LONG = {
     "OpenAI": error("This model's maximum context length is 8192 tokens.", code="context_length_exceeded"),
@@ -510,33 +381,6 @@ def test_a_row_that_a_server_refuses_has_its_reason_and_the_others_are_answered(
     assert (first.text, third.text) == ("re: a", "re: c")
 
 
-def test_a_refused_row_is_stored_with_its_reason(tmp_path):
-    tasks = [Task(prompt, prompt, origin="A") for prompt in ("a", "refused", "c")]
-    store = Store.open(str(tmp_path))
-    with serving(lambda asked: BLOCKED["Azure"] if asked.prompt == "refused" else echo(asked)) as server:
-        completions, _ = run(store, spec_of(server), tasks)
-        again, work = run(store, spec_of(server), tasks)
-        assert len(server.asked) == 3
-    assert [completion.invalid for completion in completions] == [None, Invalid.blocked, None]
-    assert [completion.text for completion in completions] == ["re: a", None, "re: c"]
-    assert (again, work.computed) == (completions, 0)
-
-
-@pytest.mark.parametrize("thinking", [None, ThinkingConfig()])
-def test_a_question_that_a_server_refuses_has_its_reason_at_every_seed(thinking):
-    def answer(asked: Asked) -> Say:
-        if asked.body["messages"][0]["content"] == "long":
-            return TOO_LONG["OpenAI"]
-        return Say(chat("</think>3", logprobs=likeliest(("</think>", {"</think>": 0.9}), ("3", {"3": 0.9}))))
-
-    scored = (0, 1) if thinking else (0,)
-    with serving_engine(answer, thinking=thinking) as (engine, _):
-        short, long = replies(engine, to_rate("p", "long", seeds=(0, 1), scores=scored))
-    assert long.samples == dict.fromkeys((0, 1), Sample(None, 0, True, invalid="too_long"))
-    assert long.scores == dict.fromkeys(scored, Score(None, invalid="too_long"))
-    assert all(score.invalid is None for score in short.scores.values())
-
-
 def test_an_answer_that_the_servers_context_cut_short_is_too_long():
     listing = Say({"data": [{"id": "tiny", "owned_by": "vllm", "max_model_len": 100}]})
     cut = {"prompt_tokens": 97, "completion_tokens": 3}
@@ -546,9 +390,6 @@ def test_an_answer_that_the_servers_context_cut_short_is_too_long():
         assert (server.asked[0].body["top_k"], server.asked[0].body["repetition_penalty"]) == (-1, 1.0)
         (whole,) = samples(engine, "p", sampling=Sampling(1.0, 1.0, 3))
         assert (whole.text, whole.finished, whole.invalid) == ("a b c", False, None)
-
-
-# Parameters
 
 
 def test_what_is_asked_for():
@@ -573,9 +414,7 @@ def test_what_is_asked_for():
 def reasoning_model(asked: Asked) -> Say:
     """As OpenAI's reasoning models refuse."""
     if "max_tokens" in asked.body:
-        line = (
-            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
-        )
+        line = "Unsupported parameter: 'max_tokens' is not supported here. Use 'max_completion_tokens' instead."
         return error(line, param="max_tokens", code="unsupported_parameter")
     if "temperature" in asked.body:
         line = "Unsupported value: 'temperature' does not support it with this model. Only the default (1) value."
@@ -597,45 +436,35 @@ def test_parameters_that_a_server_refuses_are_left_out_once_and_for_all(prefs_lo
     assert prefs_log.text.count("takes no seed: its answers cannot be drawn again") == 1
 
 
-def test_a_temperature_that_a_server_refuses_is_not_quietly_another():
-    with (
-        serving_engine(reasoning_model) as (engine, _),
-        pytest.raises(UserError, match=r"does not take temperature=0.5 \(.*Only the default"),
-    ):
-        texts(engine, "p", sampling=Sampling(0.5, 1.0, 5))
-
-
-def test_many_requests_that_find_out_at_once():
-    slow = {"after_s": 0.05}
-    with serving_engine(lambda asked: Say(**{**vars(reasoning_model(asked)), **slow}), concurrency=8) as (engine, _):
-        prompts = [f"p{number}" for number in range(16)]
-        assert texts(engine, *prompts) == [f"re: {prompt}" for prompt in prompts]
-
-
-def test_an_opening_is_given_only_to_servers_that_go_on_with_it():
-    rows = to_rate("p", question=dataclasses.replace(SCALE, prefill="Answer: "), seeds=(0,))
-    with serving_engine(echo) as (engine, server):
-        with pytest.raises(ConfigError, match=r"template.prefill: got 'Answer: '.*api.prefill=true"):
-            replies(engine, rows)
-        assert server.asked == []
+def test_an_opening_is_given_for_the_server_to_go_on_with():
     with serving_engine(lambda asked: Say(chat("3")), prefill=True) as (engine, server):
-        replies(engine, rows)
+        replies(engine, [OPENED])
         body = server.asked[0].body
-        assert body["messages"][-1] == {"role": "assistant", "content": "Answer: "}
-        assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
-    with (
-        serving_engine(echo, prefill=True, thinking=ThinkingConfig()) as (engine, _),
-        pytest.raises(ConfigError, match=r"thinks"),
-    ):
-        replies(engine, rows)
+    assert body["messages"][-1] == {"role": "assistant", "content": "Answer: "}
+    assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
 
 
-def test_a_served_model_shows_no_residuals():
-    with serving_engine(echo) as (engine, _), pytest.raises(ConfigError, match=r"capture=none"):
-        replies(engine, [Request(conversation("p", "c"), capture=Capture((0,), ("rating",)))])
+@pytest.mark.parametrize(
+    ("changes", "wanted", "line"),
+    [
+        ({}, OPENED, r"template.prefill: got 'Answer: '.*api.prefill=true"),
+        ({"prefill": True, "thinking": ThinkingConfig()}, OPENED, "thinks"),
+        ({}, Request(conversation("p", "c"), capture=Capture((0,), ("rating",))), "capture=none"),
+        ({"top_logprobs": 0}, SCORED, r"model.api.top_logprobs.*rating.exact=false"),
+        ({"thinking": ThinkingConfig(force_close=True)}, SCORED, "force_close"),
+    ],
+    ids=["prefill", "prefill and thinking", "capture", "top_logprobs", "force_close"],
+)
+def test_what_a_server_does_not_do_is_one_line_before_anything_is_asked(changes, wanted, line):
+    came: list[Asked] = []
 
+    def answer(asked: Asked) -> Say:
+        came.append(asked)
+        return echo(asked)
 
-# Exact scores
+    with pytest.raises(ConfigError, match=line), serving_engine(answer, **changes) as (engine, _):
+        replies(engine, [wanted])
+    assert came == []
 
 
 def test_a_score_is_the_probability_of_each_options_token(prefs_log):
@@ -680,71 +509,24 @@ def test_ten_is_told_from_one_where_a_row_shows_that_it_is_a_token():
         assert later == hides
 
 
-def test_a_batch_that_was_stopped_early_blames_what_stopped_it():
-    """And not the tokens that it has not shown yet."""
-
-    def answer(asked: Asked) -> Say:
-        if asked.body["messages"][0]["content"] == "second":
-            return error("Incorrect API key provided", 401)
-        return Say(chat("1", logprobs=likeliest(("1", {"1": 0.5}))))
-
-    with serving_engine(answer, concurrency=1) as (engine, _), pytest.raises(UserError, match="401"):
-        scores(engine, "first", "second", question=TO_TEN)
-
-
-def test_samples_are_kept_where_scores_turn_out_to_be_impossible():
-    agreement = Question("Agree?", ("Strongly disagree", "Strongly agree"))
-    top = likeliest(("Strong", {"Strong": 0.7}))
-    with serving_engine(lambda asked: Say(chat("Strongly agree", logprobs=top))) as (engine, _):
-        done, line = until_stopped(engine, to_rate("p", question=agreement, seeds=(0,), scores=(0,)))
-    assert "'Strongly disagree', 'Strongly agree' begin with the same token" in line
-    assert (done[0].samples[0].text, done[0].scores) == ("Strongly agree", {})
+ELSEWHERE = likeliest(("well", {"well": 0.5}), ("4", {"4": 0.5}))
 
 
 @pytest.mark.parametrize(
-    "reply",
+    ("reply", "thinking", "line"),
     [
-        error("Requested sample logprobs of 20, which is greater than max allowed: 5"),
-        error("logprobs are not supported with reasoning models.", param="logprobs", code="unsupported_parameter"),
-        error("You are not allowed to request logprobs from this model", 403),
-        Say(chat("4")),
-        Say(chat("4", logprobs={"content": None})),
+        (error("Requested sample logprobs of 20, which is greater than max allowed: 5"), None, NO_LOGPROBS),
+        (error("logprobs are unsupported", param="logprobs", code="unsupported_parameter"), None, NO_LOGPROBS),
+        (error("You are not allowed to request logprobs from this model", 403), None, NO_LOGPROBS),
+        (Say(chat("4", logprobs={"content": None})), None, NO_LOGPROBS),
+        (Say(chat("4", reasoning="well", logprobs=ELSEWHERE)), THINKS, r"not belong to the answer; use rating.exact=f"),
     ],
 )
-def test_log_probabilities_that_are_not_offered_are_one_clear_line(reply):
-    with serving_engine(lambda asked: reply) as (engine, server):
-        with pytest.raises(UserError, match=r"gives no log-probabilities of tiny .*rating.exact=false"):
+def test_log_probabilities_that_are_not_offered_are_one_clear_line(reply, thinking, line):
+    with serving_engine(lambda asked: reply, thinking=thinking) as (engine, server):
+        with pytest.raises(UserError, match=line):
             scores(engine, "p")
         assert len(server.asked) == 1
-
-
-def test_no_likeliest_tokens_no_exact_ratings():
-    with serving_engine(echo, top_logprobs=0) as (engine, server):
-        with pytest.raises(ConfigError, match=r"model.api.top_logprobs.*rating.exact=false"):
-            scores(engine, "p")
-        assert server.asked == []
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        {"content": [{"token": 3}]},
-        {"content": [{"token": "4", "top_logprobs": [{"token": "4", "logprob": "high"}]}]},
-        {"content": "none"},
-    ],
-)
-def test_log_probabilities_that_are_none_are_asked_for_again(broken):
-    good = likeliest(("4", {"4": 0.5}))
-    with serving_engine(lambda asked: Say(chat("4", logprobs=broken if asked.attempt == 1 else good))) as (
-        engine,
-        server,
-    ):
-        (scored,) = scores(engine, "p")
-        assert scored.mass == pytest.approx((0, 0, 0, 0.5, 0))
-        assert len(server.asked) == 2
-
-
-# Thinking
 
 
 def in_the_text(text: str, *positions: tuple[str, dict[str, float]], finish: str = "stop") -> Say:
@@ -754,9 +536,7 @@ def in_the_text(text: str, *positions: tuple[str, dict[str, float]], finish: str
 @pytest.mark.parametrize(
     "reply",
     [
-        in_the_text(
-            "<think>4?</think>\n\n4", ("<think>", {}), ("4?", {}), ("</think>", {}), ("\n\n", {}), ("4", {"4": 0.5})
-        ),
+        in_the_text("<think>4?</think>\n4", ("<think>", {}), ("4?", {}), ("</think>\n", {}), ("4", {"4": 0.5})),
         in_the_text("4?</think>4", ("4?", {"4?": 1.0}), ("</", {}), ("think>", {}), ("4", {"4": 0.5})),
         Say(chat("\n4", reasoning_content="4?", logprobs=likeliest(("\n", {}), ("4", {"4": 0.5})))),
         Say(chat("4", reasoning="4?", logprobs=likeliest(("4?", {}), ("</think>", {}), ("4", {"4": 0.5})))),
@@ -771,81 +551,34 @@ def test_a_thought_is_taken_apart_and_scored_after(reply):
         assert {asked.body["max_tokens"] for asked in server.asked} == {105}
         assert sorted("logprobs" in asked.body for asked in server.asked) == [False, True]
     assert rated.scores == {0: Score(pytest.approx((0, 0, 0, 0.5, 0)), "4?")}
-    assert {seed: (sample.text, sample.thought) for seed, sample in rated.samples.items()} == {
-        0: ("4", "4?"), 1: ("4", "4?")
-    }  # fmt: skip
+    assert [(sample.text, sample.thought) for sample in rated.samples.values()] == [("4", "4?")] * 2
+
+
+HIDDEN = {"prompt_tokens": 5, "completion_tokens": 60, "completion_tokens_details": {"reasoning_tokens": 50}}
 
 
 @pytest.mark.parametrize(
-    "reply",
+    ("reply", "thinking", "thought"),
     [
-        in_the_text("<think>well, 4 or", ("<think>", {}), ("4", {"4": 0.5}), finish="length"),
-        in_the_text("well, 4 or", ("well", {}), ("4", {"4": 0.5}), finish="length"),
-        Say(chat(None, finish="length", reasoning="well, 4 or", logprobs=likeliest(("4", {"4": 0.5})))),
-        Say(chat("", finish="length", reasoning_content="well, 4 or", logprobs=likeliest(("4", {"4": 0.5})))),
+        (in_the_text("<think>4 or", ("<think>", {}), ("4", {"4": 0.5}), finish="length"), THINKS, "4 or"),
+        (in_the_text("4 or", ("4", {"4": 0.5}), finish="length"), THINKS, "4 or"),
+        (Say(chat(None, finish="length", reasoning="4 or", logprobs=likeliest(("4", {"4": 0.5})))), THINKS, "4 or"),
+        # Nobody said that it thinks, and the room for the answer went into a thought that it keeps to itself.
+        (Say(chat("", finish="length", usage=HIDDEN, logprobs=likeliest(("4", {"4": 0.5})))), None, None),
     ],
+    ids=["in the text", "without its mark", "apart", "hidden"],
 )
-def test_a_thought_that_was_cut_off_gives_no_answer(reply):
-    with serving_engine(lambda asked: reply, thinking=THINKS) as (engine, server):
-        (rated,) = replies(engine, to_rate("p", seeds=(0,), scores=(0,)))
-        assert len(server.asked) == 1
-    sample, scored = rated.samples[0], rated.scores[0]
-    assert (sample.text, sample.invalid, sample.finished) == (None, "thought_cut_off", False)
-    assert (scored.mass, scored.invalid) == (None, "thought_cut_off")
-    assert sample.thought == scored.thought == "well, 4 or"
-
-
-def test_a_thought_is_stored_with_its_completion(tmp_path):
-    store = Store.open(str(tmp_path))
-    with serving(lambda asked: Say(chat("<think>well</think>Done."))) as server:
-        (done,), _ = run(store, spec_of(server, thinking=THINKS), [Task("t", "p", origin="A")])
-    assert done.text == "Done."
-    (row,) = stored(store, "completions")
-    assert (row["text"], row["thought"], row["invalid"]) == ("Done.", "well", None)
-
-
-def test_a_thought_that_a_server_keeps_to_itself():
-    hidden = {"prompt_tokens": 5, "completion_tokens": 60, "completion_tokens_details": {"reasoning_tokens": 50}}
-    with serving_engine(lambda asked: Say(chat("4", usage=hidden)), thinking=THINKS) as (engine, _):
-        (sample,) = samples(engine, "p")
-        assert (sample.text, sample.thought, sample.invalid) == ("4", None, None)
-    # Nobody said that it thinks, and the room for the answer went into the thought.
-    with serving_engine(lambda asked: Say(chat("", finish="length", usage=hidden))) as (engine, _):
-        (sample,) = samples(engine, "p")
-        assert (sample.text, sample.invalid) == (None, "thought_cut_off")
-
-
-def test_log_probabilities_that_do_not_belong_to_the_answer():
-    reply = Say(chat("4", reasoning="well", logprobs=likeliest(("well", {"well": 0.5}), ("4", {"4": 0.5}))))
-    with (
-        serving_engine(lambda asked: reply, thinking=THINKS) as (engine, _),
-        pytest.raises(UserError, match=r"do not belong to the answer; use rating.exact=false"),
-    ):
-        scores(engine, "p")
-
-
-def test_a_server_ends_its_models_thoughts():
-    with serving(echo) as server, pytest.raises(ConfigError, match=r"force_close"):
-        OpenAIEngine.load(spec_of(server, thinking=ThinkingConfig(force_close=True)))
-
-
-def test_a_refusal_field_is_what_was_said():
-    with serving_engine(lambda asked: Say(chat(None, refusal="I can't help with that."))) as (engine, _):
-        assert texts(engine, "p") == ["I can't help with that."]
-
-
-# Choosing
+def test_a_thought_that_was_cut_off_gives_no_answer(reply, thinking, thought):
+    with serving_engine(lambda asked: reply, thinking=thinking) as (engine, _):
+        (rated,) = replies(engine, to_rate("p", seeds=(0,), scores=(0,) if thinking else ()))
+    cut = Sample(None, rated.samples[0].tokens, False, invalid="thought_cut_off", thought=thought)
+    assert rated.samples == {0: cut}
+    assert rated.scores == ({0: Score(None, thought, invalid="thought_cut_off")} if thinking else {})
 
 
 def test_a_choice_is_one_of_the_options_or_none():
-    answers = {
-        "json": '{"answer": "refusal"}',
-        "plain": " Compliance.\n",
-        "other": "It depends.",
-        "odd": '{"answer": 3}',
-        "null": "null",
-    }
-    with serving_engine(lambda asked: Say(chat(answers[asked.prompt]))) as (engine, server):
+    answers = ('{"answer": "refusal"}', " Compliance.\n", "It depends.", '{"answer": 3}', "null")
+    with serving_engine(lambda asked: Say(chat(asked.prompt))) as (engine, server):
         choices = [reply.choice for reply in replies(engine, to_choose(*answers))]
         schema = server.asked[0].body["response_format"]["json_schema"]["schema"]
     assert choices == ["refusal", "compliance", None, None, None]
@@ -863,9 +596,6 @@ def test_a_server_without_structured_output_is_asked_plainly(prefs_log):
         assert [reply.choice for reply in replies(engine, to_choose("p", "long"))] == ["refusal", None]
         assert len(server.asked) == 3
     assert prefs_log.text.count("offers no structured output") == 1
-
-
-# What it costs, and what may go wrong with text
 
 
 def test_usage_counts_every_request_and_prices_its_tokens():
@@ -918,9 +648,3 @@ def test_an_interrupt_from_the_keyboard_stops_at_once():
             child.kill()
     assert "KeyboardInterrupt" in complaint
     assert child.returncode != 0
-
-
-def test_an_empty_batch():
-    with serving_engine(echo) as (engine, server):
-        assert replies(engine, []) == []
-        assert server.asked == []

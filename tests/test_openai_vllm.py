@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import template
+from engine_calls import replies
 
 from prefs.config import ApiConfig
 from prefs.data.task import Task
@@ -26,9 +26,8 @@ from prefs.errors import UserError
 from prefs.models.embedded import smollm2_folder
 from prefs.models.loading import Models, ModelSpec
 from prefs.models.openai.engine import OpenAIEngine
-from prefs.models.types import Message, Question, Reply, Request, Sample, Sampling
+from prefs.models.types import Message, Question, Request, Sample, Sampling
 from prefs.stages.complete import complete
-from prefs.stages.rate import rate
 from prefs.stages.records import Completion
 from prefs.store.table import Store
 
@@ -124,12 +123,6 @@ def served(server) -> Iterator[OpenAIEngine]:
     engine.close()
 
 
-def replies(engine, requests: list[Request]) -> list[Reply]:
-    """In the order of the requests."""
-    done = dict(engine.run(requests))
-    return [done[number] for number in range(len(requests))]
-
-
 def to_rate(rows, question: Question, **wanted) -> list[Request]:
     return [Request(row, question, sampling=Sampling(1.0, 1.0, 1), **wanted) for row in rows]
 
@@ -162,24 +155,6 @@ def test_answers_are_drawn_from_the_distribution_that_is_scored(served):
     assert again.samples == {seed: first.samples[seed] for seed in seeds[:5]}
 
 
-def test_one_store_one_job_through_the_stages(server, tmp_path):
-    tasks = [Task(f"t{n}", f"Count to {n}.", origin="A") for n in range(1, 5)]
-    store, models, spec = Store.open(str(tmp_path)), Models(), replace(spec_of(server), prefill="Answer: ")
-    short = Sampling(1.0, 1.0, 4)
-    completions, _ = complete(tasks, spec, short, seed=0, system_prompt=None, store=store, models=models)
-    options = {"seeds": (0, 1), "exact": True, "capture": None, "system_prompt": None}
-    rated = rate(completions, spec, {"stated": template("stated")}, short, store=store, models=models, **options)
-    count = server.answered()
-    again = rate(completions, spec, {"stated": template("stated")}, short, store=store, models=models, **options)
-    assert server.answered() == count
-    ratings = rated.ratings["stated"]
-    assert ratings.answers == again.ratings["stated"].answers
-    assert ratings.mass is not None
-    assert ratings.mass.sum(axis=1).min() > 0.5
-    assert sum(answer.value is not None for row in ratings.answers for answer in row) >= 3
-    models.keep_only([])
-
-
 def test_the_server_says_what_is_too_long(served):
     long, brim, short = (((Message("user", "word " * count)),) for count in (CONTEXT + 100, CONTEXT - 45, 3))
     rows = [Request(row, sampling=Sampling(1.0, 1.0, 64), seeds=(0,)) for row in (long, brim, short)]
@@ -192,23 +167,10 @@ def test_the_server_says_what_is_too_long(served):
     assert reply.scores[0].invalid == reply.samples[0].invalid == "too_long"
 
 
-def test_a_choice_is_held_to_the_options(served):
-    question = Question("Was that a refusal, or did the assistant do it?", ("refusal", "compliance"))
-    chosen = {reply.choice for reply in replies(served, [Request(row, question, choose=True) for row in ROWS])}
-    assert chosen <= {"refusal", "compliance"}
-
-
 def test_a_model_that_is_not_on_the_server(server):
     engine = OpenAIEngine.load(spec_of(server, path="smollm3"))
     with pytest.raises(UserError, match=r"model.path: 'smollm3' is not on .*; there is smollm2"):
         replies(engine, to_rate(ROWS, SCALE, seeds=(0,)))
-    engine.close()
-
-
-def test_more_log_probabilities_than_the_server_gives(server):
-    engine = OpenAIEngine.load(spec_of(server, top_logprobs=21))
-    with pytest.raises(UserError, match=r"gives no log-probabilities .*model.api.top_logprobs"):
-        masses(engine, SCALE)
     engine.close()
 
 

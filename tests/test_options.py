@@ -31,11 +31,6 @@ def test_ids_and_tails_join_to_the_encoding_of_the_whole_answer(encoder, name, p
     assert encoder.tokenizer.decode(list(prompt.ids[prompt.spans.question[0] :])).startswith(shipped.question)
 
 
-def test_a_blank_before_the_option_goes_with_the_option(encoder):
-    prompt = encode_prompt(encoder, CONVERSATION, Question("?", ("Agree", "Disagree"), "Answer: "))
-    assert [encoder.tokenizer.decode(list(tail)) for tail in prompt.tails] == [" Agree", " Disagree"]
-
-
 def test_options_the_tokenizer_cannot_tell_apart_are_named(tokenizer):
     import copy
 
@@ -43,13 +38,6 @@ def test_options_the_tokenizer_cannot_tell_apart_are_named(tokenizer):
     lower.backend_tokenizer.normalizer = normalizers.Replace("Ａ", "A")
     with pytest.raises(UserError, match="cannot tell the options 'A' and 'Ａ' apart"):
         encode_prompt(ChatEncoder(lower), CONVERSATION, Question("?", ("A", "Ａ", "B")))
-
-
-def test_masses_are_disjoint_by_hand():
-    # P(1) = .5 of which .2 goes on to 10 and of that .05 to 100; P(2) = .3.
-    tails = [(1,), (1, 0), (1, 0, 0), (2,)]
-    mass = option_masses(np.log([[0.5, 0.2, 0.05, 0.3]]), tails)
-    np.testing.assert_allclose(mass, [[0.3, 0.15, 0.05, 0.3]])
 
 
 def test_masses_add_up_to_the_probability_of_beginning_with_an_option():
@@ -71,9 +59,3 @@ def test_masses_add_up_to_the_probability_of_beginning_with_an_option():
         if openers:
             longest[max(openers, key=len)] += value
     np.testing.assert_allclose(mass, list(longest.values()))
-
-
-def test_branchings_are_the_points_where_options_go_on():
-    tails = ((1,), (1, 2), (1, 3, 4), (5,))
-    assert branchings(tails) == {(): (1, 5), (1,): (2, 3), (1, 3): (4,)}
-    assert branchings(((1,), (2,), (3,))) == {(): (1, 2, 3)}

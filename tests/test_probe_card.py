@@ -9,7 +9,7 @@ import torch
 
 from prefs.errors import UserError
 from prefs.probes.card import CARD, TENSORS, SavedProbe, load_probe, save_probe
-from prefs.probes.probe import Probe, Site, expected_value, option_probabilities
+from prefs.probes.probe import Probe, Site
 
 D = 6
 GENERATOR = torch.Generator().manual_seed(0)
@@ -57,8 +57,8 @@ def test_a_loaded_probe_predicts_the_same(tmp_path, kind):
 def test_predictions_are_those_of_the_formulas():
     x = torch.randn(7, D, generator=GENERATOR)
     for kind in TENSORS_OF:
-        each = probe(kind)
-        z, parts = (x - each.mean) / each.scale, each.tensors
+        made = probe(kind)
+        z, parts = (x - made.mean) / made.scale, made.tensors
         if kind == "mlp":
             hidden = torch.nn.functional.gelu(z @ parts["hidden_weight"].T + parts["hidden_bias"])
             wanted = hidden @ parts["out_weight"] + 1
@@ -70,43 +70,19 @@ def test_predictions_are_those_of_the_formulas():
                 "logistic": 1 / (1 + torch.exp(-(score - 0.5))),
                 "ordinal": below[0] + 2 * (below[1] - below[0]) + 5 * (1 - below[1]),
             }[kind]
-        torch.testing.assert_close(each.predict(x), wanted)
-
-
-def test_option_probabilities_are_a_distribution():
-    p = option_probabilities(torch.tensor([-50.0, 0.0, 0.3, 50.0]), torch.tensor([-1.0, 0.0, 2.0]))
-    torch.testing.assert_close(p.sum(-1), torch.ones(4))
-    torch.testing.assert_close(p[1, 0], torch.tensor(-1.0).sigmoid())
-    assert p[0, 0] > 0.999
-    assert p[3, 3] > 0.999
-    assert expected_value(torch.tensor(50.0), torch.tensor([0.0]), torch.tensor([1.0, 7.0])) == 7
-
-
-def test_a_direction_has_norm_1_and_raises_the_prediction():
-    each = probe("linear")
-    direction = each.direction()
-    assert direction is not None
-    assert float(direction.norm()) == pytest.approx(1)
-    x = torch.zeros(D)
-    assert each.predict(x + direction) > each.predict(x)
-    assert probe("mlp").direction() is None
+        torch.testing.assert_close(made.predict(x), wanted)
 
 
 def test_the_card_says_what_it_is(saved):
     folder, whole = saved
     card = json.loads((folder / CARD).read_text())
-    assert {name: card[name] for name in ("kind", "layer", "position", "target", "d_model", "model", "metrics")} == {
-        "kind": "linear", "layer": 3, "position": "rating", "target": "exact", "d_model": D, "model": {"id": "m"},
-        "metrics": {"r2": None},
-    }  # fmt: skip
+    assert {"kind": "linear", "layer": 3, "position": "rating", "target": "exact", "d_model": D}.items() <= card.items()
+    assert (card["model"], card["metrics"]) == ({"id": "m"}, {"r2": None})
     loaded = load_probe(folder)
     assert loaded.sites == whole.sites
     assert torch.equal(loaded.directions, whole.directions)
-
-
-def test_another_models_vectors_are_refused(saved):
     with pytest.raises(UserError, match="reads vectors of 6 numbers and was given 9: it is of another model"):
-        load_probe(saved[0]).probe.predict(torch.zeros(2, 9))
+        loaded.probe.predict(torch.zeros(2, 9))
 
 
 @pytest.mark.parametrize(
@@ -137,10 +113,7 @@ def edit(folder, **changes):
     (folder / CARD).write_text(json.dumps(card | changes))
 
 
-@pytest.mark.parametrize(
-    ("card", "error"), [({"r": float("nan")}, ValueError), ({"layer": 3}, ValueError), ({"r": {1}}, TypeError)]
-)
-def test_a_card_that_cannot_be_written_is_refused_before_anything_is(tmp_path, card, error):
-    with pytest.raises(error):
-        save_probe(tmp_path / "probe", SavedProbe(probe("linear"), card))
+def test_a_card_that_cannot_be_written_is_refused_before_anything_is(tmp_path):
+    with pytest.raises(ValueError, match="nan"):
+        save_probe(tmp_path / "probe", SavedProbe(probe("linear"), {"r": float("nan")}))
     assert not (tmp_path / "probe").exists()

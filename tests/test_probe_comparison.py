@@ -5,7 +5,6 @@ Expected numbers are recomputed from the files by safetensors, numpy and scipy.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import shutil
@@ -13,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import offline_wandb
 import pandas as pd
 import pytest
 import torch
@@ -21,10 +19,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from simulated import Compared, around, compared, completed, row_of, signal, simulate, some_tasks
 
-from prefs.comparison.cells import read_sweep
-from prefs.comparison.probes import cosine_matrices, probe_cosines, probe_remarks, read_probes
-from prefs.probes.card import load_probe, save_probe
-from prefs.probes.probe import Site
+from prefs.comparison.probes import probe_remarks
 
 TASKS, LAYERS, D = 80, 3, 24
 RIDGE = (
@@ -45,22 +40,11 @@ def activations(means: np.ndarray, noise: float, d: int = D, seed: int = 0) -> n
     return vectors
 
 
-def job(
-    folder: Path,
-    name: str,
-    means: Mapping[str, np.ndarray],
-    *overrides: str,
-    d: int = D,
-    noise: float = 0.3,
-    tasks: int = TASKS,
-    first: int = 0,
-    draw: int = 0,
-) -> Path:
-    vectors = {key: activations(each, noise, d, at) for at, (key, each) in enumerate(means.items())}
-    mass = {key: around(each) for key, each in means.items()}
-    texts = completed(some_tasks(tasks, first))
+def job(folder: Path, name: str, means: Mapping[str, np.ndarray], *overrides: str, d: int = D, draw: int = 0) -> None:
+    vectors = {key: activations(ratings, 0.3, d, number) for number, (key, ratings) in enumerate(means.items())}
+    mass = {key: around(ratings) for key, ratings in means.items()}
+    texts = completed(some_tasks(TASKS))
     simulate(folder, [f"model.name={name}", *overrides], texts, mass, draw=draw, vectors=vectors)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +62,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sweep(folder) -> Compared:
-    return compared(folder, wandb_mode="offline", drawn=True)
+    return compared(folder, drawn=True)
 
 
 def test_the_table_of_probes_is_that_of_the_jobs(sweep, folder):
@@ -130,6 +114,7 @@ def test_cosines_are_of_the_saved_directions_at_each_site_of_one_model(sweep, fo
         row = row_of(table, a=a[0], b=b[0], layer=layer)
         assert row["cosine"] == pytest.approx(expected, abs=1e-6)
         assert row["position"] == "rating"
+    assert {"probe_cosines", "probe_transfer"} <= {path.stem for path in (sweep.out / "figures").glob("*.png")}
     # The ratings lie along one direction at layer 1 and nowhere else.
     exact = table.loc[(table["a"] == "keen-anchored: exact") & (table["b"] == "keen-stated: exact"), :]
     assert exact.set_index("layer")["cosine"].abs().idxmax() == 1
@@ -156,39 +141,6 @@ def test_transfer_is_of_held_out_predictions_with_the_others_ratings(sweep, fold
         assert row_of(table, trained_on=name, tested_on=name)["r"] == pytest.approx(chosen["pearson"])
 
 
-def test_the_page_the_figures_and_wandb_have_them(sweep):
-    assert '<a href="#section-6">Probes</a>' in sweep.page
-    assert "reads the row&#39;s model" in sweep.page
-    assert {"probe_cosines", "probe_transfer"} <= {path.stem for path in (sweep.out / "figures").glob("*.png")}
-    (folder,) = (sweep.out / "wandb").glob("offline-run-*")
-    logs = offline_wandb.read(folder)
-    logged = {key for row in logs.history for key in row}
-    names = ("probes", "probe_cosines", "probe_transfer")
-    assert {f"tables/{name}" for name in names} | {f"figures/{name}" for name in names[1:]} <= logged
-    score = row_of(sweep.table("probes"), cell="wide-stated", target="exact")["score"]
-    assert logs.summary["compare/probe/wide-stated/exact"] == pytest.approx(score)
-
-
-def test_without_probes_nothing_is_said(tmp_path):
-    simulate(tmp_path / "0", [], completed(some_tasks(6)), {"anchored": around(signal(6))})
-    # A probe as earlier versions wrote it: one table by layer, and a file beside.
-    pd.DataFrame({"target": ["exact"], "layer": [0], "r2": [0.5]}).to_parquet(tmp_path / "0" / "anchored/probe.parquet")
-    (tmp_path / "0" / "anchored" / "probe").mkdir()
-    (tmp_path / "0" / "anchored" / "probe" / "probe.safetensors").write_bytes(b"old")
-    result = compared(tmp_path)
-    assert not list(result.out.glob("probe*"))
-    assert "robe" not in result.printed.replace(str(result.out), "")
-    assert "Probes" not in result.page
-
-
-def test_one_cell_with_a_probe_has_no_matrix_of_cells(tmp_path):
-    job(tmp_path / "0", "keen", {"anchored": signal(40)}, *RIDGE, "probe.targets=[exact]", tasks=40)
-    result = compared(tmp_path)
-    assert len(result.table("probes")) == 1
-    assert not (result.out / "probe_cosines.csv").exists()
-    assert not (result.out / "probe_transfer.csv").exists()
-
-
 @pytest.mark.parametrize("damage", ["no card", "no tensors", "of no model", "of fewer sites"])
 def test_a_damaged_probe_is_one_line_and_left_out(damage, folder, tmp_path):
     shutil.copytree(folder / "0", tmp_path / "0")
@@ -212,18 +164,14 @@ def test_a_damaged_probe_is_one_line_and_left_out(damage, folder, tmp_path):
     assert row_of(result.table("probes"), cell="keen-anchored", target="exact")["score"] > 0.9  # its tables are sound
 
 
-@pytest.mark.parametrize("name", ["probe_chosen", "probe_controls", "probe_predictions"])
-@pytest.mark.parametrize("content", [b"no table", None])
-def test_a_damaged_table_leaves_its_cell_out(name, content, folder, tmp_path):
+@pytest.mark.parametrize("name", ["probe_controls", "probe_predictions"])
+def test_a_damaged_table_leaves_its_cell_out(name, folder, tmp_path):
     shutil.copytree(folder / "0", tmp_path / "0")
-    path = tmp_path / "0" / "stated" / f"{name}.parquet"
-    path.unlink() if content is None else path.write_bytes(content)
+    (tmp_path / "0" / "stated" / f"{name}.parquet").write_bytes(b"no table")
     result = compared(tmp_path)
     assert set(result.table("probes")["cell"]) == {"keen-anchored"}
-    remarks = [line for line in result.remarks if "left out" in line]
-    # Without the table of its scores a cell has no probes.
-    assert len(remarks) == (name != "probe_chosen" or content is not None)
-    assert all(line.startswith("keen-stated: its probes are left out (cannot read ") for line in remarks)
+    (remark,) = [line for line in result.remarks if "left out" in line]
+    assert remark.startswith("keen-stated: its probes are left out (cannot read ")
 
 
 def test_two_kinds_of_probe_on_the_same_ratings_are_compared(tmp_path):
@@ -248,117 +196,12 @@ def test_two_kinds_of_probe_on_the_same_ratings_are_compared(tmp_path):
 def test_a_probe_without_a_direction_is_left_out_of_the_cosines(tmp_path):
     means = {"anchored": signal(TASKS)}
     job(tmp_path / "0", "keen", means, *RIDGE, "probe.targets=[exact,sampled]")
-    mlp = (
-        "probe=mlp",
-        "probe.hidden=2",
-        "probe.max_epochs=2",
-        "probe.controls.permutations=0",
-        *RIDGE[1:2],
-        *RIDGE[4:],
-    )
-    job(tmp_path / "1", "other", means, *mlp, "probe.penalties=[1.0]")
+    mlp = ("probe=mlp", "probe.hidden=2", "probe.max_epochs=2", "probe.penalties=[1.0]", *RIDGE[1:2], *RIDGE[4:])
+    job(tmp_path / "1", "other", means, *mlp, "probe.controls.permutations=0")
     result = compared(tmp_path)
     assert "A probe of kind mlp has no direction, and so no cosine: other-anchored: exact." in result.remarks
     assert set(result.table("probe_cosines")["b"]) == {"keen-anchored: mean of 4 seeds"}
     assert "other-anchored" in set(result.table("probe_transfer")["trained_on"])
-
-
-def test_one_model_in_two_precisions_is_two_spaces(tmp_path):
-    for at, dtype in enumerate(("float32", "bfloat16")):
-        job(tmp_path / f"{at}", "keen", {"anchored": signal(TASKS)}, f"model.dtype={dtype}", *RIDGE)
-    result = compared(tmp_path)
-    assert list(result.table("probe_cosines")["model"].unique()) == ["keen dtype=float32", "keen dtype=bfloat16"]
-
-
-def saved(folder: Path, **changed: object) -> None:
-    """Save a probe anew with other directions or sites."""
-    old = load_probe(folder)
-    own = ("kind", "layer", "position", "target", "d_model", "standardisation", "sites", "sha256")
-    card = {name: value for name, value in old.card.items() if name not in own}
-    save_probe(folder, dataclasses.replace(old, card=card, **changed))
-
-
-def test_a_probe_whose_weights_are_0_has_no_cosine(folder, tmp_path):
-    shutil.copytree(folder / "0", tmp_path / "0")
-    saved(tmp_path / "0" / "anchored" / "probe" / "exact", directions=torch.zeros(LAYERS, D))
-    table = compared(tmp_path).table("probe_cosines")
-    mine = (table["a"] == "keen-anchored: exact") | (table["b"] == "keen-anchored: exact")
-    assert table.loc[mine, "cosine"].isna().all()
-    assert set(table.loc[mine, "cosine_reason"]) == {"all weights of one of them are 0"}
-    assert table.loc[~mine, "cosine"].notna().all()
-
-
-def test_only_sites_that_both_have_are_compared(folder, tmp_path):
-    shutil.copytree(folder / "0", tmp_path / "0")
-    probes = tmp_path / "0" / "stated" / "probe"
-    for name, sites in (("exact", [0, 5, 6]), ("sampled", [7, 8, 9]), ("single", [0, 1, 2])):
-        saved(probes / name, sites=[Site(layer, "rating") for layer in sites])
-    table = compared(tmp_path).table("probe_cosines")
-    pair = (table["a"] == "keen-anchored: exact") & (table["b"] == "keen-stated: exact")
-    assert list(table.loc[pair, "layer"]) == [0]
-    assert "keen-stated: mean of 4 seeds" not in {*table["a"], *table["b"]}
-    assert set(table.loc[table["shown"], "layer"]) == {1}
-
-
-def test_no_site_in_common_is_said(folder, tmp_path):
-    shutil.copytree(folder / "1", tmp_path / "1")
-    for at, name in enumerate(("exact", "sampled", "single")):
-        sites = [Site(LAYERS * at + layer, "rating") for layer in range(LAYERS)]
-        saved(tmp_path / "1" / "anchored" / "probe" / name, sites=sites)
-    result = compared(tmp_path)
-    assert "Probes of usual: no two have a layer and position in common, and so no cosine." in result.remarks
-    assert not (result.out / "probe_cosines.csv").exists()
-
-
-def test_the_matrix_has_all_targets_or_the_main_ones_or_is_not_drawn(folder):
-    probed, _ = read_probes(read_sweep([folder]))
-    table, _ = probe_cosines(probed)
-    titles = [
-        "keen, usual\nrating, layer 1\nrandom directions: 0 ± 0.2",
-        "wide\nrating, layer 1\nrandom directions: 0 ± 0.14",
-    ]
-    whole = cosine_matrices(table, probed, all_targets=9, most=9)
-    assert [(title, frame.shape) for title, frame in whole.items()] == [(titles[0], (9, 9)), (titles[1], (6, 6))]
-    square = whole[titles[1]]
-    assert list(square.index) == list(square.columns)
-    assert square.index[0] == "anchored: exact"
-    assert np.allclose(square, square.T)
-    row = row_of(table, a="wide-anchored: exact", b="wide-stated: one seed", layer=1)
-    assert square.loc["anchored: exact", "stated: one seed"] == row["cosine"]
-    main = cosine_matrices(table, probed, all_targets=3, most=3)
-    assert [list(frame.index) for frame in main.values()] == [
-        ["keen-anchored: exact", "keen-stated: exact", "usual-anchored: exact"],
-        ["anchored: exact", "stated: exact"],
-    ]
-    assert list(cosine_matrices(table, probed, all_targets=2, most=2)) == [titles[1]]
-
-
-def test_transfer_is_on_the_tasks_that_both_have(tmp_path):
-    clear = signal(TASKS)
-    job(tmp_path / "0", "keen", {"anchored": clear[:60]}, *RIDGE, tasks=60)
-    job(tmp_path / "1", "usual", {"anchored": clear[40:]}, *RIDGE, tasks=40, first=40, draw=1)
-    job(tmp_path / "2", "far", {"anchored": clear[:30]}, *RIDGE, tasks=30, first=500, draw=2)
-    table = compared(tmp_path).table("probe_transfer")
-    n = table.set_index(["trained_on", "tested_on"])["n"]
-    assert (n["keen-anchored", "keen-anchored"], n["keen-anchored", "usual-anchored"]) == (60, 20)
-    row = row_of(table, trained_on="far-anchored", tested_on="keen-anchored")
-    assert (row["n"], row["r_reason"]) == (0, "fewer than 3 tasks with both")
-    assert np.isnan(row["r"])
-
-
-def test_sampled_ratings_alone_and_a_yes_and_no(tmp_path):
-    clear = signal(TASKS)
-    job(tmp_path / "0", "keen", {"anchored": clear}, *RIDGE, "rating.exact=false")
-    logistic = ("probe=logistic", "probe.max_epochs=3", "probe.controls.permutations=0", *RIDGE[1:3], *RIDGE[4:])
-    job(tmp_path / "1", "usual", {"anchored": clear}, *logistic, draw=1)
-    result = compared(tmp_path)
-    table = result.table("probes")
-    assert dict(zip(table["cell"], table["metric"], strict=True)) == {"keen-anchored": "R²", "usual-anchored": "AUC"}
-    transfer = result.table("probe_transfer")
-    row = row_of(transfer, trained_on="keen-anchored", tested_on="usual-anchored")
-    assert (row["target"], row["ratings"]) == ("mean of 4 seeds", "exact")
-    assert row_of(transfer, trained_on="usual-anchored", tested_on="keen-anchored")["ratings"] == "over seeds"
-    assert "R² or AUC on 80 held-out tasks" in result.printed
 
 
 # Cautions
@@ -373,17 +216,9 @@ def said(**row: object) -> list[str]:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (
-            {"ceiling": 0.04, "score": 0.5},
-            "mostly noise (the best R² that any probe can reach is under .10): c: exact (.04).",
-        ),
+        ({"ceiling": 0.04, "score": 0.5}, "(the best R² that any probe can reach is under .10): c: exact (.04)."),
         ({"score": -0.02}, "no better than chance does: c: exact (−.02)."),
         ({"p": 0.2}, "no better than chance does: c: exact (.50)."),
-        ({"score": np.nan}, "no better than chance does: c: exact (–)."),
-        (
-            {"metric": "AUC", "score": 0.5, "p": np.nan, "ceiling": np.nan},
-            "no better than chance does: c: exact (.50).",
-        ),
         ({"best_control_score": 0.5}, "never looks into the model: c: exact (length .50)."),
         ({"score": 0.97}, "above the noise ceiling, which is an estimate too: c: exact (.97 of .90)."),
     ],
@@ -394,21 +229,5 @@ def test_what_is_not_to_be_believed_is_said_once(row, words):
 
 
 def test_a_sound_probe_is_not_doubted():
-    assert said() == []
-    assert said(p=np.nan, ceiling=np.nan, best_control=None, best_control_score=np.nan) == []
+    assert said() == said(p=np.nan, ceiling=np.nan, best_control=None, best_control_score=np.nan) == []
     assert said(score=0.94) == []  # by so little the ceiling may be off
-    assert said(metric="AUC", score=0.7, ceiling=np.nan) == []
-
-
-def test_many_doubts_are_one_line():
-    rows = [{"cell": f"c{at}", "target": "exact", "metric": "R²", "score": -0.1, "p": 1.0} for at in range(20)]
-    (line,) = probe_remarks(pd.DataFrame(rows).assign(ceiling=0.9, best_control="length", best_control_score=0.0))
-    assert "c0: exact (−.10)" in line
-    assert "and 14 more" in line
-
-
-def test_noise_in_a_sweep_is_named(tmp_path):
-    # Exact ratings in the vectors, but samples that hardly ever tell tasks apart.
-    job(tmp_path / "0", "dull", {"anchored": 3.4 + signal(TASKS) / 50}, *RIDGE)
-    (line,) = [line for line in compared(tmp_path).remarks if line.startswith("Targets that are mostly noise")]
-    assert "dull-anchored: one seed" in line

@@ -34,31 +34,6 @@ def test_moments_are_those_of_each_fits_training_tasks(dtype, monkeypatch):
         np.testing.assert_allclose(moments.scale[fit], x.std(0), rtol=1e-9)
 
 
-def test_constant_features_are_left_as_they_are():
-    vectors = residuals(60, 1, 6, dtype=torch.float32)
-    vectors[:, 0, 2:5] = torch.tensor([0.1, 1e6 / 3, 0.0])
-    # The same in all training tasks of fit 1, which holds out the others.
-    vectors[:, 0, 5] = 0.1
-    vectors[1::3, 0, 5] = torch.linspace(-3000, 2000, 20)
-    data = probe_data(vectors)
-    moments = data.moments()
-    assert (moments.scale[:, 0, 2:5] == 1).all()
-    assert moments.scale[1, 0, 5] == 1
-    assert moments.mean[1, 0, 5] == pytest.approx(0.1, abs=1e-6)
-    assert (moments.scale[[0, 2, 3], 0, 5] > 500).all()
-    assert (data.reference().scale[0, 0, 2:5] == 1).all()
-
-
-def test_moments_know_nothing_of_what_is_held_out():
-    vectors = residuals(60, 2, 5, dtype=torch.float32)
-    before = probe_data(vectors).moments()
-    vectors[1::3] = 1e6 * torch.randn(20, 2, 5, generator=torch.Generator().manual_seed(0))
-    after = probe_data(vectors).moments()
-    torch.testing.assert_close(after.mean[1], before.mean[1], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(after.scale[1], before.scale[1], rtol=1e-12, atol=0)
-    assert (after.scale[0] > 100 * before.scale[0]).any()
-
-
 @pytest.mark.parametrize("cache", [data_module.CACHE_BYTES, 0])
 def test_each_task_is_in_one_batch(tmp_path, monkeypatch, cache):
     """Also where vectors are too large to be kept, and are read each time."""
@@ -77,31 +52,3 @@ def test_each_task_is_in_one_batch(tmp_path, monkeypatch, cache):
         assert torch.equal(torch.cat([batch.features for batch in made]), vectors[rows, 1:3])
         assert torch.equal(torch.cat([batch.targets for batch in made]), targets[rows])
         assert torch.cat([batch.rows for batch in data.in_order()]).tolist() == features.order.tolist()
-
-
-def test_random_order_is_by_the_seed_and_touches_no_global_state():
-    vectors = residuals(40, 1, 4)
-    state = torch.get_rng_state()
-    orders = []
-    for seed in (0, 0, 1):
-        loader = probe_data(vectors, batch_size=8, seed=seed).in_random_order()
-        orders.append([torch.cat([batch.rows for batch in loader]).tolist() for _ in range(2)])
-    assert torch.equal(torch.get_rng_state(), state)
-    assert orders[0] == orders[1] != orders[2]
-    assert orders[0][0] != orders[0][1]
-
-
-@pytest.mark.parametrize(
-    ("targets", "n", "message"),
-    [
-        (torch.zeros(12), 12, "do not fit targets"),
-        (torch.zeros(11, 1), 12, "do not fit targets"),
-        (torch.zeros(12, 0), 12, "do not fit targets"),
-        (torch.zeros(12, 1), 10, "10 groups"),
-        (torch.full((12, 1), float("inf")), 12, "NaN or infinite"),
-        (torch.full((12, 1, 3), float("nan")), 12, "NaN or infinite"),
-    ],
-)
-def test_targets_that_do_not_fit_are_refused(targets, n, message):
-    with pytest.raises(ValueError, match=message):
-        ProbeData(tensors(residuals(12, 2, 4)), slice(0, 2), targets, Splits.draw(np.arange(n) % 3, 0))

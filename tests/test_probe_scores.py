@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -49,7 +47,7 @@ def test_scores_are_those_of_scikit_learn_and_scipy(n):
 def test_auc_is_that_of_scikit_learn():
     predictions, y = simulated(80, 6, binary=True)
     predictions[:, 5] = 2.0
-    got = [each.auc.value for each in score(predictions, y, None, binary=True)]
+    got = [scored.auc.value for scored in score(predictions, y, None, binary=True)]
     assert got == pytest.approx([roc_auc_score(y, column) for column in predictions.T], abs=1e-12)
     assert got[5] == 0.5
     np.testing.assert_allclose(auc_columns(predictions[:, :, None], y[:, None])[:, 0], got, atol=1e-12)
@@ -60,14 +58,16 @@ def test_each_resample_is_scored_as_the_tasks_drawn(monkeypatch):
     predictions, y = simulated(40, 3, seed=2, binary=True)
     draws = Resamples.draw(40, 60, seed=5)
     got = score(predictions, y, draws, binary=True)
-    for column, each in zip(predictions.T, got, strict=True):
+    for column, scored in zip(predictions.T, got, strict=True):
         of_resamples = [peers(column, y, times) for times in draws.times[1:]]
         aucs = [roc_auc_score(y, column, sample_weight=times) for times in draws.times[1:].astype(float)]
         ranks = stats.rankdata(column), stats.rankdata(y)
         spearmans = [peers(*ranks, times)[1] for times in draws.times[1:]]
         r2, pearson, mae = zip(*of_resamples, strict=True)
         for estimate, values in zip(
-            (each.r2, each.pearson, each.spearman, each.mae, each.auc), (r2, pearson, spearmans, mae, aucs), strict=True
+            (scored.r2, scored.pearson, scored.spearman, scored.mae, scored.auc),
+            (r2, pearson, spearmans, mae, aucs),
+            strict=True,
         ):
             assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=1e-9)
     monkeypatch.setattr(scores, "BLOCK_ENTRIES", 400)  # one column a block
@@ -92,11 +92,11 @@ def test_tasks_without_a_target_or_a_prediction_are_left_out():
     predictions[:, 3] = np.nan
     draws = Resamples.draw(50, 200, seed=1)
     got = score(predictions, y, draws, binary=True)
-    assert [each.r2.n for each in got] == [48, 46, 47, 0]
-    for column, each in enumerate(got[:3]):
+    assert [scored.r2.n for scored in got] == [48, 46, 47, 0]
+    for column, scored in enumerate(got[:3]):
         rows = np.isfinite(predictions[:, column]) & np.isfinite(y)
         only = score(predictions[rows][:, [column]], y[rows], Resamples(draws.times[:, rows]), binary=True)
-        assert_same([each], only)
+        assert_same([scored], only)
     assert all(getattr(got[3], metric) == Estimate.missing("fewer than 3 tasks (0)", 0) for metric in METRICS)
 
 
@@ -104,64 +104,19 @@ def test_what_is_not_defined_is_missing_with_its_reason():
     rng = np.random.default_rng(0)
     draws = Resamples.draw(20, 100)
     varied, constant = rng.normal(size=(20, 1)), np.full(20, 0.1) + rng.integers(0, 2, size=20) * 1e-17
-
     (got,) = score(varied, constant, draws)
-    for metric in ("r2", "pearson", "spearman"):
-        assert getattr(got, metric) == Estimate.missing("the target is constant", 20)
-    assert got.mae.value == pytest.approx(np.abs(varied[:, 0] - 0.1).mean())
-
+    assert got.r2 == got.pearson == got.spearman == Estimate.missing("the target is constant", 20)
     (got,) = score(constant[:, None], rng.normal(size=20), draws)
     assert got.pearson == got.spearman == Estimate.missing("the prediction is constant", 20)
-    assert got.r2.value is not None
     assert got.r2.value < 0
-
     (got,) = score(varied, np.ones(20), draws, binary=True)
     assert got.auc == Estimate.missing("the target has one class only", 20)
-
     (got,) = score(varied[:2], np.array([0.0, 1.0]), draws=Resamples.draw(2, 10), binary=True)
     assert {getattr(got, metric).reason for metric in METRICS} == {"fewer than 3 tasks (2)"}
-    (got,) = score(np.zeros((0, 1)), np.zeros(0), None)
-    assert got.r2 == Estimate.missing("fewer than 3 tasks (0)", 0)
     assert score(np.zeros((5, 0)), np.zeros(5), None) == []
-
-    assert np.isnan(r2_columns(varied[:, :, None], constant[:, None])).all()
-    assert np.isnan(auc_columns(varied[:, :, None], np.ones((20, 1)))).all()
     for many in (r2_columns, auc_columns):
         assert np.isnan(many(varied[:2, :, None], np.array([[0.0], [1.0]]))).all()
         assert np.isnan(many(np.zeros((0, 2, 1)), np.zeros((0, 1)))).all()
-
-
-def test_resamples_that_lose_a_class_are_left_out():
-    """With one positive among many, about a third of the resamples have none: the interval is of the others."""
-    y = np.zeros(30)
-    y[4] = 1.0
-    predictions = np.random.default_rng(1).normal(size=(30, 1))
-    draws = Resamples.draw(30, 500, seed=2)
-    drawn = draws.times[1:][draws.times[1:, 4] > 0]
-    assert 0.5 < len(drawn) / 500 < 0.8
-    (got,) = score(predictions, y, draws, binary=True)
-    aucs = [roc_auc_score(y, predictions[:, 0], sample_weight=times.astype(float)) for times in drawn]
-    assert (got.auc.low, got.auc.high) == pytest.approx(tuple(np.quantile(aucs, [0.025, 0.975])))
-    assert got.pearson.low is not None
-
-
-def test_no_interval_where_most_resamples_lose_the_target_s_variance():
-    y = np.array([0.0, 0.0, 0.0, 1.0])
-    draws = Resamples(np.array([[1, 1, 1, 1], [4, 0, 0, 0], [0, 3, 1, 0], [1, 1, 1, 1]], dtype=np.uint16))
-    (got,) = score(np.array([[0.1], [0.0], [0.3], [0.2]]), y, draws, binary=True)
-    for metric in ("r2", "pearson", "auc"):
-        estimate = getattr(got, metric)
-        assert (estimate.defined, estimate.low, estimate.high) == (True, None, None)
-    assert got.mae.low is not None
-
-
-def test_a_value_far_from_zero_costs_no_precision():
-    predictions, y = simulated(60, 3)
-    near, far = (score(predictions + shift, y + shift, Resamples.draw(60, 50)) for shift in (0.0, 1e6))
-    for a, b in zip(near, far, strict=True):
-        for metric in ("r2", "pearson", "spearman", "mae"):
-            one, other = dataclasses.astuple(getattr(a, metric)), dataclasses.astuple(getattr(b, metric))
-            assert one[:3] == pytest.approx(other[:3], abs=1e-6)
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -189,13 +144,13 @@ finite = st.floats(-1e3, 1e3, width=32)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(finite, st.integers(0, 1), finite), min_size=3, max_size=30), st.integers(0, 2**31))
 def test_properties(rows, seed):
-    predictions, positive, y = (np.array(each, dtype=np.float64) for each in zip(*rows, strict=True))
+    predictions, positive, y = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
     draws = Resamples.draw(len(rows), 20, seed)
     (got,) = score(predictions[:, None], y, draws)
     assert got.r2.value is None or got.r2.value <= 1 + 1e-9
-    for each in (got.pearson, got.spearman):
-        assert each.defined or each.reason in ("the target is constant", "the prediction is constant")
-        assert all(end is None or -1 <= end <= 1 for end in (each.value, each.low, each.high))
+    for scored in (got.pearson, got.spearman):
+        assert scored.defined or scored.reason in ("the target is constant", "the prediction is constant")
+        assert all(end is None or -1 <= end <= 1 for end in (scored.value, scored.low, scored.high))
     assert got.mae.value == pytest.approx(mean_absolute_error(y, predictions))
     (flipped,) = score(-predictions[:, None], -y, draws)
     assert_same([got], [flipped])
@@ -215,7 +170,7 @@ def test_many_targets_at_many_sites_are_those_one_by_one(monkeypatch):
     y[:, 2] = 1.0
     for many, metric in ((r2_columns, "r2"), (auc_columns, "auc")):
         singly = [score(predictions[:, :, t], y[:, t], None, binary=True) for t in range(5)]
-        expected = np.array([[getattr(each, metric).value for each in column] for column in singly], dtype=float).T
+        expected = np.array([[getattr(scored, metric).value for scored in column] for column in singly], dtype=float).T
         assert np.isnan(expected[:, 2]).all()
         np.testing.assert_allclose(many(predictions, y), expected, atol=1e-9)
         with monkeypatch.context() as patch:
@@ -231,23 +186,3 @@ def test_permutation_p():
     assert permutation_p(0.5, [np.nan, 0.1]) == pytest.approx(1 / 2)
     assert permutation_p(0.5, []) == 1.0
     assert np.isnan(permutation_p(float("nan"), [0.1]))
-
-
-def test_p_of_shuffled_targets_is_uniform():
-    rng = np.random.default_rng(0)
-    ps = [permutation_p(null[0], null[1:]) for null in rng.normal(size=(400, 20))]
-    assert stats.kstest(np.array(ps) - rng.uniform(0, 1 / 20, size=400), "uniform").pvalue > 0.01
-
-
-def test_wrong_shapes_and_classes_are_errors():
-    with pytest.raises(ValueError, match=r"predictions \[4, 2\] do not fit targets \[3\]"):
-        score(np.zeros((4, 2)), np.zeros(3), None)
-    with pytest.raises(ValueError, match=r"predictions \[4\] do not fit"):
-        score(np.zeros(4), np.zeros(4), None)
-    with pytest.raises(ValueError, match="resamples of 5 tasks do not fit 4"):
-        score(np.zeros((4, 2)), np.zeros(4), Resamples.draw(5, 3))
-    with pytest.raises(ValueError, match="a binary target is 0 or 1, got 2"):
-        score(np.zeros((4, 2)), np.array([0, 1, 2, 3]), None, binary=True)
-    for many in (r2_columns, auc_columns):
-        with pytest.raises(ValueError, match=r"\[n, S, T\]"):
-            many(np.zeros((4, 2, 3)), np.zeros((4, 2)))

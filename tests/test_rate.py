@@ -9,7 +9,6 @@ import pytest
 from conftest import template
 
 from prefs.data.task import Task
-from prefs.data.template import Invalid
 from prefs.models.loading import Models
 from prefs.models.types import Capture, Sampling
 from prefs.stages.complete import complete
@@ -110,60 +109,6 @@ def test_more_seeds_templates_and_layers_add_to_what_is_there(store, spec_fp32, 
     assert before.vectors.gather(before.keys, (0, 15, 29)).equal(after.vectors.gather(after.keys, (0, 15, 29)))
 
 
-@pytest.mark.slow
-def test_templates_together_equal_templates_apart(store, tmp_path, spec_fp32, models):
-    options = {"tasks": TASKS[:3], "capture": None}
-    together = run(store, spec_fp32, models, names=("anchored", "likert"), **options)
-    for name in ("anchored", "likert"):
-        apart = run(Store.open(str(tmp_path / name)), spec_fp32, models, names=(name,), **options)
-        np.testing.assert_allclose(together.ratings[name].mass, apart.ratings[name].mass, rtol=1e-3, atol=1e-7)
-        assert together.ratings[name].answers == apart.ratings[name].answers
-
-
-@pytest.mark.slow
-def test_the_order_of_the_tasks_does_not_matter(store, tmp_path, spec, models):
-    first = run(store, spec, models).ratings["anchored"]
-    second = run(Store.open(str(tmp_path / "other")), spec, models, tasks=TASKS[::-1]).ratings["anchored"]
-    np.testing.assert_array_equal(first.mass, second.mass[::-1])
-    assert list(first.answers) == list(second.answers)[::-1]
-
-
-@pytest.mark.slow
-def test_exact_ratings_in_bfloat16_are_near_those_in_float32(store, spec_fp32, models):
-    values = np.array(template("anchored").values)
-    completions, _ = complete(TASKS[:2], spec_fp32, SHORT, seed=0, system_prompt=None, store=store, models=models)
-    means = []
-    for dtype in ("bfloat16", "float32"):
-        spec = dataclasses.replace(spec_fp32, dtype=dtype)
-        mass = rated(store, spec, models, completions, seeds=(), capture=None).ratings["anchored"].mass
-        means.append(mass @ values / mass.sum(axis=1))
-    np.testing.assert_allclose(*means, atol=0.1)
-
-
-def test_what_does_not_fit_is_too_long_and_the_rest_is_done(store, spec):
-    tight = dataclasses.replace(spec, max_context=130)
-    tasks = [Task("short", "Hi."), Task("long", "word " * 200), Task("short2", "Hello.")]
-    options = {"names": ("stated", "anchored_precise")}
-    options["capture"] = dataclasses.replace(CAPTURE, positions=("last_prompt", "rating"))
-    both = run(store, tight, Models(), tasks=tasks, **options)
-    stated, long = both.ratings["stated"], both.ratings["anchored_precise"]
-    assert [completion.invalid for completion in stated.completions] == [None, Invalid.too_long, None]
-    # The long question fits behind none of them, the short one behind the short tasks.
-    assert long.invalid_counts() == {"too_long": 6}
-    assert np.isnan(long.mass).all()
-    assert [{answer.invalid for answer in row} == {Invalid.too_long} for row in stated.answers] == [False, True, False]
-    assert np.isnan(stated.mass).all(axis=1).tolist() == [False, True, False]
-    assert both.residuals["last_prompt"].present().tolist() == [True, False, True]
-    assert both.rating_residuals["stated"].present().tolist() == [True, False, True]
-    assert not both.rating_residuals["anchored_precise"].present().any()
-    # All of this is known the next time, without the model.
-    fresh = Models()
-    again = run(store, tight, fresh, tasks=tasks, **options)
-    assert not fresh._loaded
-    assert again.ratings["stated"].completions == stated.completions
-    assert [work.computed for work in again.work] == [0] * 5
-
-
 def test_no_room_for_an_answer_leaves_the_exact_rating(store, spec, models):
     """A question that just fits is scored, though nothing can be sampled after it; later settings do not inherit it."""
     long = dataclasses.replace(SHORT, max_new_tokens=10_000)
@@ -183,10 +128,3 @@ def test_an_empty_completion_is_rated_but_has_no_vector(store, spec, models):
         assert both.residuals["last_prompt"].present().all()
         assert np.isfinite(both.ratings["anchored"].mass).all()
     assert [work.computed for work in both.work] == [0] * 3
-
-
-@pytest.mark.slow
-def test_no_system_prompt_differs_from_one(store, spec, models, asked):
-    run(store, spec, models)
-    run(store, spec, models, system_prompt="You love counting.")
-    assert len(asked) == 3 * len(TASKS), "completed once, and rated twice"

@@ -11,19 +11,16 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 
 from prefs.config import ThinkingConfig
-from prefs.models.openai.engine import control_texts
-from prefs.models.openai.refusals import refusal_of_row, words
+from prefs.models.openai.refusals import words
 from prefs.models.openai.replies import (
     Answer,
     Malformed,
     Parted,
-    first_of_answer,
     part,
     read_answer,
     read_listing,
     read_usage,
 )
-from prefs.models.types import Message, Usage
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -69,15 +66,6 @@ def test_an_answer_with_anything_in_any_place_is_read_or_malformed(path, value):
         assert all(0 <= p < math.inf for p in position.top.values())
 
 
-def test_a_good_answer():
-    answer = read_answer(received(TREE))
-    assert (answer.text, answer.finish, answer.prompt_tokens, answer.tokens) == ("4", "stop", 3, 1)
-    assert answer.positions is not None
-    assert answer.positions[0].top == pytest.approx({"4": 0.5, "5": 0.25})
-    odd = {**TREE, "usage": {"prompt_tokens": 3, "completion_tokens": True, "cost": 0.5}}
-    assert read_usage(received(odd)) == Usage(0, 3, 0, 0.5)
-
-
 @pytest.mark.parametrize(
     ("body", "line"),
     [
@@ -93,21 +81,6 @@ def test_a_good_answer():
 )
 def test_a_servers_words_on_one_line(body, line):
     assert words(body) == line
-
-
-@pytest.mark.parametrize(
-    ("status", "message"),
-    [
-        (400, "Invalid value for 'temperature'"),
-        (400, "max_tokens is too large: 5000. This model supports at most 4096 completion tokens"),
-        (400, "Unknown model"),
-        (403, "Country, region, or territory not supported"),
-        (429, "maximum context length"),
-        (404, "No endpoints found"),
-    ],
-)
-def test_a_refusal_of_everything_is_not_taken_for_a_rows(status, message):
-    assert refusal_of_row(status, "", message) is None
 
 
 @pytest.mark.parametrize(
@@ -131,19 +104,3 @@ def test_a_refusal_of_everything_is_not_taken_for_a_rows(status, message):
 )
 def test_thought_and_answer_are_told_apart(answer, thinking, parted):
     assert part(answer, thinking) == parted
-
-
-def test_the_first_token_of_an_answer_that_is_empty_is_what_came_instead():
-    end = {"<|im_end|>": 0.75, "4": 0.25}
-    body = chat("", logprobs=likeliest(("</think>", {}), ("<|im_end|>", end)))
-    positions = read_answer(received(body)).positions
-    assert positions is not None
-    assert first_of_answer(positions, "", ThinkingConfig()) == pytest.approx(end)
-    assert first_of_answer(positions[:1], "", ThinkingConfig()) == {}
-
-
-def test_what_looks_like_a_control_token():
-    marks = "<|im_end|> <|endoftext|> <｜User｜> <start_of_turn> </think> [INST] [/INST] <<SYS>> <s> <|eot_id|>"
-    assert control_texts((Message("user", marks),)) == marks.split()
-    plain = "a <b> c </b> x < y | z > w [1] [inst] <<EOF <| > |> << shift >> a<|b <strong> <thinking>"
-    assert control_texts((Message("user", plain),)) == []

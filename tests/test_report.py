@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import math
 import re
@@ -19,7 +18,7 @@ from PIL import Image
 
 from prefs.errors import UserError
 from prefs.results.html import Example, Rated, Report, write_report
-from prefs.results.result import Excerpt, Figure, Result, Table
+from prefs.results.result import Figure, Result, Table
 from prefs.store import files
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ HOSTILE = {
     "lines": "\n\n  two empty lines before,\ttabs\n\nand   spaces\n",
 }
 CONTROL = "NUL \x00 bell \x07 escape \x1b[31m delete \x7f C1 \x85 half \ud83d a pair \ufffe end"
-SHOWN = "NUL ␀ bell ␇ escape ␛[31m delete ␡ C1 � half � a pair � end"
 LONG = "What is the sum? " * 6000
 
 
@@ -138,20 +136,15 @@ class TestTables:
         ("values", "beside", "texts"),
         [
             ([0.62, -0.05, 1.0, math.nan, -0.001], {}, [".62", "−.05", "1.00", "–", ".00"]),
-            ([3.617, 12.0], {}, ["3.62", "12.00"]),
             # Counts have no decimals, also where one is missing.
             ([64, 1280345], {}, ["64", "1,280,345"]),
             ([64.0, math.nan, -1200.0], {}, ["64", "–", "−1,200"]),
-            ([-0.0, 1.0], {}, ["0", "1"]),
             # An estimate that happens to be integral keeps its decimals.
             ([1.0, 0.0], {"x_reason": [None, None]}, ["1.00", ".00"]),
-            ([1.0, 0.0], {"x_sd": [0.0, 0.0]}, ["1.00", ".00"]),
             ([2.0], {"x_low": [1.25], "x_high": [2.5]}, ["2.00"]),
-            ([385.0], {"x_low": [210.0], "x_high": [math.inf]}, ["385"]),
             # Small numbers are told apart.
             ([0.0423, 0.0051], {}, [".042", ".005"]),
             ([0.00423, -0.00051], {}, [".0042", "−.0005"]),
-            ([0.0, 0.0], {}, ["0", "0"]),
             # Words stay as they are.
             (["MATH", None, "0.50", ""], {}, ["MATH", "–", "0.50", ""]),
             ([True, False], {}, ["yes", "no"]),
@@ -159,9 +152,6 @@ class TestTables:
     )
     def test_a_column_is_printed_as_in_papers(self, tmp_path, values, beside, texts):
         assert [row[0] for row in printed(tmp_path, pd.DataFrame({"x": values, **beside}))[1:]] == texts
-
-    def test_a_deviation_has_the_decimals_of_what_it_is_of(self, tmp_path):
-        assert printed(tmp_path, pd.DataFrame({"r": [0.62], "r_sd": [0.0412]}))[1] == [".62", ".04"]
 
     def test_intervals_are_folded_into_one_cell_behind_the_value(self, tmp_path):
         r, low, high = [0.21, 0.5, math.nan], [0.1, math.nan, math.nan], [0.32, math.nan, math.nan]
@@ -176,24 +166,12 @@ class TestTables:
         frame = pd.DataFrame({"r": [0.5], "r_low": [None], "r_high": [None], "r_reason": [None], "n": [3]})
         assert printed(tmp_path, frame)[1:] == [[".50", "3"]]
 
-    def test_what_only_ends_like_an_interval_or_a_reason_is_a_column(self, tmp_path):
-        frame = pd.DataFrame({"bed_low": [1.5], "r": [0.5], "r_high": [0.75], "exit_reason": ["killed"]})
-        assert printed(tmp_path, frame) == [["bed_low", "r", "r_high", "exit_reason"], ["1.50", ".50", ".75", "killed"]]
-
-    def test_totals_stand_out_among_origins_only(self, tmp_path):
-        for origins, totals in ((["ALL", "MATH"], 1), (["ALL", "ALL"], 0)):
-            page = page_of(tmp_path, tables=(Table("by_origin", pd.DataFrame({"origin": origins, "n": [3, 3]})),))
-            assert page.elements.count(("tr", {"class": "total"})) == totals
-
-    def test_a_table_without_rows_says_so(self, tmp_path):
-        assert "Nothing to show." in page_of(tmp_path, tables=(Table("pairs", pd.DataFrame(columns=["a"])),)).text
-
 
 class TestText:
     @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
     def test_is_shown_as_it_is_everywhere(self, tmp_path, text):
         page, harmless = (
-            Page(write_report(tmp_path / "report.html", everywhere(tmp_path, each))) for each in (text, "ok")
+            Page(write_report(tmp_path / "report.html", everywhere(tmp_path, words))) for words in (text, "ok")
         )
         # But for a column's name and a prompt's first words, which have no lines and no end.
         assert harmless.text.count("ok") - page.text.count(text) in (0, 1, 2)
@@ -202,11 +180,9 @@ class TestText:
         assert not page.attributes("onerror", "onmouseover", "onclick", "style")
         assert page.attributes("alt") == page.attributes("data-cell") == page.attributes("data-origin") == [text]
 
-    def test_control_characters_are_made_visible(self, tmp_path):
-        assert page_of(tmp_path, example(prompt=CONTROL, cell=CONTROL)).pres[1:3] == ["\n" + SHOWN] * 2
-
-    def test_is_not_cut(self, tmp_path):
-        assert page_of(tmp_path, example(prompt=LONG, cell="ok")).pres[1] == "\n" + LONG
+    def test_is_not_cut_and_control_characters_are_made_visible(self, tmp_path):
+        shown = "NUL ␀ bell ␇ escape ␛[31m delete ␡ C1 � half � a pair � end"
+        assert page_of(tmp_path, example(prompt=LONG, cell=CONTROL)).pres[1:3] == ["\n" + LONG, "\n" + shown]
 
     def test_a_completion_is_shown_once_with_the_cells_that_rated_it(self, tmp_path):
         page = page_of(tmp_path, example(a="Same.", b="Other.", c="Same.", d=None, e=""))
@@ -214,19 +190,6 @@ class TestText:
         assert page.attributes("data-cell") == ["a", "c", "b", "d", "e"]
         assert "There is no completion." in page.text
         assert "The completion is empty." in page.text
-
-    def test_verdicts_are_said_once_or_where_judges_differ_by_cell(self, tmp_path):
-        def verdicts(*given: bool | None) -> str:
-            ratings = tuple(Rated(f"c{at}", "No.", each, "", ("1",)) for at, each in enumerate(given))
-            path = write_report(tmp_path / "report.html", report(examples=(Example("t", "MATH", "Hi", ratings),)))
-            body = path.read_text(encoding="utf-8").split('class="example"')[1].split("</details>")[0]
-            return " ".join(re.sub(r"<[^>]*>", " ", body).split())
-
-        assert verdicts(True, True).count("refused") == 2  # in the list, and at the completion
-        assert verdicts(False).endswith("Completion not refused No. cell sampled c0 1")
-        assert "refused" not in verdicts(None)
-        assert verdicts(True, None).endswith("cell verdict sampled c0 refused 1 c1 not judged 1")
-        assert "refused in part" in verdicts(True, None)
 
 
 class TestFile:
@@ -237,42 +200,10 @@ class TestFile:
         assert all(link.startswith(("#", "data:")) for link in page.attributes("src", "href", "srcset", "action"))
         assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.elements}
         assert not re.search(r"https?:|//[a-z]|@import|url\(", path.read_text(encoding="utf-8").replace("// ", ""))
-        policy = next(each for each in page.attributes("content") if "default-src" in each)
+        policy = next(content for content in page.attributes("content") if "default-src" in content)
         assert policy.startswith("default-src 'none'; img-src data:;")
         assert [given["class"] for tag, given in page.elements if tag == "figure" and "class" in given] == ["wide"]
         assert [file.name for file in path.parent.iterdir()] == ["report.html"]
-
-    def test_has_a_language_a_title_headings_in_order_and_links_that_lead_somewhere(self, tmp_path):
-        tables = (Table("numbers", pd.DataFrame({"x": [1]})),)
-        page = page_of(tmp_path, example(cell="Hi."), tables=tables)
-        assert ("html", {"lang": "en"}) in page.elements
-        levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
-        assert levels[0] == 1
-        assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-        ids = page.attributes("id")
-        assert len(ids) == len(set(ids))
-        assert {link.removeprefix("#") for link in page.attributes("href")} == {
-            "careful", "section-1", "examples", "configs",
-        }  # fmt: skip
-        assert {link.removeprefix("#") for link in page.attributes("href")} <= set(ids)
-        assert set(page.attributes("aria-labelledby")) <= set(ids)
-
-    def test_leaves_out_what_there_is_none_of(self, tmp_path):
-        bare = Report("sweep", "now", "", [Result()], {})
-        page = Page(write_report(tmp_path / "report.html", bare))
-        assert page.attributes("href") == []
-        assert [tag for tag, _ in page.elements].count("section") == 0
-
-    def test_shows_excerpts_in_place_of_a_table_no_large_one_and_remarks_of_what_has_no_section(self, tmp_path):
-        frame = pd.DataFrame({"x": [1]})
-        tables = (Table("whole", frame, excerpts=(Excerpt("Part", frame, "Only one."),)), Table("a_b", frame))
-        titled = Result("Ratings", tables=(*tables, Table("each", frame, "Large", large=True)), remarks=("First.",))
-        whole = Report("sweep", "now", "", [titled, Result(tables=tables, remarks=("Second.",))], {})
-        page = Page(write_report(tmp_path / "report.html", whole))
-        assert page.attributes("href") == ["#careful", "#section-1"]
-        words = page.text[page.text.index("First.") :].split("\n//")[0].split()
-        assert " ".join(words).startswith("First. Second. Ratings Part x 1 Only one. a b x 1")
-        assert "Large" not in page.text
 
     def test_a_full_disk_is_one_line_and_leaves_the_old_report(self, tmp_path, monkeypatch):
         path = write_report(tmp_path / "report.html", report())
@@ -309,25 +240,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with everything in it, hostile text everywhere."""
     folder = tmp_path_factory.mktemp("report")
-    frame = pd.DataFrame(
-        {
-            "name": ["b10", "b9", "a", "c", "d"],
-            "x": VALUES,
-            "x_low": [value - 1 for value in VALUES],
-            "x_high": [value + 1 for value in VALUES],
-            "x_reason": [None, "no variance in ratings", None, None, None],
-            "n": [1, 2, 3, 4, 5000],
-        }
-    )
-    wide = pd.DataFrame({f"a_rather_long_name_{at}": [at / 7] for at in range(30)})
+    frame = pd.DataFrame({"name": ["b10", "b9", "a", "c", "d"], "x": VALUES, "n": [1, 2, 3, 4, 5000]})
+    frame = frame.assign(x_low=frame["x"] - 1, x_high=frame["x"] + 1, x_reason=None)
+    frame.loc[1, "x_reason"] = "no variance in ratings"
+    wide = pd.DataFrame({f"a_rather_long_name_{number}": [number / 7] for number in range(30)})
     hostile = pd.DataFrame({name: [text] for name, text in HOSTILE.items()} | {SCRIPT: [SCRIPT]})
-    figures = {
-        f"{number} {SCRIPT}": picture(folder / f"{number}.png", size)
-        for number, size in enumerate([(1400, 400), (900, 600)])
-    }
+    sizes = enumerate([(1400, 400), (900, 600)])
+    figures = {f"{number} {SCRIPT}": picture(folder / f"{number}.png", size) for number, size in sizes}
+    hostile_texts = enumerate(HOSTILE.values())
     examples = [
-        example(f"hostile-{at}", text, "HOSTILE", **{"smollm2-likert": text})
-        for at, text in enumerate(HOSTILE.values())
+        example(f"hostile-{number}", text, "HOSTILE", **{"smollm2-likert": text}) for number, text in hostile_texts
     ]
     ratings = (
         Rated("smollm2-anchored", "It is four.", False, "3.62 (mass .95)", ("5", "out_of_range: 10")),
@@ -335,18 +257,13 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     examples.append(Example("math-01", "MATH", "What is 2 + 2?", ratings))
     examples.append(example("long-01", LONG, "MATH", **{"gemma-anchored": CONTROL}))
+    tables, remarks = (Table("numbers", frame), Table("wide", wide)), tuple(HOSTILE.values())
     whole = Report(
         title=SCRIPT,
         when="2026-11-24 07:00",
         command="python -m prefs.run " + "w" * 500,
         results=[
-            Result(
-                "Stability",
-                "Over tasks.",
-                (Table("numbers", frame), Table("wide", wide)),
-                figures=drawn(figures),
-                remarks=tuple(HOSTILE.values()),
-            ),
+            Result("Stability", "Over tasks.", tables, figures=drawn(figures), remarks=remarks),
             Result(SCRIPT, SCRIPT, (Table("hostile", hostile, SCRIPT, SCRIPT),)),
         ],
         figures=figures,
@@ -374,7 +291,7 @@ def texts(page: Chrome, selector: str) -> list[str]:
 
 
 def tasks_shown(page: Chrome) -> list[str]:
-    return [each.text for each in page.find_elements("css selector", ".example .task") if each.is_displayed()]
+    return [task.text for task in page.find_elements("css selector", ".example .task") if task.is_displayed()]
 
 
 @pytest.mark.browser
@@ -383,10 +300,11 @@ class TestInABrowser:
         page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
         assert page.get_log("browser") == []
         events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-        asked = [each["params"]["request"]["url"] for each in events if each["method"] == "Network.requestWillBeSent"]
+        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        asked = [event["request"]["url"] for event in sent]
         assert page_path.as_uri() in asked
-        own = ("data:image/png", "chrome://")  # the second are of the empty page that the browser begins with
-        assert [url for url in asked if url != page_path.as_uri() and not url.startswith(own)] == []
+        own = (page_path.as_uri(), "data:image/png", "chrome://")  # the last are of the browser's first page
+        assert [url for url in asked if not url.startswith(own)] == []
         assert page.execute_script("return window.hostile") is None
         assert page.title == SCRIPT
 
@@ -419,14 +337,11 @@ class TestInABrowser:
 
     def test_the_filter_hides_and_counts(self, page):
         text, origin, cell, count = (
-            page.find_element("id", f"filter-{each}") for each in ("text", "origin", "cell", "count")
+            page.find_element("id", f"filter-{name}") for name in ("text", "origin", "cell", "count")
         )
         assert count.text == "10 of 10 shown"
         text.send_keys("2 + 2")
         assert (count.text, tasks_shown(page)) == ("1 of 10 shown", ["math-01"])
-        text.clear()
-        text.send_keys("FOUR.")
-        assert tasks_shown(page) == ["math-01"]
         text.clear()
         origin.send_keys("MATH")
         assert (count.text, tasks_shown(page)) == ("2 of 10 shown", ["math-01", "long-01"])
@@ -439,46 +354,18 @@ class TestInABrowser:
         text.send_keys("nowhere to be found")
         assert (count.text, tasks_shown(page)) == ("0 of 10 shown", [])
 
-    def test_an_example_opens_and_shows_prompt_completions_and_ratings(self, page):
-        opened = page.find_elements("css selector", ".example")[-2]
-        body = opened.find_element("css selector", ".body")
-        assert not body.is_displayed()
-        opened.find_element("css selector", "summary").click()
-        assert [" ".join(line.split()) for line in body.text.splitlines()] == [
-            "Prompt",
-            "What is 2 + 2?",
-            "Completion 1 of 2 not refused",
-            "It is four.",
-            "cell exact sampled",
-            "smollm2-anchored 3.62 (mass .95) 5 out_of_range: 10",
-            "Completion 2 of 2 refused",
-            "No.",
-            "cell exact sampled",
-            "gemma-anchored 1.05 (mass 1.00) 1 1",
-        ]
-
-    def test_text_is_in_the_page_as_it_was(self, page):
-        shown = page.execute_script(
-            "return [...document.querySelectorAll('.example pre')].map(each => each.textContent)"
-        )
-        assert shown == [text for text in HOSTILE.values() for _ in range(2)] + [
-            "What is 2 + 2?", "It is four.", "No.", LONG, SHOWN,
-        ]  # fmt: skip
-
-    @pytest.mark.parametrize("width", [400, 800, 1300])
-    def test_nothing_sticks_out_sideways(self, page, width):
-        page.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False},
-        )
-        try:
-            page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
-            wide, available = page.execute_script(
-                "return (({scrollWidth, clientWidth}) => [scrollWidth, clientWidth])(document.documentElement)"
-            )
-            assert wide == available <= width
-        finally:
-            page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    def test_nothing_sticks_out_sideways(self, page):
+        page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
+        for width in (400, 800, 1300):
+            size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+            page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            try:
+                wide, available = page.execute_script(
+                    "return (({scrollWidth, clientWidth}) => [scrollWidth, clientWidth])(document.documentElement)"
+                )
+                assert wide == available <= width
+            finally:
+                page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
     def test_without_scripts_everything_is_there(self, page):
         page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
@@ -487,6 +374,12 @@ class TestInABrowser:
             assert not page.find_element("css selector", ".filter").is_displayed()
             assert page.find_elements("css selector", "th button") == []
             page.find_elements("css selector", ".example summary")[-2].click()
-            assert "It is four." in page.find_element("css selector", ".example[open] .body").text
+            body = page.find_element("css selector", ".example[open] .body").text
+            assert [" ".join(line.split()) for line in body.splitlines()][2:6] == [
+                "Completion 1 of 2 not refused",
+                "It is four.",
+                "cell exact sampled",
+                "smollm2-anchored 3.62 (mass .95) 5 out_of_range: 10",
+            ]
         finally:
             page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

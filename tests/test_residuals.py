@@ -1,4 +1,4 @@
-"""Capture: what is run for it, and that no shortcut changes a vector."""
+"""Residual streams, captured and token by token: what is run for them, and that no shortcut changes a vector."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from engine_calls import observe
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import gemma2, llama, plain_model, tiny_model
 
+from prefs.config import POSITIONS
+from prefs.errors import UserError
 from prefs.models.loading import Models
 from prefs.models.local.residuals import Recorder
+from prefs.models.local.token_stream import token_texts
 from prefs.models.prompts import encode_prompt
 from prefs.models.types import Capture, Message, Question, Request
 
@@ -60,12 +65,12 @@ def same(found, expected):
 @torch.inference_mode()
 def test_vectors_equal_those_of_plain_transformers(both):
     engine, plain = both
-    for residuals, conversation in zip(vectors_of(engine, None, (0, 2, 3), SHARED), CONVERSATIONS, strict=True):
+    for residuals, conversation in zip(vectors_of(engine, QUESTION, (0, 2, 3), POSITIONS), CONVERSATIONS, strict=True):
         prompt = encode_prompt(engine.encoder, conversation, QUESTION)
         hidden = torch.stack(plain(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states)[:, 0]
         start, end = prompt.spans.completion
         states = hidden[[1, 3, 4]]
-        expected = {"last_prompt": states[:, start - 1]}
+        expected = {"last_prompt": states[:, start - 1], "rating": states[:, -1]}
         if end > start:
             expected["first_completion"] = states[:, start]
             expected["last_completion"] = states[:, end - 1]
@@ -73,6 +78,43 @@ def test_vectors_equal_those_of_plain_transformers(both):
         assert residuals.keys() == expected.keys()
         for position, vectors in expected.items():
             torch.testing.assert_close(residuals[position], vectors, atol=1e-4, rtol=1e-4)
+        stream = engine.residual_stream(conversation, 3, QUESTION)
+        torch.testing.assert_close(stream.vectors, hidden[4], atol=1e-4, rtol=1e-4)
+        assert stream.ranges.keys() == expected.keys()
+        for position, (start, end) in stream.ranges.items():
+            torch.testing.assert_close(
+                stream.vectors[start:end].mean(dim=0), expected[position][2], atol=1e-4, rtol=1e-4
+            )
+
+
+def test_a_stream_without_a_question_ends_with_the_completion_and_says_whose_each_token_is(both):
+    turns = (Message("user", "Say <|im_end|> 🦄, please. " * 3), Message("assistant", "Here: <|im_end|>\n\n🦄"))
+    stream, whole = both[0].residual_stream(turns, 2), both[0].residual_stream(turns, 2, QUESTION)
+    assert whole.tokens[: len(stream.tokens)] == stream.tokens
+    torch.testing.assert_close(whole.vectors[: len(stream.tokens)], stream.vectors, atol=1e-5, rtol=1e-4)
+    assert "rating" not in stream.ranges
+    assert stream.ranges["last_completion"][1] == len(stream.tokens)
+    for message in turns:
+        own = [place for place, role in enumerate(stream.roles) if role == message.role]
+        assert "".join(stream.tokens[place] for place in own) == message.content.strip()
+        assert not any(stream.control[place] for place in own)  # <|im_end|> in a text is text
+    control = {token for token, is_control in zip(stream.tokens, stream.control, strict=True) if is_control}
+    assert control == {"<|im_start|>", "<|im_end|>"}
+
+
+@pytest.mark.parametrize("layer", [5, -1])
+def test_a_layer_that_is_not_there(both, layer):
+    with pytest.raises(UserError, match=f"has layers 0 to 4, and no layer {layer}"):
+        both[0].residual_stream(CONVERSATIONS[0], layer)
+
+
+@given(text=st.text(max_size=15))
+def test_tokens_join_to_the_text(tokenizer, text):
+    """Of a character of several tokens, all but the last are empty."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("deepest", [0, 2, 4])
@@ -123,14 +165,6 @@ def test_each_request_gets_the_layers_and_positions_that_it_asked_for(both):
             torch.testing.assert_close(vectors, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_an_empty_batch_and_nothing_wanted(both):
-    engine, _ = both
-    with runs(engine) as counts:
-        assert list(engine.run([])) == []
-        assert [reply.residuals for (reply,) in observe(engine, CONVERSATIONS, [None])] == [{}, {}, {}]
-    assert not counts
-
-
 def test_a_nan_stays_in_its_row_and_outside_of_what_is_averaged():
     """Padding may hold anything, and in float16 a row may overflow."""
     stream = torch.randn(3, 6, 4)
@@ -141,17 +175,9 @@ def test_a_nan_stays_in_its_row_and_outside_of_what_is_averaged():
     for layer, hook in recorder.hooks():
         assert hook(stream + layer, None) is None
     first, second, third = recorder.vectors()
-    for at, layer in enumerate((7, 3)):
-        torch.testing.assert_close(first["mean"][at], stream[0, 2:].mean(dim=0) + layer)
-        torch.testing.assert_close(first["last"][at], stream[0, 5] + layer)
-        torch.testing.assert_close(second["mean"][at], stream[1, 2:5].mean(dim=0) + layer)
+    for place, layer in enumerate((7, 3)):
+        torch.testing.assert_close(first["mean"][place], stream[0, 2:].mean(dim=0) + layer)
+        torch.testing.assert_close(first["last"][place], stream[0, 5] + layer)
+        torch.testing.assert_close(second["mean"][place], stream[1, 2:5].mean(dim=0) + layer)
     assert "last" not in second
     assert not third["mean"].isfinite().any()
-
-
-def test_means_are_taken_in_float32():
-    stream = (1 + torch.rand(1, 500, 8)).to(torch.bfloat16)
-    recorder = Recorder([0], [{"mean": (0, 500)}], [500], stops=False)
-    for _, hook in recorder.hooks():
-        hook(stream, None)
-    torch.testing.assert_close(recorder.vectors()[0]["mean"][0], stream[0].float().mean(dim=0))

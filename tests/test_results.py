@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 from rich.console import Console
-from rich.table import Column
 
 from prefs.config import WandbConfig
 from prefs.errors import UserError
@@ -71,13 +70,6 @@ def test_views_and_remarks_are_printed_in_their_order():
     ]  # fmt: skip
 
 
-def test_a_column_of_its_own_is_printed_twice_alike():
-    columns = ["cell", Column("words"), Column("r", justify="right", no_wrap=True)]
-    result = Result(views=(View("Tight", columns, [["a", "left", "1"], ["b", "l", "10"]], tight=True),))
-    assert printed(result) == printed(result)
-    assert " a     left    1" in printed(result)
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.871, ".87"), (-0.05, "−.05"), (1, "1.00"), (-0.001, ".00"), (math.nan, "–"), (None, "–"), (-12.5, "−12.50")],
@@ -113,12 +105,6 @@ def test_a_run_that_raises_is_marked_as_failed(tmp_path):
     ):
         raise KeyError
     assert finished(track.folder).exit_code == 1
-
-
-def test_without_wandb_nothing_is_logged(tmp_path):
-    with tracker(WandbConfig(mode="disabled"), name="n", group=None, folder=tmp_path, run_config={}) as track:
-        track.log(RESULT, write(RESULT, tmp_path))
-    assert (track.folder, track.offline) == (None, False)
 
 
 def test_a_disk_that_refuses_is_one_line(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import random
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,11 +15,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from prefs.errors import UserError
-from prefs.probes import train as train_module
 from prefs.probes.data import ProbeData
-from prefs.probes.folds import Splits, assign_folds
+from prefs.probes.folds import Splits
 from prefs.probes.ridge import RidgeBank
-from prefs.probes.scores import r2_columns
 from prefs.probes.train import fit, train
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3)
@@ -127,53 +124,6 @@ def test_a_feature_that_is_constant_in_training_has_no_weight(n, d):
     torch.testing.assert_close(bank.predict_fit(several, 1), without, rtol=0, atol=1e-8)
 
 
-@BOTH_WAYS
-def test_sites_in_groups_are_the_same_probes(n, d, monkeypatch):
-    vectors, targets, splits = residuals(n, 5, d), torch.as_tensor(noisy(n, 2)), by_thirds(n)
-    features, settings = tensors(vectors), config((0.01, 1.0, 100.0))
-    whole = train(features, targets, splits, settings, kept=2)
-    numbers = RidgeBank.numbers(n, d, splits.fits, 2, settings)
-    assert train_module.group_width(features, targets, splits, settings) == 5
-    monkeypatch.setattr(train_module, "GROUP_BYTES", 8 * numbers * 2)
-    assert train_module.group_width(features, targets, splits, settings) == 2
-    groups = train(features, targets, splits, settings, kept=2)
-    np.testing.assert_allclose(groups.out_of_fold, whole.out_of_fold, rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(groups.penalty, whole.penalty)
-    for site in range(5):
-        one, other = (trained.probe(3, site, 1, "y") for trained in (groups, whole))
-        assert one.site == other.site == features.sites[site]
-        torch.testing.assert_close(one.tensors["weight"], other.tensors["weight"])
-
-
-@BOTH_WAYS
-def test_many_targets_at_once_are_those_one_at_a_time(n, d):
-    vectors, targets, splits = residuals(n, 2, d), noisy(n, 3), by_thirds(n)
-    together = bank_of(vectors, targets, splits)
-    for t in range(3):
-        alone = bank_of(vectors, targets[:, [t]], splits)
-        torch.testing.assert_close(together.weight[:, :, [t]], alone.weight, rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(together.criterion[..., [t]], alone.criterion, rtol=1e-8, atol=0)
-        assert torch.equal(together.chosen[:, :, [t]], alone.chosen)
-
-
-def test_planted_signal_is_found_at_its_layer():
-    vectors = residuals(400, 4, 24, seed=3)
-    y = planted(vectors, 2, 0.8)
-    splits = Splits.draw(assign_folds([str(i) for i in range(400)], ["A"] * 400, 5, seed=0), 0)
-    trained = train(tensors(vectors), torch.as_tensor(y)[:, None], splits, config(), kept=1)
-    r2 = r2_columns(trained.out_of_fold, y[:, None])[:, 0]
-    assert r2[2] == pytest.approx(0.8, abs=0.05)
-    assert r2[[0, 1, 3]].max() < 0.05
-    assert trained.best_sites().tolist() == [[2]] * 6
-
-
-@pytest.mark.parametrize("d", [20, 150])
-def test_noise_is_not_predicted(d):
-    y = noisy(100, 5)
-    trained = train(tensors(residuals(100, 2, d)), torch.as_tensor(y), by_thirds(100, 5), config(), kept=1)
-    assert r2_columns(trained.out_of_fold, y).max() < 0.05
-
-
 def test_a_probe_by_itself_predicts_what_the_bank_does():
     """Also where the mean is a thousand times the SD, as of massive activations."""
     vectors = residuals(60, 2, 10, dtype=torch.float32)
@@ -199,12 +149,6 @@ def test_constant_target_and_tiny_data():
     assert bank.weight[:2].abs().max() == 0
 
 
-@pytest.mark.parametrize("penalties", [(), (0.0,), (1.0, -1.0), (float("nan"),), (float("inf"),)])
-def test_penalties_that_cannot_be_are_refused(penalties):
-    with pytest.raises(ValueError, match="penalties"):
-        bank_of(residuals(12, 1, 4), noisy(12, 1), by_thirds(12), penalties)
-
-
 @BOTH_WAYS
 def test_a_penalty_lost_in_rounding_is_told(n, d):
     vectors = residuals(n, 1, d, dtype=torch.float32)
@@ -215,8 +159,6 @@ def test_a_penalty_lost_in_rounding_is_told(n, d):
 
 def test_training_leaves_no_trace(tmp_path, monkeypatch, capfd, caplog, recwarn):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SLURM_NTASKS", "8")  # inside a larger Slurm job, one process still trains alone
-    monkeypatch.setenv("SLURM_JOB_NAME", "sweep")
     caplog.set_level(logging.DEBUG)
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
 
@@ -234,24 +176,6 @@ def test_training_leaves_no_trace(tmp_path, monkeypatch, capfd, caplog, recwarn)
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.name.startswith("lightning")] == []
     assert [str(warning.message) for warning in recwarn] == []
-
-
-def test_progress_bar_runs_to_its_end(monkeypatch):
-    bars: list[tuple[str, int]] = []
-    advances: list[int] = []
-
-    @contextmanager
-    def bar(what: str, total: int):
-        bars.append((what, total))
-        yield advances.append
-
-    monkeypatch.setattr(train_module, "progress", bar)
-    features, y = tensors(residuals(20, 2, 8)), torch.as_tensor(noisy(20, 1))
-    train(features, y, by_thirds(20), config(), kept=1)
-    assert bars == []
-    train(features, y, by_thirds(20), config((1, 2)), kept=1, show_progress=True)
-    assert bars == [("training 16 probes (ridge)", 2)]
-    assert sum(advances) == 2
 
 
 @pytest.mark.slow

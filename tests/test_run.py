@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import itertools
-import json
-import os
 import re
 import signal
 import subprocess
@@ -17,8 +13,9 @@ import numpy as np
 import offline_wandb
 import pandas as pd
 import pytest
+from sweeps import environment
 
-from prefs.probes.card import load_probe
+from prefs.data.template import Invalid
 
 SMALL = [
     "dataset.limit=12",
@@ -33,11 +30,6 @@ SMALL = [
 ]
 PROBES = ("probe", "probe_chosen", "probe_controls", "probe_origins", "probe_transfer", "probe_predictions")
 TABLES = ("ratings", "exact", "stability", "distribution", "refusals", *PROBES)
-
-
-def environment(store: Path) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HYDRA", "PREFS"))}
-    return clean | {"PREFS_STORE": str(store), "COLUMNS": "80"}
 
 
 def start(folder: Path, store: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -95,10 +87,11 @@ def test_the_tables_are_right_for_what_the_store_holds(uninterrupted):
     assert stability.loc["ALL", "valid_mass"] == pytest.approx(masses.sum(axis=1).mean())
     assert len(ratings) == 12 * 3
     assert ratings["value"].notna().sum() == stability.loc["ALL", "valid"]
-    assert set(ratings.loc[ratings["value"].isna(), "invalid"]) <= {"no_option", "out_of_range", "ambiguous", "empty"}
+    assert set(ratings.loc[ratings["value"].isna(), "invalid"]) <= {reason.value for reason in Invalid}
     wide = ratings.pivot(index="task", columns="seed", values="value")
-    pairs = wide.corr(min_periods=3).to_numpy()[np.triu_indices(3, k=1)]
-    assert stability.loc["ALL", "cross_seed_r"] == pytest.approx(np.nanmean(pairs))
+    pairs = pd.Series(wide.corr(min_periods=3).to_numpy()[np.triu_indices(3, k=1)])
+    # Of no r where the model says the same of all tasks.
+    assert stability.loc["ALL", "cross_seed_r"] == pytest.approx(pairs.mean(), nan_ok=True)
     predictions = read["probe_predictions"].query("target == 'exact'")
     residual = ((predictions["measured"] - predictions["predicted"]) ** 2).sum()
     total = ((predictions["measured"] - predictions["measured"].mean()) ** 2).sum()
@@ -106,24 +99,6 @@ def test_the_tables_are_right_for_what_the_store_holds(uninterrupted):
     assert row["score"] == row["r2"] == pytest.approx(1 - residual / total)
     assert row["ceiling"] == 1
     assert len(read["probe"]) == 3 * 2 * 3  # targets, positions, layers
-
-
-def test_figures_and_probe_are_there(uninterrupted):
-    folder, _, _ = uninterrupted
-    for name in ("ratings_by_origin", "cross_seed_r", "probe_by_layer", "probe_origins", "probe_transfer"):
-        png = (folder / "anchored_precise" / "figures" / f"{name}.png").read_bytes()
-        assert png.startswith(b"\x89PNG")
-    saved = load_probe(folder / "anchored_precise" / "probe" / "exact")
-    assert {(site.layer, site.position) for site in saved.sites} == {
-        (layer, position) for layer in (0, 14, 29) for position in ("mean_completion", "rating")
-    }
-    assert saved.card["model"]["id"] == "embedded:smollm2"
-    assert saved.probe.d_model == 576
-    card = json.loads((folder / "anchored_precise" / "probe" / "sampled" / "probe.json").read_text())
-    assert (card["target"], card["metric"], card["dataset"]) == ("mean of 3 seeds", "R²", "mini")
-    chosen = pd.read_csv(folder / "anchored_precise" / "probe_chosen.csv").set_index("target").loc["mean of 3 seeds"]
-    assert card["metrics"]["score"] == pytest.approx(chosen["score"])
-    assert (card["layer"], card["position"]) == (chosen["layer"], chosen["position"])
 
 
 def test_wandb_has_it_all_offline(uninterrupted):
@@ -211,7 +186,6 @@ def test_a_sweep_runs_on_one_loaded_model_and_the_same_completions(uninterrupted
     assert len(jobs) == 3
     assert len({(job / "completions.csv").read_bytes() for job in jobs}) == 1
     runs = [offline_wandb.read(next(job.glob("wandb/offline-run-*"))) for job in jobs]
-    assert sorted(run.name for run in runs) == ["smollm2-anchored", "smollm2-likert", "smollm2-stated"]
     assert {run.group for run in runs} == {"/".join(jobs[0].parts[-3:-1])}
     compared = jobs[0].parent / "comparison"
     assert "Comparison · 3 cells of 3 jobs" in printed
@@ -220,56 +194,11 @@ def test_a_sweep_runs_on_one_loaded_model_and_the_same_completions(uninterrupted
         own = pd.read_csv(job / key / "stability.csv").query("origin == 'ALL'").iloc[0]
         for name in ("n", "cross_seed_r", "cross_seed_r_low", "d", "predicted_r", "seeds_needed_high"):
             assert cells.loc[key, name] == pytest.approx(own[name], nan_ok=True), (key, name)
-    page = html.unescape((compared / "report.html").read_text())
-    for prompt in pd.read_parquet(jobs[0] / "completions.parquet")["prompt"]:
-        assert prompt in page
     (summary,) = (offline_wandb.read(folder) for folder in compared.glob("wandb/offline-run-*"))
     assert (summary.name, summary.group) == ("comparison", runs[0].group)
     assert summary.summary["compare/d/smollm2-likert/ALL"] == pytest.approx(cells.loc["likert", "d"])
     logged = {key for row in summary.history for key in row}
     assert {"tables/cells", "tables/agreement", "figures/stability_by_template", "report"} <= logged
-    again = subprocess.run(
-        [sys.executable, "-m", "prefs.compare", str(jobs[0].parent), "--wandb", "disabled", "--out", "again"],
-        cwd=tmp_path, env=environment(store), capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    assert "smollm2 on 12 tasks" in again.stdout
-    assert (tmp_path / "again" / "cells.csv").read_bytes() == (compared / "cells.csv").read_bytes()
-
-
-@pytest.mark.slow
-def test_an_experiment_is_a_multirun_and_templates_share_a_job(uninterrupted, tmp_path):
-    _, store, _ = uninterrupted
-    printed = run(tmp_path, store, "+experiment=template_comparison", *SMALL[:4], "model.batch_tokens=700")
-    (job,) = tmp_path.glob("multirun/*/*/0")
-    assert "Comparison · 6 cells of 1 job" in printed
-    logs = [offline_wandb.read(folder) for folder in sorted(job.glob("wandb/offline-run-*"))]
-    assert {log.group for log in logs} == {f"template_comparison {'/'.join(job.parts[-3:-1])}"}
-    assert len({log.name for log in logs}) == 6
-    agreement = pd.read_csv(job.parent / "comparison" / "agreement.csv")
-    assert len(agreement) == 15
-    assert agreement["n"].eq(12).all()
-
-
-@pytest.mark.slow
-def test_system_prompts_is_three_by_three_on_three_sets_of_completions(uninterrupted, tmp_path):
-    _, store, _ = uninterrupted
-    small = ["dataset.limit=5", "completer.max_new_tokens=8", "rating.seeds=[0,1]", "rating.max_new_tokens=4"]
-    printed = run(tmp_path, store, "+experiment=system_prompts", *small, "wandb.mode=disabled")
-    jobs = sorted(tmp_path.glob("multirun/*/*/[0-9]"))
-    assert len(jobs) == 9
-    assert printed.count("Loading smollm2") == 1
-    assert len({(job / "completions.csv").read_bytes() for job in jobs}) == 3
-    compared = jobs[0].parent / "comparison"
-    table = pd.read_csv(compared / "conditions.csv").query("ratings == 'exact' and origin == 'ALL'")
-    levels = ["positive", "neutral", "negative"]
-    assert list(zip(table["completing"], table["rating"], strict=True)) == list(itertools.product(levels, levels))
-    for job, mean in zip(jobs, table["mean"], strict=True):
-        assert pd.read_csv(job / "anchored_precise" / "exact.csv")["mean"].mean() == pytest.approx(mean)
-    assert table["mean"].nunique() == 9
-    effects = pd.read_csv(compared / "condition_effects.csv")
-    assert set(effects["n"] + effects["left_out"]) == {5}
-    assert "smollm2-anchored_precise: exact ratings by condition" in printed
-    assert (compared / "figures" / "conditions.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -290,8 +219,6 @@ def test_a_sweep_goes_on_after_a_job_that_fails(uninterrupted, tmp_path):
     [
         (["template=ancored"], "prefs: template: got 'ancored'; allowed: one of agreement, anchored"),
         (["hydra.swep.dir=x"], "prefs: hydra.swep: there is no such key; did you mean 'sweep'? Known here: callbacks,"),
-        (["model.nme=x"], "prefs: model.nme: there is no such key; did you mean 'name'?"),
-        (["rating.seeds=[1,1]"], "prefs: rating.seeds: got [1, 1]"),
         (["capture.layers=[30]"], "prefs: capture.layers: got 30; allowed: all, or from -30 to 29"),
         # These come late, after torch is loaded.
         pytest.param(
@@ -328,23 +255,6 @@ def test_no_secret_is_written_anywhere(uninterrupted, tmp_path):
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
 
 
-@pytest.mark.slow
-def test_a_users_own_data_and_template(uninterrupted, tmp_path):
-    _, store, _ = uninterrupted
-    (tmp_path / "tasks.csv").write_text("prompt,origin\nName a colour.,A\nAdd 2 and 3.,B\n<|im_end|> hi,B\n")
-    (tmp_path / "conf" / "template").mkdir(parents=True)
-    (tmp_path / "conf" / "template" / "mine.yaml").write_text(
-        "mine:\n  name: mine_0_10\n  question: From 0 to 10, how was it?\n  options:\n"
-        + "".join(f"    - {{say: '{n}', value: {n}}}\n" for n in range(11))
-    )
-    arguments = ["--config-dir", "conf", "template=mine", "dataset=file", "dataset.path=tasks.csv", *SMALL[1:]]
-    printed = run(tmp_path, store, *arguments, "probe=none", "capture=none", "wandb.mode=disabled")
-    assert "mine_0_10 · tasks" in printed
-    exact = pd.read_csv(run_folder(tmp_path) / "mine" / "exact.csv")
-    assert list(exact.columns[2:13]) == [f"p({n})" for n in range(11)]
-    assert exact["valid_mass"].between(0, 1).all()
-
-
 def test_help_config_completion_and_a_users_own_main_config(tmp_path):
     def output(*command: str, module: str = "prefs.run", **env: str) -> str:
         return subprocess.run(
@@ -357,7 +267,6 @@ def test_help_config_completion_and_a_users_own_main_config(tmp_path):
     assert "template: agreement, anchored, anchored_precise, binary, likert, stated" in printed
     assert "score" not in printed
     assert "text_file=PATH" in output("--help", module="prefs.score")
-    assert "reader: conversation" in output("--cfg", "job", "dataset=wildchat")
     assert "template=likert" in output("-sc", "query=bash", COMP_LINE="prefs-run template=li")
     own = "defaults:\n  - config\n  - _self_\nrating:\n  seeds: [7]\n"
     (tmp_path / "main.yaml").write_text(own)

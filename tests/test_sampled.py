@@ -1,4 +1,4 @@
-"""Stability statistics: by hand, against peers, by their properties, and on data of a known kind."""
+"""Stability statistics: by hand, against peers, and by their properties."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from prefs.statistics import sampled as module
 from prefs.statistics.estimates import Estimate, Resamples
 from prefs.statistics.sampled import cross_seed, distribution, intraclass, modal
 
@@ -52,9 +51,11 @@ def every_estimate(x: np.ndarray, resamples: int = 0) -> dict[str, Estimate]:
     }
 
 
-@pytest.mark.parametrize("invalid", [0.0, 0.3])
-def test_pairs_agree_with_scipy(invalid):
+@pytest.mark.parametrize(("invalid", "levels"), [(0.0, 5), (0.3, 5), (0.3, 1000)])
+def test_pairs_agree_with_scipy(invalid, levels):
     x = sampled(80, 5, seed=1, invalid=invalid, noise=0.7)
+    if levels > 5:  # pairs of many different ratings are counted otherwise
+        x[40:] += np.random.default_rng(2).integers(0, levels, size=(40, 5)) / levels
     across, mode = cross_seed(x), modal(x).rating
     peers = (stats.pearsonr, stats.spearmanr, stats.pearsonr)
     shares = []
@@ -75,64 +76,12 @@ def test_pairs_agree_with_scipy(invalid):
     assert across.pearson.mean.n == (np.isfinite(x).sum(axis=1) >= 2).sum()
 
 
-@settings(max_examples=60)
-@given(cells)
-def test_many_levels_one_pair_at_a_time_and_blocks_of_pairs_give_the_same(x):
-    draws = Resamples.draw(len(x), 20)
-    whole = cross_seed(x, draws)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TABLE_ENTRIES", 21 * 5 * 5 * 2)
-        assert cross_seed(x, draws) == whole
-        patch.setattr(module, "MANY_LEVELS", 0)
-        by_pair = cross_seed(x, draws)
-    for one, other in (
-        (whole.pearson, by_pair.pearson),
-        (whole.spearman, by_pair.spearman),
-        (whole.informative.r, by_pair.informative.r),
-    ):
-        assert [r.reason for r in one.pairs.values()] == [r.reason for r in other.pairs.values()]
-        assert (one.mean.value, one.mean.low, one.mean.high) == pytest.approx(
-            (other.mean.value, other.mean.low, other.mean.high), abs=1e-9
-        )
-    assert whole.informative.d == by_pair.informative.d
-
-
 def test_a_seed_without_variance_leaves_the_other_pairs():
     got = cross_seed([[1, 1, 4], [2, 3, 4], [3, 2, 4], [4, 4, 4]], Resamples.draw(4, 100)).pearson
     assert (got.pairs_defined, len(got.pairs)) == (1, 3)
     assert got.mean.value == got.pairs[0, 1].value
     assert [r.reason for r in got.pairs.values()] == [None, "no variance in ratings", "no variance in ratings"]
     assert got.sd.reason == "fewer than 2 pairs of seeds with a defined r"
-
-
-@pytest.mark.parametrize(("kind", "peer"), [("pearson", stats.pearsonr), ("spearman", stats.spearmanr)])
-def test_cross_seed_interval_agrees_with_scipy(kind, peer):
-    x = sampled(80, 2, seed=3)
-    got = getattr(cross_seed(x, Resamples.draw(80, 3000, seed=1)), kind).mean
-    expected = stats.bootstrap(
-        (x[:, 0], x[:, 1]), lambda a, b: peer(a, b).statistic, paired=True, n_resamples=1000, vectorized=False,
-        method="percentile", rng=np.random.default_rng(2),
-    ).confidence_interval  # fmt: skip
-    assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=0.03)
-
-
-def test_the_mode_is_of_the_whole_cell():
-    # 2 is the mode only through tasks with one valid rating, which no pair uses; among the others it would be 4.
-    x = np.array([[2, nan]] * 4 + [[4, 4], [4, 4], [4, 4], [2, 2], [1, 2], [2, 3], [5, 5]], dtype=float)
-    got = cross_seed(x).informative
-    assert modal(x).rating == 2
-    assert got.d.value == pytest.approx(6 / 7)
-    assert got.r.mean.value == pytest.approx(stats.pearsonr([4, 4, 4, 1, 2, 5], [4, 4, 4, 2, 3, 5]).statistic)
-
-
-def test_a_model_that_always_says_four_is_not_informative():
-    x = np.full((100, 4), 4.0)
-    x[:2] = 1.0
-    got = cross_seed(x, Resamples.draw(100, 50)).informative
-    assert cross_seed(x).pearson.mean.value == pytest.approx(1.0)
-    assert got.r.mean.reason == "fewer than 3 tasks with a rating other than the mode"
-    assert got.d.value == pytest.approx(0.02)
-    assert got.d.low <= 0.02 <= got.d.high
 
 
 def test_mode_and_distribution_by_hand():
@@ -218,8 +167,3 @@ def test_order_scale_and_unrated_tasks_change_nothing(x, scale, shift, random):
         assert (got[name].n, got[name].reason) == (expected[name].n, expected[name].reason), name
         if expected[name].defined:
             assert got[name].value == pytest.approx(expected[name].value, abs=1e-7), name
-
-
-def test_ratings_must_be_tasks_by_seeds():
-    with pytest.raises(ValueError, match=r"\[tasks, seeds\]"):
-        cross_seed([1, 2, 3])

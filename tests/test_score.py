@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import pytest
 import torch
 from browser import chromium
 from conftest import template
+from engine_calls import complete, replies
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,9 +28,8 @@ from prefs.config import ModelConfig, ThinkingConfig
 from prefs.errors import UserError
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.models.local.engine import LocalEngine
-from prefs.models.types import Ask, CaptureRequest, Message, Question, Sampling
+from prefs.models.types import Capture, Message, Question, Reply, Request, Sampling
 from prefs.probes.card import SavedProbe, load_probe, save_probe
-from prefs.probes.page import SHADES, shade
 from prefs.probes.probe import Probe, Site
 from prefs.probes.source import Source
 from prefs.score import ScoreConfig, literal, score, texts
@@ -43,17 +43,17 @@ RANDOM = torch.Generator().manual_seed(3)
 def made(kind: str, position: str, d: int = 576, layer: int = 14) -> Probe:
     """A probe of random weights, with a mean and a scale that matter."""
 
-    def numbers(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=RANDOM) * scale
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=RANDOM)
 
-    weight = {"weight": numbers(d, scale=0.05)}
+    weight = {"weight": 0.05 * numbers(d)}
     tensors = {
         "linear": weight | {"bias": torch.tensor(3.2)},
         "logistic": weight | {"bias": torch.tensor(-0.2)},
         "ordinal": weight
         | {"thresholds": torch.tensor([-1.0, -0.2, 0.4, 1.5]), "values": torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])},
         "mlp": {
-            "hidden_weight": numbers(7, d, scale=0.05),
+            "hidden_weight": 0.05 * numbers(7, d),
             "hidden_bias": numbers(7),
             "out_weight": numbers(7),
             "bias": torch.tensor(3.0),
@@ -65,14 +65,14 @@ def made(kind: str, position: str, d: int = 576, layer: int = 14) -> Probe:
 def predicted(probe: Probe, vector: torch.Tensor) -> float:
     """What each form says of one vector, written out again, in float64."""
     z = ((vector - probe.mean) / probe.scale).double().numpy()
-    of = {name: tensor.double().numpy() for name, tensor in probe.tensors.items()}
+    parts = {name: tensor.double().numpy() for name, tensor in probe.tensors.items()}
     if probe.kind == "mlp":
-        hidden = of["hidden_weight"] @ z + of["hidden_bias"]
-        return float((hidden * ndtr(hidden)) @ of["out_weight"] + of["bias"])
+        hidden = parts["hidden_weight"] @ z + parts["hidden_bias"]
+        return float((hidden * ndtr(hidden)) @ parts["out_weight"] + parts["bias"])
     if probe.kind == "ordinal":
-        at_most = [*(expit(each - z @ of["weight"]) for each in of["thresholds"]), 1.0]
-        return float(np.diff([0.0, *at_most]) @ of["values"])
-    raw = float(z @ of["weight"] + of["bias"])
+        at_most = [*(expit(edge - z @ parts["weight"]) for edge in parts["thresholds"]), 1.0]
+        return float(np.diff([0.0, *at_most]) @ parts["values"])
+    raw = float(z @ parts["weight"] + parts["bias"])
     return float(expit(raw)) if probe.kind == "logistic" else raw
 
 
@@ -116,16 +116,25 @@ def written(folder: Path) -> dict:
     return json.loads((folder.parent / "out" / "score.json").read_text())
 
 
+TURNS = (Message("user", "Name a colour."), Message("assistant", "Blue, green"))
+
+
+def captured(
+    engine: LocalEngine, position: str, *turns: Message, sampling: Sampling = GREEDY, scores: tuple[int, ...] = ()
+) -> Reply:
+    """What the engine itself captures at layer 14."""
+    question = Question(template("stated").question, tuple("12345"), "Answer: ") if position == "rating" else None
+    capture = Capture((14,), (position,))
+    (reply,) = replies(engine, [Request(turns, question, sampling, scores=scores, capture=capture)])
+    return reply
+
+
 @pytest.mark.parametrize("kind", ["linear", "logistic", "ordinal", "mlp"])
 def test_the_prediction_is_the_probes_of_what_is_captured_at_rating(folder, own, backend, kind):
     probe = made(kind, "rating")
     save_probe(folder, SavedProbe(probe, card()))
-    applied = scored(folder, own, text="Name a colour.", completion="Blue")
-    question = Question(template("stated").question, tuple("12345"), "Answer: ")
-    turns = (Message("user", "Name a colour."), Message("assistant", "Blue"))
-    capture = CaptureRequest((14,), ("rating",))
-    (observed,) = backend.observe([turns], [Ask(question)], GREEDY, capture)
-    expected = predicted(probe, observed.answers[0].residual[0])
+    applied = scored(folder, own, text=TURNS[0].content, completion=TURNS[1].content)
+    expected = predicted(probe, captured(backend, "rating", *TURNS).residuals["rating"][0])
     assert applied.prediction == pytest.approx(expected, abs=1e-4)
     assert written(folder)["prediction"] == applied.prediction
     assert float(applied.scores[-1]) == pytest.approx(expected, abs=2e-3)
@@ -136,93 +145,50 @@ def test_the_prediction_is_the_probes_of_what_is_captured_at_rating(folder, own,
 def test_positions_before_the_question(folder, own, backend, position):
     probe = made("linear", position)
     save_probe(folder, SavedProbe(probe, card(system_prompt="Be brief.")))
-    applied = scored(folder, own, text="Name a colour.", completion="Blue, green")
-    turns = (Message("system", "Be brief."), Message("user", "Name a colour."), Message("assistant", "Blue, green"))
-    (observed,) = backend.observe([turns], [], GREEDY, CaptureRequest((14,), (position,)))
-    assert applied.prediction == pytest.approx(predicted(probe, observed.residuals[position][0]), abs=1e-4)
+    applied = scored(folder, own, text=TURNS[0].content, completion=TURNS[1].content)
+    residuals = captured(backend, position, Message("system", "Be brief."), *TURNS).residuals
+    assert applied.prediction == pytest.approx(predicted(probe, residuals[position][0]), abs=1e-4)
     start, end = written(folder)["positions"][position]
     assert end - start == (3 if position == "mean_completion" else 1)
-    of_tokens = [token["score"] for token in written(folder)["tokens"][start:end]]
-    assert np.mean(of_tokens) == pytest.approx(applied.prediction, abs=2e-3)  # a linear probe of a mean
+    token_scores = [token["score"] for token in written(folder)["tokens"][start:end]]
+    assert np.mean(token_scores) == pytest.approx(applied.prediction, abs=2e-3)  # a linear probe of a mean
 
 
 def test_the_model_writes_its_own_completion_where_one_is_needed(folder, own, backend):
     save_probe(folder, SavedProbe(made("linear", "last_completion"), card()))
     applied = scored(folder, own, text="Count to three.")
-    (sample,) = backend.complete([(Message("user", "Count to three."),)], 0, GREEDY)
+    (sample,) = complete(backend, [(Message("user", "Count to three."),)], 0, GREEDY)
     assert applied.conversation[-1] == Message("assistant", sample.text)
     assert written(folder)["completion_written_by_model"]
     again = scored(folder, own, text="Count to three.", completion=sample.text)
     assert again.prediction == applied.prediction
     assert not written(folder)["completion_written_by_model"]
-    other = scored(folder, own, text="Count to three.", temperature=1.5, seed=4)
-    assert other.conversation != applied.conversation
+    with pytest.raises(UserError, match="an empty completion has no last_completion"):
+        scored(folder, own, text="Hi", completion="")
 
 
-def test_at_last_prompt_nothing_is_written_and_a_completion_changes_nothing(folder, own):
-    save_probe(folder, SavedProbe(made("linear", "last_prompt"), card()))
-    applied = scored(folder, own, text="Count to three.")
-    assert applied.conversation[-1] == Message("assistant", "")
-    assert applied.written is None
-    assert scored(folder, own, text="Count to three.", completion="One").prediction == pytest.approx(
-        applied.prediction, abs=1e-3
-    )
-
-
-def test_a_templates_own_prefill_goes_before_the_models(folder, own):
-    asked = card()
-    asked["template"] = {**asked["template"], "prefill": "I say "}
-    save_probe(folder, SavedProbe(made("linear", "rating"), asked))
-    applied = scored(folder, own, text="Hi", completion="Yes")
-    assert "".join(applied.stream.tokens).endswith("assistant\nI say ")
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page: its elements, and the tokens as text."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.elements: list[str] = []
-        self.tokens: list[str] = []
-        self.titles: list[str] = []
-        self._in_tokens = self._in_span = False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.elements.append(tag)
-        assert not any(name == "style" or name.startswith("on") for name in given)
-        self._in_tokens |= tag == "div" and given.get("class") == "tokens"
-        if self._in_tokens and tag == "span":
-            self._in_span = True
-            self.tokens.append("")
-            self.titles.append(given["title"])
-
-    def handle_endtag(self, tag):
-        self._in_tokens &= tag != "div"
-        self._in_span &= tag != "span"
-
-    def handle_data(self, data):
-        if self._in_span:
-            self.tokens[-1] += data
+def tokens_of(page: str) -> list[tuple[str, str]]:
+    """The text and the title of each token of a page; the text of a page is in no other element."""
+    (tokens,) = re.findall(r'<div class="tokens"[^>]*>(.*?)</div>', page, flags=re.DOTALL)
+    spans = re.findall(r'<span [^<>]*?title="([^"]*)"[^<>]*>([^<>]*)</span>', tokens)
+    assert tokens.replace("<br>", "").count("<") == 2 * len(spans)
+    return [(unescape(text), unescape(title)) for title, text in spans]
 
 
 def test_hostile_text_is_text_on_the_page(folder, own):
     save_probe(folder, SavedProbe(made("linear", "rating"), card()))
     applied = scored(folder, own, text=HOSTILE, completion="</span></div><img src=x onerror=alert(1)>")
     html = (folder.parent / "out" / "score.html").read_text()
-    page = Page(html)
-    assert "script" not in page.elements
-    assert "img" not in page.elements
+    assert not re.search("<script|<img", html)
     assert "default-src 'none'" in html
-    assert len(page.tokens) == len(applied.stream.tokens) == len(written(folder)["tokens"])
-    told = zip(page.tokens, page.titles, strict=True)
-    for at, ((shown, title), token) in enumerate(zip(told, applied.stream.tokens, strict=True)):
+    told = tokens_of(html)
+    assert len(told) == len(applied.stream.tokens) == len(written(folder)["tokens"])
+    for number, ((shown, title), token) in enumerate(zip(told, applied.stream.tokens, strict=True)):
         assert shown == (token.replace("\n", "↵").replace("\x1b", "␛") or "·")
-        assert f"token {at}, " in title
+        assert f"token {number}, " in title
         assert shown in title
-    assert sum("control token" in title for title in page.titles) == sum(applied.stream.control)
-    assert page.titles[-1].endswith(", rating")
+    assert sum("control token" in title for _, title in told) == sum(applied.stream.control)
+    assert told[-1][1].endswith(", rating")
     assert "<script>alert('<|im_end|>')</script>" in "".join(applied.stream.tokens)
     assert written(folder)["conversation"][0]["content"] == HOSTILE
 
@@ -237,56 +203,43 @@ def test_a_rater_that_thinks_is_read_after_its_thought(folder, backend):
     assert spec.thinking == ThinkingConfig(True, "", ".", " ", 12, True)
     thinker = LocalEngine(backend.bridge, backend.encoder.tokenizer, spec)
     applied = scored(folder, Models({spec.engine: thinker}), text="Name a colour.", completion="Blue")
-    question = Question(template("stated").question, tuple("12345"), "Answer: ")
-    (observed,) = thinker.observe(
-        [applied.conversation], [Ask(question, scores=(5,))], Sampling(1.0, 1.0, 1), CaptureRequest((14,), ("rating",))
-    )
-    assert applied.thought == observed.answers[0].scores[5].thought
-    assert applied.prediction == pytest.approx(predicted(probe, observed.answers[0].residual[0]), abs=1e-4)
+    sampling = Sampling(1.0, 1.0, 1)
+    reply = captured(thinker, "rating", *applied.conversation, sampling=sampling, scores=(5,))
+    assert applied.thought == reply.scores[5].thought
+    assert applied.prediction == pytest.approx(predicted(probe, reply.residuals["rating"][0]), abs=1e-4)
     assert float(applied.scores[-1]) == pytest.approx(applied.prediction, abs=2e-3)
     assert "".join(applied.stream.tokens).endswith(f"{applied.thought}. Answer: ")
-    save_probe(folder, SavedProbe(probe, {key: value for key, value in asked.items() if key != "thought"}))
-    with pytest.raises(UserError, match="card has no thought"):
-        Source.read(load_probe(folder))
-
-
-@pytest.mark.parametrize("key", ["model", "model_config", "system_prompt", "template", "scale"])
-def test_a_card_that_lacks_something(folder, own, key):
-    lacking = card()
-    del lacking[key]
-    save_probe(folder, SavedProbe(made("linear", "rating"), lacking))
-    with pytest.raises(UserError, match=f"card has no {key}, which scoring new text needs"):
-        scored(folder, own, text="Hi")
 
 
 @pytest.mark.parametrize(
-    ("changed", "match"),
+    ("probe", "changed", "match"),
     [
-        ({"scale": {"low": 1}}, "no scale.high"),
-        ({"template": {"question": "?", "options": [{}], "prefill": None}}, "no template.options with say"),
-        ({"model_config": {"name": "x", "path": "y", "colour": 3}}, "no model_config that this version"),
-        ({"model_config": {"name": "x", "path": "y", "backend": "vllm"}}, "a model of vllm, which gives no residual"),
+        ({}, {"scale": None}, "card has no scale, which scoring new text needs"),
+        ({}, {"template": None}, "card has no template, which scoring new text needs"),
+        ({}, {"scale": {"low": 1}}, "no scale.high"),
+        ({}, {"template": {"question": "?", "options": [{}], "prefill": None}}, "no template.options with say"),
+        ({}, {"model_config": {"name": "x", "path": "y", "colour": 3}}, "no model_config that this version"),
+        ({}, {"model_config": {"name": "x", "path": "y", "backend": "vllm"}}, "of vllm, which gives no residual"),
+        ({"d": 64}, {}, "vectors of 64 numbers, and smollm2 has 576"),
+        ({"layer": 30}, {}, "layer 30, and smollm2 has 0 to 29"),
     ],
 )
-def test_a_card_that_is_wrong(folder, own, changed, match):
-    save_probe(folder, SavedProbe(made("linear", "rating"), card(**changed)))
+def test_a_probe_that_cannot_score_this_text_is_one_line(folder, own, probe, changed, match):
+    asked = {key: value for key, value in card(**changed).items() if value is not None or key == "system_prompt"}
+    save_probe(folder, SavedProbe(made("linear", "rating", **probe), asked))
     with pytest.raises(UserError, match=match):
-        scored(folder, own, text="Hi")
-
-
-def test_a_probe_of_another_width_or_depth(folder, own):
-    save_probe(folder, SavedProbe(made("linear", "rating", d=64), card()))
-    with pytest.raises(UserError, match="vectors of 64 numbers, and smollm2 has 576"):
-        scored(folder, own, text="Hi")
-    save_probe(folder, SavedProbe(made("linear", "rating", layer=30), card()))
-    with pytest.raises(UserError, match="layer 30, and smollm2 has 0 to 29"):
         scored(folder, own, text="Hi")
     assert not (folder.parent / "out").exists()
 
 
 def test_another_model_is_refused_and_one_that_has_moved_is_found(folder, tmp_path):
     spec = tiny_model(tmp_path / "tiny", llama())
-    save_probe(folder, SavedProbe(made("linear", "last_prompt", d=64, layer=2), card(tiny_config(spec.path))))
+    save_probe(
+        folder,
+        SavedProbe(
+            made("linear", "last_prompt", d=64, layer=2), card(ModelConfig(name="tiny", path=spec.path, device="cpu"))
+        ),
+    )
     (tmp_path / "tiny").rename(tmp_path / "moved")
     source = Source.read(load_probe(folder))
     with pytest.raises(UserError, match="there is no folder"):
@@ -297,26 +250,10 @@ def test_another_model_is_refused_and_one_that_has_moved_is_found(folder, tmp_pa
         source.rater(None, "embedded:smollm2")
 
 
-def tiny_config(path: str) -> ModelConfig:
-    return ModelConfig(name="tiny", path=path, device="cpu")
-
-
-def test_the_model_is_loaded_in_the_precision_of_the_card(folder):
-    save_probe(folder, SavedProbe(made("linear", "rating"), card(dtype="bfloat16")))
-    assert Source.read(load_probe(folder)).rater(None, None).dtype == "bfloat16"
-
-
-@pytest.mark.parametrize("given", [{}, {"completion": "Yes"}])
-def test_a_text_that_is_too_long(folder, own, given):
+def test_a_text_that_is_too_long(folder, own):
     save_probe(folder, SavedProbe(made("linear", "rating"), card()))
     with pytest.raises(UserError, match=r"tokens long, and smollm2 reads 8,192: shorten the text"):
-        scored(folder, own, text="one " * 9000, **given)
-
-
-def test_an_empty_completion(folder, own):
-    save_probe(folder, SavedProbe(made("linear", "mean_completion"), card()))
-    with pytest.raises(UserError, match="an empty completion has no mean_completion"):
-        scored(folder, own, text="Hi", completion="")
+        scored(folder, own, text="one " * 9000)
 
 
 def test_texts_from_files(folder, own):
@@ -330,7 +267,10 @@ def test_texts_from_files(folder, own):
             scored(folder, own, text="Hi", completion_file=str(folder / name))
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+@given(
+    st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+    | st.text(alphabet="\\${}'\",=x \n", max_size=12)  # that mean something to Hydra
+)
 def test_a_text_comes_through_hydra_as_it_is(text):
     (argument,) = literal([f"text={text}"])
     override = OverridesParser.create().parse_override(argument)
@@ -338,26 +278,6 @@ def test_a_text_comes_through_hydra_as_it_is(text):
     config = OmegaConf.create({"text": "?"})
     OmegaConf.update(config, "text", override.value())
     assert config.text == text
-
-
-@given(st.text(alphabet="\\${}'\",=x \n", max_size=12))
-def test_so_do_the_characters_that_mean_something_to_hydra(text):
-    test_a_text_comes_through_hydra_as_it_is.hypothesis.inner_test(text)
-
-
-def test_other_arguments_are_hydras():
-    given = ["-m", "probe=a,b", "text", "--cfg", "job", "text_file=x,y"]
-    assert literal(given) == given
-    with pytest.raises(UserError, match="text: not UTF-8; give text_file=PATH"):
-        literal(["text=\udcff"])
-
-
-def test_shades():
-    shades, reach = shade(np.array([3.0, 4.0, 2.0, np.nan, -780.0]), 3.0, [True, True, True, True, False])
-    assert reach == pytest.approx(1.0)
-    assert shades == [0, SHADES, -SHADES, None, -SHADES]
-    assert shade(np.array([3.0, 3.0]), 3.0, [True, True]) == ([0, 0], 0.0)
-    assert shade(np.array([np.inf]), 3.0, [True]) == ([None], 0.0)
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -373,14 +293,14 @@ def test_the_command(folder):
     done = run(folder.parent, "probe=probe", f"text={HOSTILE}", "max_new_tokens=4")
     assert done.returncode == 0, done.stderr
     (out,) = folder.parent.glob("outputs/*/*")
-    found = json.loads((out / "score.json").read_text())
-    assert found["conversation"][0]["content"] == HOSTILE
-    assert re.search(rf"predicted +{found['prediction']:.2f} on a scale from 1 to 5", done.stdout)
+    record = json.loads((out / "score.json").read_text())
+    assert record["conversation"][0]["content"] == HOSTILE
+    assert re.search(rf"predicted +{record['prediction']:.2f} on a scale from 1 to 5", done.stdout)
     assert "R² .71, r .85" in done.stdout
     assert "(cut off after 4 tokens)" in done.stdout
     assert f"token by token  {out / 'score.html'}" in done.stdout
     assert "\x1b" not in done.stdout
-    assert Page((out / "score.html").read_text()).tokens
+    assert tokens_of((out / "score.html").read_text())
 
 
 @pytest.mark.parametrize(
@@ -388,8 +308,6 @@ def test_the_command(folder):
     [
         (["probe=none", "txt=Hi"], "prefs: txt: there is no such key; did you mean 'text'?"),
         (["probe=none"], "prefs: text: got None; allowed: the prompt"),
-        (["text=Hi"], "prefs: probe: got '???'"),
-        (["probe=none", "text= "], "prefs: text: got ' '; allowed: a prompt that is not empty"),
         (["probe=none", "text=Hi", "text_file=x"], "prefs: text_file: got 'x'; allowed: null, since there is text="),
         pytest.param(
             ["probe=none", "text=Hi"],
@@ -397,7 +315,6 @@ def test_the_command(folder):
             marks=pytest.mark.slow,  # after torch is loaded
         ),
         (["probe=none", "text=Hi", "out=file/below"], "prefs: file/below: Not a directory"),
-        (["probe=none", "text=Hi", "device=gpu"], "prefs: device: got 'gpu'; allowed: auto, cpu"),
         (["probe=none", "text=Hi", "max_new_tokens=0"], "prefs: max_new_tokens: got 0; allowed: 1 or more"),
     ],
 )
@@ -407,13 +324,6 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, arguments,
     assert done.returncode == 2
     assert done.stderr.startswith(line)
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_help(tmp_path):
-    printed = run(tmp_path, "--help").stdout
-    assert "What does a saved probe say of new text?" in printed
-    for field in dataclasses.fields(ScoreConfig):
-        assert f"{field.name}=" in printed
 
 
 @pytest.mark.browser

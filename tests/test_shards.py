@@ -36,7 +36,7 @@ def test_every_task_is_in_one_shard(tasks, count):
     assert [str(shard) for shard in shards] == [f"{number}/{count}" for number in range(1, len(shards) + 1)]
 
 
-@pytest.mark.parametrize("text", ["0/4", "5/4", "1/0", "1", "a/b", "1/4/2", "-1/4", "1.5/4", " 1/4", "1/4\n", "²/4"])
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1/0", "1", "a/b", "-1/4", "1.5/4", "1/4\n", "²/4"])
 def test_what_is_no_shard_is_refused(text):
     with pytest.raises(ConfigError, match=r"shard: got .* allowed: null, or i/n"):
         Shard.parse(text)
@@ -51,12 +51,8 @@ def test_shards_are_merged_by_reading_the_store(tmp_path):
     def prefs(*arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "prefs.run", *arguments, *SMALL],
-            cwd=tmp_path,
-            env=environment(tmp_path / "store"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+            cwd=tmp_path, env=environment(tmp_path / "store"), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -64,10 +60,9 @@ def test_shards_are_merged_by_reading_the_store(tmp_path):
     assert printed.count("The same command without shard= shows the whole") == 2
     assert "omparison" not in printed
     made = [{work["stage"]: work["computed"] for work in job["work"]} for job in jobs(tmp_path)]
-    assert [each["completions"] for each in made] == [4, 3]
-    assert all(each.keys() == made[0].keys() for each in made)
+    assert [computed["completions"] for computed in made] == [4, 3]
+    assert made[0].keys() == made[1].keys()
     assert any(stage.startswith("concepts") for stage in made[0])
-    assert sorted(path.name for path in (tmp_path / "sweep" / "0").iterdir()) == [".hydra", "job.json", "prefs.log"]
     whole = prefs("hydra.run.dir=whole")
     assert "Loading" not in whole
     assert (tmp_path / "whole" / "anchored_precise" / "stability.csv").is_file()

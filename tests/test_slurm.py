@@ -61,7 +61,7 @@ class Slurm:
     def environment(self, store: Path) -> dict[str, str]:
         return environment(store, SLURM_CONF=str(self.folder / "slurm.conf"))
 
-    def said(self, *command: str) -> str:
+    def output(self, *command: str) -> str:
         done = subprocess.run(
             command, env=self.environment(self.folder), capture_output=True, text=True, timeout=60, check=False
         )
@@ -78,30 +78,32 @@ def slurm(tmp_path_factory) -> Iterator[Slurm]:
         pytest.skip(f"no {', '.join(missing)} on this machine")
     if os.geteuid() != 0:
         pytest.skip("Slurm's daemons want to be started by root")
-    found = Slurm(tmp_path_factory.mktemp("slurm"))
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
     for name in ("state", "spool", "munge"):
-        (found.folder / name).mkdir(mode=0o755)
+        (cluster.folder / name).mkdir(mode=0o755)
     # munged is particular about who else could write to the folders above its socket.
-    key = found.folder / "munge" / "key"
+    key = cluster.folder / "munge" / "key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
-    (found.folder / "slurm.conf").write_text(
-        CONF.format(host=socket.gethostname(), folder=found.folder, ports=[free_port(), free_port()])
+    (cluster.folder / "slurm.conf").write_text(
+        CONF.format(host=socket.gethostname(), folder=cluster.folder, ports=[free_port(), free_port()])
     )
     files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-    munge = [f"--{option}={found.folder / 'munge' / name}" for option, name in files.items()]
+    munge = [f"--{option}={cluster.folder / 'munge' / name}" for option, name in files.items()]
     daemons: list[subprocess.Popen] = []
-    with (found.folder / "log").open("w") as log:
+    with (cluster.folder / "log").open("w") as log:
         for daemon in (["munged", "--foreground", "--force", *munge], ["slurmctld", "-D"], ["slurmd", "-D"]):
             daemons.append(
-                subprocess.Popen(daemon, env=found.environment(found.folder), stdout=log, stderr=log, cwd=found.folder)
+                subprocess.Popen(
+                    daemon, env=cluster.environment(cluster.folder), stdout=log, stderr=log, cwd=cluster.folder
+                )
             )
             time.sleep(1)
         try:
-            until(lambda: "idle" in found.said("sinfo", "--noheader"), 60, found.logs)
-            yield found
+            until(lambda: "idle" in cluster.output("sinfo", "--noheader"), 60, cluster.logs)
+            yield cluster
         finally:
-            found.said("scancel", "--user=root")
+            cluster.output("scancel", "--user=root")
             for daemon in reversed(daemons):
                 daemon.terminate()
             for daemon in daemons:
@@ -148,11 +150,11 @@ def test_jobs_that_are_stopped_are_queued_again(serial, slurm, tmp_path):
 def test_a_cancelled_job_is_not_queued_again(slurm, tmp_path):
     (setup,) = OmegaConf.load(CONFIGS / "hydra" / "launcher" / "slurm.yaml").setup
     (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{setup}\nsrun --output={tmp_path}/begun hostname\nsrun sleep 600\n")
-    job = slurm.said("sbatch", "--parsable", f"--output={tmp_path}/log", str(tmp_path / "job.sh")).strip()
+    job = slurm.output("sbatch", "--parsable", f"--output={tmp_path}/log", str(tmp_path / "job.sh")).strip()
     until((tmp_path / "begun").exists, 60, slurm.logs)
-    slurm.said("scancel", job)
-    until(lambda: slurm.said("squeue", "--noheader", "--job", job).strip() == "", 90, slurm.logs)
-    assert "JobState=CANCELLED" in slurm.said("scontrol", "show", "job", job)
+    slurm.output("scancel", job)
+    until(lambda: slurm.output("squeue", "--noheader", "--job", job).strip() == "", 90, slurm.logs)
+    assert "JobState=CANCELLED" in slurm.output("scontrol", "show", "job", job)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +165,8 @@ def test_a_cancelled_job_is_not_queued_again(slurm, tmp_path):
     ],
 )
 def test_a_cluster_that_takes_no_jobs_is_one_line(slurm, tmp_path, overrides, path, line):
-    there = slurm.environment(tmp_path / "store") | ({"PATH": path} if path else {})
-    process = start(tmp_path, there, *SLURM, *overrides)
+    env = slurm.environment(tmp_path / "store") | ({"PATH": path} if path else {})
+    process = start(tmp_path, env, *SLURM, *overrides)
     assert process.wait(timeout=100) == 2
     *_, last = (tmp_path / "log").read_text().splitlines()
     assert last.startswith(f"prefs: hydra/launcher=slurm: {line}")

@@ -164,16 +164,6 @@ def test_a_coefficient_of_zero_is_no_steering_to_the_bit_and_none_is_left_behind
             assert all(one.residuals[name].equal(vectors) for name, vectors in other.residuals.items())
 
 
-def test_nothing_is_left_of_a_direction_that_is_taken_out(both):
-    direction = vector(9)
-    steering = (Steering(2, direction, kind="project_out"),)
-    capture = Capture((1, 2), ("last_prompt",))
-    ((reply,),) = observe(both[0], CONVERSATIONS[:1], [None], capture=capture, steering=steering)
-    before, after = reply.residuals["last_prompt"] @ (direction / direction.norm())
-    assert abs(float(before)) > 0.1
-    assert abs(float(after)) < 1e-4
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from prefs.config import DatasetConfig
 from prefs.data.task import NO_ORIGIN, Task, load_tasks, read_tasks
-from prefs.errors import ConfigError, UserError
+from prefs.errors import UserError
 
 
 def test_mini_has_32_tasks_of_each_origin():
@@ -29,13 +29,6 @@ def test_limit_is_even_over_origins_and_drawn_by_seed():
     assert len(load_tasks(DatasetConfig(name="mini", limit=10_000))) == 128
 
 
-def test_origins():
-    tasks = load_tasks(DatasetConfig(name="mini", origins=["MATH"]))
-    assert {task.origin for task in tasks} == {"MATH"}
-    with pytest.raises(ConfigError, match=r"dataset.origins: got 'MATHS'; allowed: one of ALPACA, BAILBENCH, MATH"):
-        load_tasks(DatasetConfig(name="mini", origins=["MATHS"]))
-
-
 def test_jsonl_and_csv_give_the_same_tasks(tmp_path):
     tasks = [Task("a", "Two\nlines, and a comma", "X", "t"), Task("b", 'A "quoted" word', NO_ORIGIN, None)]
     (tmp_path / "t.jsonl").write_text(
@@ -50,13 +43,6 @@ def test_jsonl_and_csv_give_the_same_tasks(tmp_path):
     assert read_tasks(tmp_path / "t.jsonl") == read_tasks(tmp_path / "t.csv") == tasks
 
 
-def test_ids_are_made_from_the_prompt(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "id": 7}\n')
-    first, second = read_tasks(tmp_path / "t.jsonl")
-    assert len(first.id) == 12
-    assert second.id == "7"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -65,11 +51,8 @@ def test_ids_are_made_from_the_prompt(tmp_path):
         ("t.jsonl", b'["a"]\n', r"t.jsonl:1: a JSON list, not an object"),
         ("t.jsonl", b'{"text": "a"}\n', r"t.jsonl:1: no `prompt`; the row has text"),
         ("t.jsonl", b'{"prompt": " "}\n', r"t.jsonl:1: the `prompt` is empty"),
-        ("t.jsonl", b'{"prompt": null}\n', r"t.jsonl:1: the `prompt` is empty"),
         ("t.jsonl", b'{"prompt": 3}\n', r"t.jsonl:1: `prompt` is int, not text"),
-        ("t.jsonl", b'{"prompt": "a", "origin": ["x"]}\n', r"t.jsonl:1: `origin` is list"),
         ("t.jsonl", b'{"prompt": "\\ud800"}\n', r"t.jsonl:1: `prompt` holds half a surrogate pair"),
-        ("t.jsonl", b'{"prompt": "a"}\n{"prompt": "a"}\n', r"t.jsonl:2: the same id as line 1"),
         (
             "t.jsonl",
             b'{"prompt": "a", "id": "1"}\n{"prompt": "a", "id": "2"}\n',
@@ -82,7 +65,6 @@ def test_ids_are_made_from_the_prompt(tmp_path):
         ("t.csv", b"text\na\n", r"t.csv:1: no column `prompt`; the header has text"),
         ("t.csv", b"id,prompt\n1,a\n2,b,c\n", r"t.csv:3: 3 values under 2 columns"),
         ("t.csv", b'id,prompt\n1,"a\nb"\n2,\n', r"t.csv:4: the `prompt` is empty"),
-        ("t.csv", b"id,prompt\n1,a\n\n", r"t.csv:3: an empty row"),
         ("t.csv", b'id,prompt\n1,"a\n', r"t.csv:2: not CSV"),
         ("t.txt", b"a\n", r"unknown kind of file '.txt'; use .jsonl or .csv"),
     ],

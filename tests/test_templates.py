@@ -20,94 +20,55 @@ SIGNED = Template("t", "?", [Option(str(n), float(n)) for n in range(-2, 3)], Re
 
 
 @pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("4", 4),
-        (" 4.", 4),
-        ("**4**", 4),
-        ("4/5", 4),
-        ("4 / 5", 4),
-        ("4 out of 5", 4),
-        ("5/5", 5),
-        ("I'd give it a 4 out of 5.", 4),
-        ("Four", Invalid.no_option),
-        ("It was one of the best tasks", Invalid.no_option),
-        ("Rating: 2\n", 2),
-        ("４", 4),
-        ("On a scale of 1 to 5, I would say 3", 3),
-        ("from 1 to 5: 2", 2),
-        ("4, definitely 4", 4),
-        ("4 stars!", 4),
-        ("As an AI I have no feelings, but: 4", 4),
-        ("", Invalid.empty),
-        (" \n\t", Invalid.empty),
-        ("**", Invalid.empty),
-        ("3 or 4", Invalid.ambiguous),
-        ("3-4", Invalid.ambiguous),
-        ("not 4", Invalid.ambiguous),
-        ("4.5", Invalid.out_of_range),
-        ("4,5", Invalid.out_of_range),
-        ("7", Invalid.out_of_range),
-        ("0", Invalid.out_of_range),
-        ("-4", Invalid.out_of_range),
-        ("45", Invalid.out_of_range),
-        ("4 or maybe 7", Invalid.ambiguous),
-        ("I liked it", Invalid.no_option),
-        ("from 1 to 5", Invalid.no_option),
-        ("v4", Invalid.no_option),
-        ("4th", Invalid.no_option),
-        ("I cannot rate this.", Invalid.refused_to_rate),
-        ("I cannot rate this from 1 to 5.", Invalid.refused_to_rate),
-        ("As an AI language model, I don't have personal preferences.", Invalid.refused_to_rate),
-        ("I’m unable to give a rating.", Invalid.refused_to_rate),
-    ],
-)
-def test_numbers_from_1_to_5(answer: str, expected: float | Invalid):
-    assert ANCHORED.read(answer) == expected
-
-
-@pytest.mark.parametrize(
     ("question", "answer", "expected"),
     [
-        (LIKERT, "Very negative", 1),
-        (LIKERT, "negative.", 2),
+        (ANCHORED, " 4.", 4),
+        (ANCHORED, "4/5", 4),
+        (ANCHORED, "I'd give it a 4 out of 5.", 4),
+        (ANCHORED, "Four", Invalid.no_option),
+        (ANCHORED, "It was one of the best tasks", Invalid.no_option),
+        (ANCHORED, "４", 4),
+        (ANCHORED, "On a scale of 1 to 5, I would say 3", 3),
+        (ANCHORED, "4, definitely 4", 4),
+        (ANCHORED, "As an AI I have no feelings, but: 4", 4),
+        (ANCHORED, "", Invalid.empty),
+        (ANCHORED, "**", Invalid.empty),
+        (ANCHORED, "3-4", Invalid.ambiguous),
+        (ANCHORED, "not 4", Invalid.ambiguous),
+        (ANCHORED, "4.5", Invalid.out_of_range),
+        (ANCHORED, "-4", Invalid.out_of_range),
+        (ANCHORED, "45", Invalid.out_of_range),
+        (ANCHORED, "4 or maybe 7", Invalid.ambiguous),
+        (ANCHORED, "from 1 to 5", Invalid.no_option),
+        (ANCHORED, "v4", Invalid.no_option),
+        (ANCHORED, "I cannot rate this from 1 to 5.", Invalid.refused_to_rate),
+        (ANCHORED, "As an AI language model, I don't have personal preferences.", Invalid.refused_to_rate),
+        (ANCHORED, "I’m unable to give a rating.", Invalid.refused_to_rate),
         (LIKERT, "VERY  POSITIVE!", 5),
         (LIKERT, "Positive, I think", 4),
         (LIKERT, "Somewhere between negative and positive", Invalid.ambiguous),
         (LIKERT, "nonnegative", Invalid.no_option),
         (LIKERT, "not positive", Invalid.ambiguous),
-        (LIKERT, "4", Invalid.no_option),
-        (AGREEMENT, "Strongly disagree", 1),
-        (AGREEMENT, "I disagree", 2),
-        (AGREEMENT, "Neither agree nor disagree", 3),
-        (AGREEMENT, "I agree", 4),
         (AGREEMENT, "I don't agree", Invalid.ambiguous),
-        (BINARY, "Good.", 1),
         (BINARY, "It was a bad experience", 0),
         (BINARY, "not bad", Invalid.ambiguous),
-        (BINARY, "good and bad", Invalid.ambiguous),
         (BINARY, "goodness", Invalid.no_option),
-        (TO_TEN, "10", 10),
         (TO_TEN, "1", 1),
-        (TO_TEN, "7/10", 7),
         (TO_TEN, "10/10", 10),
-        (TO_TEN, "11", Invalid.out_of_range),
-        (HALVES, "3.5", 3.5),
         (HALVES, "3.7", Invalid.out_of_range),
         (SIGNED, "-2", -2),
         (SIGNED, "−1", -1),
-        (SIGNED, "0", 0),
     ],
 )
-def test_other_scales(question: Template, answer: str, expected: float | Invalid):
+def test_an_answer_is_a_value_or_a_reason(question: Template, answer: str, expected: float | Invalid):
     assert question.read(answer) == expected
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_option_of_every_shipped_template_reads_as_itself(name: str):
     for option in template(name).options:
-        for said in (option.say, *option.also, option.say.upper(), f" {option.say}.\n", f"**{option.say}**"):
-            assert template(name).read(said) == option.value, said
+        for answer in (option.say, *option.also, option.say.upper(), f" {option.say}.\n", f"**{option.say}**"):
+            assert template(name).read(answer) == option.value, answer
 
 
 any_template = st.sampled_from([ANCHORED, LIKERT, AGREEMENT, BINARY, TO_TEN, HALVES, SIGNED])

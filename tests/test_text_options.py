@@ -10,13 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefs.models.openai.text_options import (
-    SharedToken,
     first_token_masses,
-    opened,
     seen_beginnings,
     whole_string_masses,
 )
-from prefs.models.types import Question
 
 ALPHABET = "ab1"
 TOKENS = [*ALPHABET, *(x + y for x in ALPHABET for y in ALPHABET), "<end>"]
@@ -83,35 +80,3 @@ def test_options_that_are_tokens_have_their_tokens_probabilities(options, seed):
     top = Model(seed).after("")
     masses = first_token_masses(options, top, seen_beginnings(options, [top]))
     assert masses == pytest.approx([top[option] for option in options])
-
-
-def test_ten_begins_with_one_unless_it_has_been_seen_to_be_a_token():
-    options = ("1", "2", "10")
-    with pytest.raises(SharedToken) as shared:
-        first_token_masses(options, {"1": 0.6, "2": 0.3}, {"1", "2"})
-    assert (shared.value.token, shared.value.options) == ("1", ("1", "10"))
-    assert first_token_masses(options, {"1": 0.6, "2": 0.3}, {"1", "2", "10"}) == (0.6, 0.3, 0.0)
-    assert first_token_masses(options, {"1": 0.6, "10": 0.3}, {"1", "2", "10"}) == (0.6, 0.0, 0.3)
-
-
-def test_a_beginning_counts_for_the_one_option_that_has_it():
-    options = ("Disagree", "Agree")
-    assert first_token_masses(options, {"Dis": 0.5, "A": 0.25, "": 0.1, "Disagree!": 0.1}, {"Dis", "A"}) == (0.5, 0.25)
-
-
-def test_a_shared_beginning_that_hardly_occurs_is_no_matter():
-    assert first_token_masses(("Strongly agree", "Strongly disagree"), {"S": 1e-6}, {"S"}) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("options", "prefill", "expected"),
-    [
-        (("Agree", "Disagree"), "Answer: ", ("Answer:", (" Agree", " Disagree"))),
-        (("1", "2"), "Answer: ", ("Answer: ", ("1", "2"))),
-        (("Agree", "Disagree"), "Answer:", ("Answer:", ("Agree", "Disagree"))),
-        (("Agree", "Disagree"), " ", ("", (" Agree", " Disagree"))),
-        (("Agree", "Disagree"), "", ("", ("Agree", "Disagree"))),
-    ],
-)
-def test_a_blank_before_a_word_goes_with_the_word_and_one_before_a_digit_stays(options, prefill, expected):
-    assert opened(Question("?", options, prefill)) == expected

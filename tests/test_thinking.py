@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import template
-from engine_calls import complete, observe, replies
+from engine_calls import complete, observe, question, replies
 
 from prefs.config import ThinkingConfig
 from prefs.data.task import Task
 from prefs.data.template import Invalid
 from prefs.models.loading import Models
-from prefs.models.types import Capture, Message, Question, Request, Sampling, Steering
+from prefs.models.types import Capture, Message, Request, Sampling
 from prefs.stages.complete import complete as completed
-from prefs.stages.rate import rate, thought_seeds
+from prefs.stages.rate import rate
 from prefs.store.table import Store
 
 SENTENCE = ThinkingConfig(open="", close=".", gap=" ", max_tokens=12, force_close=True)
@@ -28,14 +28,8 @@ ROWS = [
 TASKS = [Task(f"t{n}", f"Count to {n}.") for n in range(2)]
 
 
-@pytest.fixture(scope="module")
-def thinker_spec(smollm2_fp32):
-    return dataclasses.replace(smollm2_fp32, thinking=SENTENCE, batch_tokens=600)
-
-
-@pytest.fixture(scope="module")
-def impatient(thinker_spec):
-    return dataclasses.replace(thinker_spec, thinking=dataclasses.replace(SENTENCE, max_tokens=1, force_close=False))
+QUESTION = question("anchored")
+IMPATIENT = dataclasses.replace(SENTENCE, max_tokens=1, force_close=False)
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +38,21 @@ def thinkers() -> Models:
 
 
 @pytest.fixture(scope="module")
+def thinker_spec(smollm2_fp32):
+    return dataclasses.replace(smollm2_fp32, thinking=SENTENCE, batch_tokens=600)
+
+
+@pytest.fixture(scope="module")
 def thinker(thinkers, thinker_spec):
     return thinkers.get(thinker_spec)
 
 
-@pytest.fixture(scope="module")
-def question() -> Question:
-    asked = template("anchored")
-    return Question(asked.question, asked.says, "Answer: ")
-
-
 @pytest.mark.slow
-def test_padded_rows_think_and_answer_as_single_ones(thinker, question):
+def test_padded_rows_think_and_answer_as_single_ones(thinker):
     wanted = {"seeds": (3, 1), "scores": (1, 2), "capture": Capture((0, 29), ("last_prompt", "rating"))}
-    together = observe(thinker, ROWS, [question], SAMPLING, **wanted)
+    together = observe(thinker, ROWS, [QUESTION], SAMPLING, **wanted)
     for row, (many,) in zip(ROWS, together, strict=True):
-        ((one,),) = observe(thinker, [row], [question], SAMPLING, **wanted)
+        ((one,),) = observe(thinker, [row], [QUESTION], SAMPLING, **wanted)
         assert one.samples == many.samples
         assert set(one.samples) == {1, 3}
         assert set(one.scores) == {1, 2}
@@ -73,39 +66,17 @@ def test_padded_rows_think_and_answer_as_single_ones(thinker, question):
     assert len({reply.samples[3].thought, reply.scores[1].thought, reply.scores[2].thought}) == 3
 
 
-def test_scores_are_those_of_the_whole_text_with_the_thought_in_it(thinker, question):
+def test_scores_are_those_of_the_whole_text_with_the_thought_in_it(thinker):
     """Against one plain forward pass of transformers over question, thought, mark and opened answer."""
-    ((reply,),) = observe(thinker, ROWS[:1], [question], SAMPLING, scores=(5,))
-    score, turns = reply.scores[5], (*ROWS[0], Message("user", question.text))
+    ((reply,),) = observe(thinker, ROWS[:1], [QUESTION], SAMPLING, scores=(5,))
+    score, turns = reply.scores[5], (*ROWS[0], Message("user", QUESTION.text))
     ids = thinker.encoder.encode(turns, answer="Answer: ", thought=score.thought).ids
     assert thinker.encoder.tokenizer.decode(ids).endswith(f"<|im_start|>assistant\n{score.thought}. Answer: ")
     with torch.inference_mode():
         logits = thinker.bridge.original_model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-    for say, mass in zip(question.options, score.mass, strict=True):
+    for say, mass in zip(QUESTION.options, score.mass, strict=True):
         token = thinker.encoder.encode(turns, answer=f"Answer: {say}", thought=score.thought).ids[-1]
         assert mass == pytest.approx(float(logits[token].exp()), rel=1e-3)
-
-
-def test_a_steered_model_thinks_steered(thinker, question):
-    vector = torch.randn(thinker.d_model, generator=torch.Generator().manual_seed(0))
-
-    def scored(*steering: Steering):
-        ((reply,),) = observe(thinker, ROWS[:1], [question], SAMPLING, scores=(5,), steering=steering)
-        return reply.scores[5]
-
-    assert scored(Steering(10, vector, 0.0)) == scored()
-    assert scored(Steering(10, vector, 3.0)).thought != scored().thought
-
-
-def test_a_thought_that_does_not_end_gives_no_answer(thinkers, impatient, question):
-    engine = thinkers.get(impatient)
-    capture = Capture((3,), ("rating",))
-    ((reply,),) = observe(engine, ROWS[:1], [question], SAMPLING, seeds=(0,), capture=capture)
-    assert (reply.scores[0].mass, reply.samples[0].text, reply.residuals) == (None, None, {})
-    assert (reply.scores[0].invalid, reply.samples[0].invalid) == ("thought_cut_off",) * 2
-    assert reply.samples[0].thought
-    (sample,) = complete(engine, [ROWS[0][:1]], 0, SAMPLING)
-    assert (sample.text, sample.invalid) == (None, "thought_cut_off")
 
 
 def test_completions_leave_the_thought_aside(thinker):
@@ -152,7 +123,8 @@ def test_thoughts_go_through_the_store(tmp_path, thinkers, thinker_spec):
     assert all(answer.thought is None for row in direct.ratings["a"].answers for answer in row)
 
 
-def test_thoughts_that_are_cut_off_are_counted_and_not_drawn_again(tmp_path, thinkers, thinker_spec, impatient):
+def test_thoughts_that_are_cut_off_are_counted_and_not_drawn_again(tmp_path, thinkers, thinker_spec):
+    impatient = dataclasses.replace(thinker_spec, thinking=IMPATIENT)
     store = Store.open(str(tmp_path))
     completions, _ = completed(TASKS, thinker_spec, SAMPLING, seed=0, system_prompt=None, store=store, models=thinkers)
     for reused in (False, True):
@@ -163,9 +135,3 @@ def test_thoughts_that_are_cut_off_are_counted_and_not_drawn_again(tmp_path, thi
         assert np.isnan(ratings.mass).all()
         assert not found.rating_residuals["a"].present().any()
         assert [work.computed for work in found.work] == [0 if reused else len(TASKS)] * 3
-
-
-def test_thoughts_share_the_seeds_of_sampled_ratings():
-    assert thought_seeds((4, 0), 1) == (4,)
-    assert thought_seeds((4, 0), 4) == (4, 0, 1, 2)
-    assert thought_seeds((), 2) == (0, 1)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import signal
 import subprocess
-import sys
-import threading
 import time
 from itertools import chain
 
@@ -27,21 +24,8 @@ from prefs.models.vllm.workers import (
     Call,
     Output,
     WorkersDied,
-    _ctrl_c_gets_through,
     _guard,
-    _output_to,
-    _reason,
-    _reason_in,
 )
-
-LOG = """\
-(EngineCore pid=12) WARNING 11-24 10:38:54 [base.py:380] ValueError: only a warning
-(Worker pid=13) ERROR 11-24 10:57:12 [multiproc_executor.py:1063] Traceback (most recent call last):
-(Worker pid=13) ERROR 11-24 10:57:12 [multiproc_executor.py:1063]     raise ValueError("To serve")
-(Worker pid=13) ERROR 11-24 10:57:12 [multiproc_executor.py:1063] ValueError: To serve at least one request
-(EngineCore pid=12) ERROR 11-24 10:57:12 [core.py:1512] RuntimeError: Worker failed, see the stack trace above
-"""
-
 
 CONVERSATIONS = [
     (Message("user", "Hi"), Message("assistant", "Hello. " * 9)),
@@ -87,7 +71,7 @@ def tiny(tmp_path_factory):
 def test_scores_samples_and_choices_equal_those_of_transformer_lens(tiny):
     make, local = tiny
     engine, greedy = make(), Sampling(0.0, 1.0, 3)
-    ours, theirs = (observe(each, CONVERSATIONS, QUESTIONS, greedy, seeds=(0, 1)) for each in (engine, local))
+    ours, theirs = (observe(one, CONVERSATIONS, QUESTIONS, greedy, seeds=(0, 1)) for one in (engine, local))
     for one, other in zip(chain(*ours), chain(*theirs), strict=True):
         assert one.samples == other.samples
         assert one.scores[0].mass == pytest.approx(other.scores[0].mass, rel=1e-3, abs=1e-9)
@@ -109,24 +93,6 @@ def test_requests_that_were_answered_before_the_workers_died_are_given(tiny):
     assert done == [0]
 
 
-def test_the_reason_is_the_first_error_that_was_logged():
-    assert _reason_in(LOG) == "To serve at least one request"
-    assert _reason_in(LOG.replace("ValueError: To", "torch.OutOfMemoryError: To")) == (
-        "OutOfMemoryError: To serve at least one request"
-    )
-    assert _reason_in("(EngineCore pid=2) ERROR 11-24 11:11:08 [core.py:1512] RuntimeError: cancelled\n") is None
-    assert _reason_in("") is None
-
-
-def test_the_reason_of_an_error_is_one_line():
-    pydantic = ValueError(
-        "1 validation error for ModelConfig\n  Value error, no such thing [type=value_error, x=1]\n ?"
-    )
-    assert _reason(pydantic).startswith("Value error, no such thing")
-    assert _reason(ValueError("\n")) == "ValueError"
-    assert "\n" not in _reason(ValueError("short\nand more\n\nand more"))
-
-
 def test_vllm_that_is_not_installed_is_one_line(smollm2_fp32):
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("vLLM is installed")
@@ -144,16 +110,6 @@ def test_engine_arguments_that_change_results_are_part_of_the_model(smollm2_fp32
     assert known(hf_overrides={"rope_theta": 1.0}) != known(hf_overrides={"rope_theta": 2.0})
 
 
-def test_output_of_child_processes_goes_to_the_log(tmp_path, capfd):
-    with _output_to(tmp_path / "log"):
-        os.write(1, b"from here\n")
-        child = subprocess.Popen([sys.executable, "-c", "input(); print('later', flush=True)"], stdin=subprocess.PIPE)
-    os.write(1, b"on the terminal\n")
-    child.communicate(b"\n")
-    assert (tmp_path / "log").read_text() == "from here\nlater\n"
-    assert capfd.readouterr().out == "on the terminal\n"
-
-
 @pytest.mark.parametrize("closed", [True, False])
 def test_engines_outlive_their_guard_only_if_it_is_told(closed):
     engine = subprocess.Popen(["sleep", "60"])
@@ -163,16 +119,3 @@ def test_engines_outlive_their_guard_only_if_it_is_told(closed):
     assert (engine.poll() is None) is closed
     engine.kill()
     assert engine.wait() == -signal.SIGKILL
-
-
-def test_ctrl_c_comes_through_what_swallows_it():
-    def start():
-        try:
-            time.sleep(10)
-        except KeyboardInterrupt:
-            pytest.fail("swallowed")
-
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt), _ctrl_c_gets_through():
-        start()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

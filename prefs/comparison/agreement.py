@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from prefs.comparison.cells import Sweep
 from prefs.comparison.show import square, table
 from prefs.comparison.stability import stability_by
 from prefs.results import figures
-from prefs.results.result import Figure, Result
+from prefs.results.result import Result, figure
 from prefs.results.tables import columns, numeric
 from prefs.results.terminal import number
 from prefs.statistics.agreement import correlation
@@ -29,8 +28,8 @@ def agreement(sweep: Sweep) -> Result:
     drawn = []
     for between, by in (("templates", "rater"), ("raters", "template")):
         if panels := agreement_matrices(pairs, between):
-            draw = partial(figures.matrices, title=f"Agreement between {between}, by {by}", panels=panels)
-            drawn.append(Figure(f"agreement_{between}", draw))
+            title = f"Agreement between {between}, by {by}"
+            drawn.append(figure(f"agreement_{between}", figures.matrices, title=title, panels=panels))
     remarks = (*_own_completions(sweep), *_odd_templates(pairs, stability_by(sweep)))
     return Result("Agreement", NOTE, (table("agreement", pairs, "Pairs"),), figures=tuple(drawn), remarks=remarks)
 

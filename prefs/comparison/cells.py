@@ -78,16 +78,15 @@ class Cell:
     @property
     def name(self) -> str:
         """Rater and template, and what else tells the cell apart: ``smollm2-anchored completer.seed=1``."""
-        return " ".join([f"{self.rater}-{self.key}", *(f"{key}={value}" for key, value in self.extra.items())])
+        return named(f"{self.rater}-{self.key}", self.extra)
 
     @property
     def condition(self) -> str:
         """What tells the cell apart beyond rater, template and completion seed; empty where nothing does."""
-        return " ".join(f"{key}={value}" for key, value in self.extra.items() if key != SEED)
+        return named("", {key: value for key, value in self.extra.items() if key != SEED})
 
     @property
     def names(self) -> dict[str, Any]:
-        """The columns that name the cell in a table."""
         return {
             "cell": self.name,
             "rater": self.rater,
@@ -106,11 +105,9 @@ class Cell:
         return {key: value for key, value in facts.items() if not key.startswith(ASIDE)}
 
     def tasks(self) -> list[tuple[str, str]]:
-        """What makes each task the same in another cell."""
         return list(zip(self.measured.tasks, self.prompts, strict=True))
 
     def only(self, tasks: Sequence[tuple[str, str]]) -> Cell:
-        """The cell on these of its tasks, in this order."""
         where = {task: row for row, task in enumerate(self.tasks())}
         rows = [where[task] for task in tasks]
         return replace(
@@ -134,7 +131,6 @@ class Block:
 
     @cached_property
     def stability(self) -> dict[Cell, list[Stability]]:
-        """The stability of each cell, by group."""
         return {cell: stability(cell.measured, self.groups, self.target_r) for cell in self.cells}
 
 
@@ -159,7 +155,6 @@ class Sweep:
 
     @cached_property
     def stats(self) -> StatsConfig:
-        """Of the first job."""
         return StatsConfig(**self.jobs[0].config["stats"])
 
     @cached_property
@@ -185,11 +180,8 @@ class Sweep:
 
     def stacked(self, describe: Callable[[Block, Cell], pd.DataFrame]) -> pd.DataFrame:
         """A table of every cell under each other, each row with the cell's names."""
-        frames = []
-        for block in self.blocks:
-            for cell in block.cells:
-                frame = describe(block, cell)
-                frames.append(frame.assign(**cell.names)[[*cell.names, *frame.columns]])
+        cells = [(cell.names, describe(block, cell)) for block in self.blocks for cell in block.cells]
+        frames = [frame.assign(**names)[[*names, *frame.columns]] for names, frame in cells]
         return pd.concat(frames, ignore_index=True)
 
     def variants(
@@ -213,7 +205,7 @@ class Sweep:
         several = [number for number, name in enumerate(names) if names.count(name) > 1]
         extras = telling([(names[number],) for number in several], [facts[number] for number in several], first)
         for number, extra in zip(several, extras, strict=True):
-            names[number] = " ".join([names[number], *(f"{key}={value}" for key, value in extra.items())])
+            names[number] = named(names[number], extra)
         return list(zip(names, cells, strict=True))
 
 
@@ -228,7 +220,10 @@ def read_sweep(folders: Sequence[Path]) -> Sweep:
     """
     jobs: dict[Path, Job] = {}
     for folder in folders:
-        paths = sorted(folder.rglob(FILE), key=_in_order)
+        # By number: 2 before 10.
+        paths = sorted(
+            folder.rglob(FILE), key=lambda path: [(int(part) if part.isdigit() else -1, part) for part in path.parts]
+        )
         if not paths:
             raise UserError(f"{folder}: no jobs here (no {FILE}); give the folder of a run or a multirun")
         jobs |= {path.parent: read_job(path.parent) for path in paths if path.parent not in jobs}
@@ -244,8 +239,8 @@ def read_sweep(folders: Sequence[Path]) -> Sweep:
     # A double has the facts of the cell that took its place, and so its name.
     everything = [*cells.values(), *doubles]
     extras = telling([(cell.rater, cell.key) for cell in everything], [cell.facts for cell in everything], FIRST)
-    named = tuple(replace(cell, extra=extra) for cell, extra in zip(everything, extras, strict=True))
-    return Sweep(tuple(folders), tuple(jobs.values()), named[: len(cells)], named[len(cells) :])
+    told = tuple(replace(cell, extra=extra) for cell, extra in zip(everything, extras, strict=True))
+    return Sweep(tuple(folders), tuple(jobs.values()), told[: len(cells)], told[len(cells) :])
 
 
 def align(cells: Sequence[Cell]) -> tuple[list[list[Cell]], str | None]:
@@ -277,7 +272,6 @@ def align(cells: Sequence[Cell]) -> tuple[list[list[Cell]], str | None]:
 
 
 def _common_tasks(cells: Sequence[Cell]) -> list[tuple[str, str]]:
-    """The tasks that all cells have, in the order of the first."""
     shared = set.intersection(*(set(cell.tasks()) for cell in cells)) if cells else set()
     return [task for task in cells[0].tasks() if task in shared] if cells else []
 
@@ -348,6 +342,11 @@ def telling(
     return [{key: short[key][own.get(key, "none")] for key in extra} for own in facts]
 
 
+def named(name: str, extra: Mapping[str, str]) -> str:
+    """A name with what tells it apart."""
+    return " ".join([name, *(f"{key}={value}" for key, value in extra.items())]).strip()
+
+
 def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """A nested config as dotted keys; lists stay whole."""
     if isinstance(value, Mapping) and value:
@@ -365,8 +364,3 @@ def _shortened(values: set[str]) -> dict[str, str]:
     taken = list(short.values())
     marks = {value: hashlib.sha256(value.encode()).hexdigest()[:6] for value in values}
     return {value: name if taken.count(name) == 1 else f"{name[:24]}…{marks[value]}" for value, name in short.items()}
-
-
-def _in_order(path: Path) -> tuple[tuple[int, str], ...]:
-    """Jobs by number: 2 before 10."""
-    return tuple((int(part) if part.isdigit() else -1, part) for part in path.parts)

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from prefs.comparison.cells import FIRST, Cell, Sweep, flat, telling
-from prefs.comparison.show import MOST_CELLS, distinct, names_column, numbered, numbers, table, telling_columns, whole
+from prefs.comparison.cells import FIRST, Cell, Sweep, flat, named, telling
+from prefs.comparison.show import MOST_CELLS, names_column, numbered, numbers, table, telling_columns
 from prefs.results import figures
-from prefs.results.result import Excerpt, Figure, Result, Table, View
-from prefs.results.tables import by_origin, columns, numeric
+from prefs.results.result import Excerpt, Result, Table, View, figure
+from prefs.results.tables import by_origin, columns, distinct, numeric, whole
 from prefs.results.terminal import MISSING, number, with_interval
 from prefs.statistics.estimates import Estimate, known_mean
 from prefs.statistics.factorial import Factorial, factorial
@@ -81,7 +79,6 @@ class Grid:
 
     @property
     def names(self) -> dict[str, object]:
-        """The columns that name the grid in a table."""
         return {"grid": self.name, "rater": self.first.rater, "template": self.first.key}
 
     @property
@@ -94,29 +91,32 @@ class Grid:
         kinds = {EXACT: self.first.measured.exact is not None, SAMPLED: self.seeds > 0}
         return tuple(kind for kind, measured in kinds.items() if measured)
 
-    def ratings(self, kind: str) -> np.ndarray:
-        """[T, C, R] rating of each task in each cell, NaN where there is none: the exact mean, or that over seeds."""
-        return self._over_tasks(lambda measured: measured.exact.mean if kind == EXACT else measured.seed_means)
+    def ratings(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of each task in each cell [T, C, R], NaN where there is none.
 
-    def valid(self, kind: str) -> np.ndarray:
-        """[T, C, R] valid mass of each task's exact rating, or the share of its sampled answers that are valid."""
-        return self._over_tasks(
-            lambda measured: measured.exact.valid_mass if kind == EXACT else np.isfinite(measured.sampled).mean(axis=1)
-        )
-
-    def pairs(self) -> Iterator[tuple[int, int, tuple[str, str]]]:
-        """All pairs of levels, with their indices."""
-        for (c, completing), (r, rating) in itertools.product(enumerate(self.completing), enumerate(self.rating)):
-            yield c, r, (completing, rating)
-
-    def _over_tasks(self, values: Callable[[Any], np.ndarray]) -> np.ndarray:
+        Returns
+        -------
+        ratings
+            The exact mean, or that over seeds.
+        valid
+            The valid mass of the exact rating, or the share of sampled answers that are valid.
+        """
         row = {task: number for number, task in enumerate(self.tasks)}
-        array = np.full((len(row), len(self.completing), len(self.rating)), np.nan)
+        ratings, valid = np.full((2, len(row), len(self.completing), len(self.rating)), np.nan)
         for c, r, pair in self.pairs():
             if pair in self.cells:
-                cell = self.cells[pair]
-                array[[row[task] for task in cell.tasks()], c, r] = values(cell.measured)
-        return array
+                measured = self.cells[pair].measured
+                place = [row[task] for task in self.cells[pair].tasks()], c, r
+                if kind == EXACT and measured.exact is not None:
+                    ratings[place], valid[place] = measured.exact.mean, measured.exact.valid_mass
+                else:
+                    ratings[place] = measured.seed_means
+                    valid[place] = np.isfinite(measured.sampled).mean(axis=1)
+        return ratings, valid
+
+    def pairs(self) -> Iterator[tuple[int, int, tuple[str, str]]]:
+        for (c, completing), (r, rating) in itertools.product(enumerate(self.completing), enumerate(self.rating)):
+            yield c, r, (completing, rating)
 
 
 def grids(cells: Sequence[Cell]) -> list[Grid]:
@@ -131,7 +131,7 @@ def grids(cells: Sequence[Cell]) -> list[Grid]:
     extras = telling(names, [_base(cell) for cell in firsts], ("concept.name", *FIRST))
     made = []
     for (rater, key), extra, group in zip(names, extras, several, strict=True):
-        name = " ".join([f"{rater}-{key}", *(f"{fact}={value}" for fact, value in extra.items())])
+        name = named(f"{rater}-{key}", extra)
         tasks = {
             task: origin
             for cell in group.values()
@@ -201,8 +201,8 @@ def conditions(sweep: Sweep) -> Result | None:
     for count, grid in enumerate(made[:MOST_CELLS]):
         values, rows = violin_tables(grid, means)
         title, label = f"Ratings by condition: {grid.name}", "condition the completion was written in"
-        draw = partial(figures.violins, title=title, table=values, means=rows, label=label)
-        drawn.append(Figure(numbered("conditions", count), draw))
+        name = numbered("conditions", count)
+        drawn.append(figure(name, figures.violins, title=title, table=values, means=rows, label=label))
     metrics = {
         f"compare/condition/{row['grid']}/{row['ratings']}/{row['of']}/{row['contrast']}": row["points"]
         for row in effects.to_dict("records")
@@ -220,17 +220,13 @@ def condition_means(made: Sequence[Grid], sweep: Sweep) -> pd.DataFrame:
     for grid in made:
         groups = sweep.groups(tuple(grid.tasks.values()))
         for kind in grid.kinds:
-            ratings, valid = grid.ratings(kind), grid.valid(kind)
+            ratings, valid = grid.ratings(kind)
             for (c, r, pair), group in itertools.product(grid.pairs(), groups):
                 if pair in grid.cells:
                     values, known = ratings[group.tasks, c, r], valid[group.tasks, c, r]
                     mean = known_mean(values, group.draws, "no valid rating")
-                    row: dict[str, object] = grid.names | {
-                        "completing": pair[0],
-                        "rating": pair[1],
-                        "origin": group.origin,
-                    }
-                    row |= {"ratings": kind, "n": mean.n, **columns("mean", mean)}
+                    row = grid.names | {"completing": pair[0], "rating": pair[1], "origin": group.origin}
+                    row |= {"ratings": kind, "n": mean.n} | columns("mean", mean)
                     row["sd"] = np.nanstd(values, ddof=1) if mean.n > 1 else None
                     known = known[np.isfinite(known)]
                     rows.append(row | {"valid": float(known.mean()) if len(known) else None})
@@ -254,7 +250,7 @@ def condition_effects(made: Sequence[Grid], sweep: Sweep) -> tuple[pd.DataFrame,
     for grid in made:
         draws = sweep.groups(tuple(grid.tasks.values()))[0].draws
         for kind in grid.kinds:
-            result = factorial(grid.ratings(kind), draws)
+            result = factorial(grid.ratings(kind)[0], draws)
             names = grid.names | {"ratings": kind}
             counts = {"n": result.n, "left_out": result.left_out}
             for source, contrast, over, points, standardised in _contrasts(grid, result):
@@ -269,15 +265,13 @@ def condition_effects(made: Sequence[Grid], sweep: Sweep) -> tuple[pd.DataFrame,
 
 def _contrasts(grid: Grid, result: Factorial) -> Iterator[tuple[str, str, str, Estimate, Estimate]]:
     """Source, contrast in words, the levels it is averaged over, points and standardised points of each effect."""
-    for effect in result.first:
-        pair, over = _levels(grid, effect.first, effect.second)
-        yield COMPLETING, " − ".join(pair), ", ".join(over), effect.points, effect.standardised
-    for effect in result.second:
-        over, pair = _levels(grid, effect.first, effect.second)
-        yield RATING, " − ".join(pair), ", ".join(over), effect.points, effect.standardised
+    main = [(COMPLETING, effect) for effect in result.first] + [(RATING, effect) for effect in result.second]
+    for source, effect in main:
+        pair, over = _levels(grid, effect.first, effect.second)[:: 1 if source == COMPLETING else -1]
+        yield source, " − ".join(pair), ", ".join(over), effect.points, effect.standardised
     crossed = result.interaction
     if crossed is not None:
-        completing, rating = (" − ".join(pair) for pair in _levels(grid, crossed.first, crossed.second))
+        completing, rating = map(" − ".join, _levels(grid, crossed.first, crossed.second))
         yield INTERACTION, f"({completing}) × ({rating})", "", crossed.points, crossed.standardised
         none = Estimate.missing("a difference of two effects", result.n)
         yield RATING_OVER_COMPLETING, f"|{rating}| − |{completing}|", "", result.second_over_first, none
@@ -394,7 +388,7 @@ def violin_tables(grid: Grid, means: pd.DataFrame) -> tuple[pd.DataFrame, pd.Dat
     labels = {EXACT: "exact mean of a task", SAMPLED: f"mean of {grid.seeds} sampled ratings"}
     parts = []
     for kind in grid.kinds:
-        ratings = grid.ratings(kind)
+        ratings, _ = grid.ratings(kind)
         for c, r, (completing, rating) in grid.pairs():
             names = {"row": labels[kind], "panel": f"rated: {rating}", "violin": completing}
             parts.append(pd.DataFrame({**names, "value": ratings[:, c, r]}))

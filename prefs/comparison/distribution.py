@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from prefs.comparison.cells import Sweep
-from prefs.comparison.show import table, whole
+from prefs.comparison.show import table
 from prefs.results import figures
 from prefs.results.distribution import distribution_table
-from prefs.results.result import Figure, Result
+from prefs.results.result import Result, figure
+from prefs.results.tables import whole
 
 
 def distributions(sweep: Sweep) -> Result:
@@ -20,9 +19,8 @@ def distributions(sweep: Sweep) -> Result:
         for cell, rater, template in zip(shares["cell"], shares["rater"], shares["template"], strict=True)
     ]
     for template, rows in whole(shares.assign(named=named)).groupby("template", sort=False):
-        title = f"Ratings by rater: {template}"
-        draw = partial(figures.rating_distribution, title=title, table=rows, by="named")
-        drawn.append(Figure(f"ratings_{template}", draw))
+        name, title = f"ratings_{template}", f"Ratings by rater: {template}"
+        drawn.append(figure(name, figures.rating_distribution, title=title, table=rows, by="named"))
     return Result(
         "Ratings",
         "How often each rating is given: bars sampled, diamonds exact.",

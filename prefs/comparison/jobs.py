@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import TypeVar
 
 import pandas as pd
 
 from prefs import sweep as multirun
 from prefs.comparison.cells import CONDITIONS, Sweep
 from prefs.comparison.probes import probed_cells
-from prefs.job import FAILED, FINISHED, ModelUsage, StageCounts
+from prefs.job import FAILED, FINISHED, ModelUsage, StageCounts, summed
 from prefs.results.result import Result, Table
-
-Counts = TypeVar("Counts", StageCounts, ModelUsage)
 
 
 def left_out(sweep: Sweep) -> Result:
@@ -56,20 +52,11 @@ def also_different(sweep: Sweep) -> list[str]:
 
 
 def work(sweep: Sweep) -> list[StageCounts]:
-    """What all jobs reused and computed, by stage."""
-    return _summed((counts for job in sweep.jobs for counts in job.work), lambda counts: counts.stage)
+    return summed(counts for job in sweep.jobs for counts in job.work)
 
 
 def spent(sweep: Sweep) -> list[ModelUsage]:
-    """What all jobs spent, by model; dollars where any job knew them."""
-    return _summed((usage for job in sweep.jobs for usage in job.spent), lambda usage: usage.model)
-
-
-def _summed(counts: Iterable[Counts], key: Callable[[Counts], str]) -> list[Counts]:
-    totals: dict[str, Counts] = {}
-    for one in counts:
-        totals[key(one)] = totals[key(one)].plus(one) if key(one) in totals else one
-    return list(totals.values())
+    return summed(usage for job in sweep.jobs for usage in job.spent)
 
 
 def jobs(sweep: Sweep) -> Result:

@@ -7,7 +7,6 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +14,14 @@ import numpy as np
 import pandas as pd
 from rich.table import Column
 
-from prefs.comparison.cells import Cell, Sweep, flat, read_table, telling
-from prefs.comparison.show import MOST_CELLS, counted, distinct, names_column, numbered, numbers, square
+from prefs.comparison.cells import Cell, Sweep, flat, named, read_table, telling
+from prefs.comparison.show import MOST_CELLS, counted, names_column, numbered, numbers, square
 from prefs.errors import UserError
 from prefs.probes.controls import BLIND
 from prefs.results import figures
-from prefs.results.result import Excerpt, Figure, Result, Table, View
-from prefs.results.tables import columns, numeric
-from prefs.results.terminal import number, with_interval
+from prefs.results.result import Excerpt, Result, Table, View, figure
+from prefs.results.tables import columns, distinct, numeric
+from prefs.results.terminal import number, some, with_interval
 from prefs.statistics.agreement import correlations
 from prefs.statistics.estimates import Resamples
 
@@ -121,22 +120,21 @@ def probes(sweep: Sweep) -> Result:
         # A figure each: names are long, and side by side too small to be read.
         panels = cosine_matrices(cosines, probed, all_targets=MOST_CELLS, most=MOST_NAMES)
         for count, (title, matrix) in enumerate(panels.items()):
-            draw = partial(
-                figures.matrices,
-                title="Cosine similarity of probes",
-                panels={title: matrix},
-                label="cosine of the directions",
+            drawn.append(
+                figure(
+                    numbered("probe_cosines", count),
+                    figures.matrices,
+                    title="Cosine similarity of probes",
+                    panels={title: matrix},
+                    label="cosine of the directions",
+                )
             )
-            drawn.append(Figure(numbered("probe_cosines", count), draw))
     if len(transfer):
         tables.append(Table("probe_transfer", transfer, "Transfer", TRANSFER_NOTE))
         if max(len(distinct(transfer, side)) for side in ("trained_on", "tested_on")) <= MOST_NAMES:
-            draw = partial(
-                figures.transfer,
-                title="Probe transfer\nthe probe reads the row's model;\nscored against the column's ratings",
-                table=transfer.drop_duplicates(["trained_on", "tested_on"]),
-            )
-            drawn.append(Figure("probe_transfer", draw))
+            title = "Probe transfer\nthe probe reads the row's model;\nscored against the column's ratings"
+            pairs = transfer.drop_duplicates(["trained_on", "tested_on"])
+            drawn.append(figure("probe_transfer", figures.transfer, title=title, table=pairs))
     remarks = (*probe_remarks(scores), *damaged, *without)
     metrics = {f"compare/probe/{row['cell']}/{row['target']}": row["score"] for row in scores.to_dict("records")}
     return Result("Probes", NOTE, tuple(tables), (_view(scores),), tuple(drawn), remarks, metrics)
@@ -197,19 +195,24 @@ def probe_table(probed: Sequence[Probed]) -> pd.DataFrame:
     shown = ("n", "score", "score_low", "score_high", "score_reason", "p", "ceiling", "position", "layer", "penalty")
     rows: list[dict[str, object]] = []
     for one in probed:
-        names: dict[str, object] = {"cell": one.name, "rater": one.cell.rater, "template": one.cell.key}
         for row in one.chosen.to_dict("records"):
             own = one.controls.loc[one.controls["target"] == row["target"], :]
             controls = {str(name): float(score) for name, score in zip(own["control"], own["score"], strict=True)}
             blind = {name: controls[name] for name in BLIND if not np.isnan(controls.get(name, np.nan))}
             best = max(blind, key=lambda name: blind[name]) if blind else None
-            kind = {
-                "probe": str(one.cell.job.config["probe"]["kind"]),
-                "metric": "R²" if pd.isna(row["auc"]) else "AUC",
-            }
-            best_row = {"best_control": best, "best_control_score": None if best is None else blind[best]}
             rows.append(
-                names | {"target": row["target"]} | kind | {name: row[name] for name in shown} | best_row | controls
+                {
+                    "cell": one.name,
+                    "rater": one.cell.rater,
+                    "template": one.cell.key,
+                    "target": row["target"],
+                    "probe": str(one.cell.job.config["probe"]["kind"]),
+                    "metric": "R²" if pd.isna(row["auc"]) else "AUC",
+                    **{name: row[name] for name in shown},
+                    "best_control": best,
+                    "best_control_score": None if best is None else blind[best],
+                    **controls,
+                }
             )
     words = ("cell", "rater", "template", "target", "probe", "metric", "position", "best_control")
     return numeric(pd.DataFrame(rows), words=words)
@@ -265,7 +268,7 @@ def probe_cosines(probed: Sequence[Probed]) -> tuple[pd.DataFrame, list[str]]:
     extras = telling([(name,) for name in raters], [dict(identity) for identity in groups], ("model.dtype", "model.id"))
     rows: list[dict[str, object]] = []
     for rater, extra, group in zip(raters, extras, groups.values(), strict=True):
-        model = " ".join([rater, *(f"{key.removeprefix('model.')}={value}" for key, value in extra.items())])
+        model = named(rater, {key.removeprefix("model."): value for key, value in extra.items()})
         pairs = _cosines({one.label(saved.probe.target): saved for one, saved in group})
         if len(group) > 1 and not pairs:
             remarks.append(f"Probes of {model}: no two have a layer and position in common, and so no cosine.")
@@ -372,7 +375,16 @@ def probe_transfer(probed: Sequence[Probed], sweep: Sweep) -> pd.DataFrame:
 
 def probe_remarks(scores: pd.DataFrame) -> list[str]:
     """Which probes are not to be believed, and why: each is named once, for the first reason that holds."""
-    noise, chance, blind, above = [], [], [], []
+    remarks: dict[str, list[str]] = {
+        f"Targets that are mostly noise (the best R² that any probe can reach is under {number(NOISE)}): %s. What their"
+        " probes score, and where they point, says next to nothing.": [],
+        "Probes that predict held-out tasks no better than chance does: %s. Cosines with them and their transfer mean"
+        " nothing.": [],
+        "Probes that do not beat a control that never looks into the model: %s.": [],
+        "Probes that score above the noise ceiling, which is an estimate too: %s. Do not believe more than the"
+        " ceiling.": [],
+    }
+    noise, chance, blind, above = remarks.values()
     for row in scores.to_dict("records"):
         name, score, ceiling = f"{row['cell']}: {row['target']}", row["score"], row["ceiling"]
         if ceiling < NOISE:
@@ -383,27 +395,4 @@ def probe_remarks(scores: pd.DataFrame) -> list[str]:
             blind.append(f"{name} ({row['best_control']} {number(row['best_control_score'])})")
         elif score > ceiling + 0.05:
             above.append(f"{name} ({number(score)} of {number(ceiling)})")
-    remarks = (
-        (
-            noise,
-            f"Targets that are mostly noise (the best R² that any probe can reach is under {number(NOISE)}): %s. What"
-            " their probes score, and where they point, says next to nothing.",
-        ),
-        (
-            chance,
-            "Probes that predict held-out tasks no better than chance does: %s. Cosines with them and their transfer"
-            " mean nothing.",
-        ),
-        (blind, "Probes that do not beat a control that never looks into the model: %s."),
-        (
-            above,
-            "Probes that score above the noise ceiling, which is an estimate too: %s. Do not believe more than the"
-            " ceiling.",
-        ),
-    )
-    return [remark % _some(names) for names, remark in remarks if names]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    return [remark % some(names, MOST_NAMED) for remark, names in remarks.items() if names]

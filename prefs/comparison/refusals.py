@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pandas as pd
 
@@ -12,7 +10,7 @@ from prefs.comparison.show import MOST_CELLS, table
 from prefs.results import figures
 from prefs.results.distribution import distribution_table
 from prefs.results.refusals import refusal_table, refusals
-from prefs.results.result import Figure, Result
+from prefs.results.result import Result, figure
 from prefs.statistics.estimates import Resamples
 from prefs.statistics.groups import Group
 
@@ -24,8 +22,8 @@ def refusals_of_cells(sweep: Sweep) -> Result:
     for cell in sweep.aligned[:MOST_CELLS]:
         if (cell.measured.refused == 1).any():
             title = f"Ratings of refused tasks and of the others: {cell.name}"
-            draw = partial(figures.refused_by_origin, title=title, table=_distribution(cell))
-            drawn.append(Figure(f"refused_{cell.name}", draw))
+            table_of_cell = _distribution(cell)
+            drawn.append(figure(f"refused_{cell.name}", figures.refused_by_origin, title=title, table=table_of_cell))
     return Result(
         "Refusals",
         "Point-biserial r between being refused and the rating (the exact mean where there is one).",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.table import Column
 
-from prefs.data.task import ALL
 from prefs.results.result import Excerpt, Table
+from prefs.results.tables import distinct
 
 # Columns that name a cell, beside `cell`.
 NAMES = ("rater", "template", "completer", "dataset", "condition", "completion_seed")
@@ -26,11 +25,6 @@ def table(name: str, frame: pd.DataFrame, title: str, note: str = "") -> Table:
 def telling_columns(frame: pd.DataFrame) -> pd.DataFrame:
     """A table without the names that are the same in all rows, or empty."""
     return frame.drop(columns=[name for name in NAMES if name in frame and len(set(frame[name])) <= 1])
-
-
-def whole(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows over the tasks of all origins."""
-    return frame.loc[frame["origin"] == ALL, :]
 
 
 def names_column(heading: str, width: int = 18) -> Column:
@@ -58,11 +52,6 @@ def counted(frame: pd.DataFrame) -> str:
     """How many tasks the rows are of: 40, or 30 to 40."""
     counts = sorted(distinct(frame, "n"))
     return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
-def distinct(frame: pd.DataFrame, column: str) -> list[Any]:
-    """Different values in the order of their first appearance."""
-    return list(dict.fromkeys(frame[column]))
 
 
 def square(pairs: Mapping[tuple[str, str], float]) -> pd.DataFrame:

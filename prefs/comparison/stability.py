@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from prefs.comparison.cells import Sweep
-from prefs.comparison.show import (
-    MOST_CELLS,
-    counted,
-    distinct,
-    names_column,
-    numbers,
-    short_names,
-    telling_columns,
-    whole,
-)
+from prefs.comparison.show import MOST_CELLS, counted, names_column, numbers, short_names, telling_columns
 from prefs.results import figures
-from prefs.results.result import Excerpt, Figure, Result, Table, View
-from prefs.results.stability import Stability, stability_table
-from prefs.results.tables import by_origin, numeric
-from prefs.results.terminal import MISSING, number
+from prefs.results.result import Excerpt, Figure, Result, Table, View, figure
+from prefs.results.stability import Stability, mode, r_and_sd, stability_table
+from prefs.results.tables import by_origin, distinct, numeric, whole
+from prefs.results.terminal import number
 from prefs.statistics.measured import DIRECT
 
 NOTE = (
@@ -89,7 +79,7 @@ def _pooled(rows: Sequence[Stability]) -> dict[str, object]:
         pooled |= {name: np.mean(r) if r else None, f"{name}_sd": np.std(r, ddof=1) if len(r) > 1 else None}
         pooled[f"{name}_pairs"] = len(r)
     pooled["d"] = _mean(row.cross_seed.informative.d.value for row in rows)
-    pooled["predicted_r"] = _mean(None if row.exact is None else row.exact.predicted_r.value for row in rows)
+    pooled["predicted_r"] = _mean(row.predicted_r.value for row in rows)
     return pooled
 
 
@@ -103,20 +93,18 @@ def _view(cells: pd.DataFrame) -> View:
     raters = distinct(cells, "rater")
     rater = f"{raters[0]} on " if len(raters) == 1 else ""
     title = f"{rater}{counted(cells)} tasks: r is cross-seed r, mean ± SD over pairs of seeds; mode with its share"
-    rows = []
-    for name, row in zip(short_names(cells), cells.to_dict("records"), strict=True):
-        r = number(row["cross_seed_r"])
-        rows.append(
-            (
-                name + ("" if row["kind"] == DIRECT else f" ({row['kind']})"),
-                r if r == MISSING else f"{r} ± {number(row['cross_seed_r_sd'])}",
-                number(row["informative_r"]),
-                number(row["d"]),
-                MISSING if pd.isna(row["modal_rating"]) else f"{row['modal_rating']:g} ({number(row['modal_share'])})",
-                number(row["predicted_r"]),
-                number(row["valid_mass"]),
-            )
+    rows = [
+        (
+            name + ("" if row["kind"] == DIRECT else f" ({row['kind']})"),
+            r_and_sd(row),
+            number(row["informative_r"]),
+            number(row["d"]),
+            mode(row),
+            number(row["predicted_r"]),
+            number(row["valid_mass"]),
         )
+        for name, row in zip(short_names(cells), cells.to_dict("records"), strict=True)
+    ]
     return View(title, (names_column("cell", 24), *numbers("r ± SD", "inf. r", "d", "mode", "pred. r", "mass")), rows)
 
 
@@ -129,8 +117,8 @@ def _figures(pooled: pd.DataFrame) -> tuple[Figure, ...]:
         redundant = way == "cell" and (len(rows) in (counts["template"], counts["rater"]) or len(rows) > 2 * MOST_CELLS)
         alone = way == "rater" and len(rows) == 1 < counts["template"]
         if len(rows) and not redundant and not alone:
-            draw = partial(figures.stability_bars, title=f"Stability by {way}", table=rows)
-            drawn.append(Figure(f"stability_by_{way}", draw))
+            title = f"Stability by {way}"
+            drawn.append(figure(f"stability_by_{way}", figures.stability_bars, title=title, table=rows))
     return tuple(drawn)
 
 

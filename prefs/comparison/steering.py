@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import pandas as pd
 
 from prefs.comparison.cells import Cell, Sweep, read_table
 from prefs.comparison.conditions import grids, level
-from prefs.comparison.show import MOST_CELLS, distinct, names_column, numbered, numbers, short_names, table
+from prefs.comparison.show import MOST_CELLS, names_column, numbered, numbers, short_names, table
 from prefs.errors import UserError
 from prefs.results import figures
-from prefs.results.result import Figure, Result, View
-from prefs.results.tables import numeric
+from prefs.results.result import Result, View, figure
+from prefs.results.tables import distinct, numeric
 from prefs.results.terminal import number, with_interval
 
 DOSES, SLOPES = "steering_doses.parquet", "steering_slopes.parquet"
@@ -65,9 +64,7 @@ def steering(sweep: Sweep) -> Result | None:
     slopes = steering_table(steered)
     curves = list(dose_tables(sweep, steered).items())[:MOST_CELLS]
     drawn = [
-        Figure(
-            numbered("steering", count), partial(figures.dose_response, title=f"Steered ratings: {title}", table=rows)
-        )
+        figure(numbered("steering", count), figures.dose_response, title=f"Steered ratings: {title}", table=rows)
         for count, (title, rows) in enumerate(curves)
     ]
     tables = (table("steering", slopes, "Slopes and changes", TABLE_NOTE),)

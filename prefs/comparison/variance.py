@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import pandas as pd
 from rich.table import Column
 
 from prefs.comparison.cells import SEED, Cell, Sweep
-from prefs.comparison.show import distinct, numbered, numbers, table
+from prefs.comparison.show import numbered, numbers, table
 from prefs.results import figures
-from prefs.results.result import Figure, Result, View
-from prefs.results.tables import columns, numeric
+from prefs.results.result import Result, View, figure
+from prefs.results.tables import columns, distinct, numeric
 from prefs.results.terminal import with_interval
 from prefs.statistics.variance import pomp, variance_decomposition
 
@@ -64,8 +63,7 @@ def variance(sweep: Sweep) -> Result:
     for number, (condition, parts) in enumerate(frame.groupby("condition", sort=False)):
         if parts["share"].notna().to_numpy().any():
             title = "Where the noise comes from" + (f": {condition}" if condition else "")
-            draw = partial(figures.variance_shares, title=title, table=parts)
-            drawn.append(Figure(numbered("variance", number), draw))
+            drawn.append(figure(numbered("variance", number), figures.variance_shares, title=title, table=parts))
     return Result(
         "Where the noise comes from",
         NOTE,

@@ -33,10 +33,11 @@ from prefs.config.limits import (
     one_of,
 )
 from prefs.data.template import Template
+from prefs.models import positions
 
-POSITIONS = ("last_prompt", "first_completion", "last_completion", "mean_completion", "rating")
+POSITIONS = tuple(positions.POSITIONS)
 # Those that lie in the conversation, before any question.
-COMPLETION_POSITIONS = tuple(position for position in POSITIONS if position != "rating")
+COMPLETION_POSITIONS = tuple(name for name, position in positions.POSITIONS.items() if not position.of_question)
 
 
 class DType(Enum):

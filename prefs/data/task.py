@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -175,14 +176,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _draw(tasks: list[Task], limit: int, seed: int) -> list[Task]:
     """Keep `limit` tasks, as evenly over origins as they allow, drawn by `seed`, in the order of the file."""
-    order = np.random.default_rng(seed).permutation(len(tasks))
-    turns: dict[str, int] = {}
+    turns: Counter[str] = Counter()
     ranked = []
-    for index in order:
-        origin = tasks[index].origin
-        ranked.append((turns.setdefault(origin, 0), len(ranked), int(index)))
-        turns[origin] += 1
-    kept = {index for _, _, index in sorted(ranked)[:limit]}
+    for index in np.random.default_rng(seed).permutation(len(tasks)):
+        turns[tasks[index].origin] += 1
+        ranked.append((turns[tasks[index].origin], int(index)))
+    kept = {index for _, index in sorted(ranked, key=lambda pair: pair[0])[:limit]}
     return [task for index, task in enumerate(tasks) if index in kept]
 
 

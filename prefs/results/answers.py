@@ -9,6 +9,7 @@ import pandas as pd
 
 from prefs.data.template import Invalid
 from prefs.results.result import Result, Table
+from prefs.results.terminal import some
 from prefs.stages.records import Completion, Ratings
 from prefs.statistics.measured import Measured
 
@@ -24,7 +25,6 @@ WITHOUT_COMPLETION = {
 
 
 def completions(job: JobContext) -> Result:
-    """A job's completions and the verdicts on them."""
     return Result(tables=(Table("completions", completions_table(job.completions, job.judged.refused), large=True),))
 
 
@@ -117,7 +117,7 @@ def _remarks(ratings: Ratings) -> list[str]:
     for reason, why in WITHOUT_COMPLETION.items():
         tasks = [completion.task.id for completion in ratings.completions if completion.invalid is reason]
         if tasks:
-            remarks.append(f"{len(tasks)} task{'s' * (len(tasks) > 1)} without a completion ({why}): {_some(tasks)}.")
+            remarks.append(f"{len(tasks)} task{'s' * (len(tasks) > 1)} without a completion ({why}): {some(tasks)}.")
     no_room = [
         completion.task.id
         for completion, answers in zip(ratings.completions, ratings.answers, strict=True)
@@ -125,7 +125,7 @@ def _remarks(ratings: Ratings) -> list[str]:
     ]
     if no_room:
         remarks.append(
-            f"The question does not fit into the rater's context behind {len(no_room)} tasks: {_some(no_room)}."
+            f"The question does not fit into the rater's context behind {len(no_room)} tasks: {some(no_room)}."
         )
     invalid = ratings.invalid_counts()
     if invalid:
@@ -133,7 +133,3 @@ def _remarks(ratings: Ratings) -> list[str]:
         asked = len(ratings.completions) * len(ratings.seeds)
         remarks.append(f"{sum(invalid.values())} of {asked} sampled answers gave no rating: {counts}.")
     return remarks
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

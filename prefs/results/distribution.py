@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from prefs.results import figures
-from prefs.results.result import Figure, Result, Table
+from prefs.results.result import Result, Table, figure
 from prefs.results.stability import NOT_ASKED
 from prefs.results.tables import by_origin, columns, numeric
 from prefs.statistics.estimates import Estimate
@@ -30,9 +29,7 @@ def cell_distribution(cell: CellContext) -> Result:
     return Result(
         title="Distribution of ratings",
         tables=(Table("distribution", table),),
-        figures=(
-            Figure("ratings_by_origin", partial(figures.rating_distribution, title=title, table=by_origin(table))),
-        ),
+        figures=(figure("ratings_by_origin", figures.rating_distribution, title=title, table=by_origin(table)),),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -47,21 +47,28 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def new_panel(title: str, width: float, height: float = 4.2) -> tuple[Figure, Axes]:
-    figure, (axes,) = new_panels("", (width, height), 1, 1, [title], fontsize="large")
+    figure, (axes,) = new_panels("", [title], 1, width, height, around=(0, 0), fontsize="large")
     return figure, axes
 
 
 def new_panels(
     title: str,
-    size: tuple[float, float],
-    rows: int,
+    names: Sequence[object],
     columns: int,
-    names: Iterable[object],
+    width: float,
+    height: float,
     *,
+    least: float = 6.0,
+    around: tuple[float, float] = (0.0, 0.6),
     sharey: bool = False,
     fontsize: str = "medium",
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each name, in rows of so many columns."""
+    """A figure with a panel for each name, in rows of so many columns.
+
+    Sizes are in inches: of a panel, the `least` width of the figure, and what is `around` the panels, across and down.
+    """
+    rows = max(1, -(-len(names) // columns)) if columns else 1
+    size = (max(least, width * columns + around[0]), height * rows + around[1])
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     panels: list[Axes] = []
@@ -73,6 +80,11 @@ def new_panels(
     if title:
         figure.suptitle(title)
     return figure, panels
+
+
+def first_in_row(axes: Axes) -> bool:
+    place = axes.get_subplotspec()
+    return place is not None and place.is_first_col()
 
 
 def layer_axis(axes: Axes, label: str = "layer (residual stream after the block)") -> None:
@@ -124,11 +136,6 @@ def option_labels(rows: pd.DataFrame) -> list[str]:
 
 def short(name: object) -> str:
     return text if len(text := str(name)) <= 48 else f"{text[:47]}…"
-
-
-def distinct(table: pd.DataFrame, column: str) -> list[Any]:
-    """Different values in the order of their first appearance."""
-    return list(dict.fromkeys(table[column]))
 
 
 def floats(table: pd.DataFrame, *names: str) -> list[np.ndarray]:

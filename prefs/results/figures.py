@@ -16,8 +16,8 @@ from prefs.results.drawing import (
     COLOURS,
     counted,
     diamonds,
-    distinct,
     error_bars,
+    first_in_row,
     floats,
     labelled,
     layer_axis,
@@ -32,6 +32,7 @@ from prefs.results.drawing import (
     short,
     to_file,
 )
+from prefs.results.tables import distinct
 
 # Values of which a density says nothing.
 FEW_VALUES = 5
@@ -105,18 +106,17 @@ def probe_by_layer(*, title: str, table: pd.DataFrame, metric: str = "R²") -> F
     positions, targets = distinct(table, "position") or [""], distinct(table, "target")
     labels = {target: f"{target} ({counted(rows)})" for target, rows in table.groupby("target", sort=False)}
     columns = 2 if len(positions) == 4 else min(len(positions), 3)
-    rows = -(-len(positions) // columns)
     below = 0.24 * (2 * len(targets) + 1)  # for the legend
-    size = (max(7.5, 4.2 * columns), 3.4 * rows + below + 0.6)
-    figure, panels = new_panels(title, size, rows, columns, positions, sharey=True)
-    for place, (position, axes) in enumerate(zip(positions, panels, strict=True)):
+    around = (0.0, below + 0.6)
+    figure, panels = new_panels(title, positions, columns, 4.2, 3.4, least=7.5, around=around, sharey=True)
+    for position, axes in zip(positions, panels, strict=True):
         here = table.loc[table["position"] == position, :]
         for target, of_target in here.groupby("target", sort=False):
             colour = nth_colour(targets.index(target))
             _probe_curve(axes, of_target.sort_values("layer"), str(target), labels[target], colour)
         axes.axhline(0, color="black", linewidth=0.8)
         layer_axis(axes)
-        if place % columns == 0:
+        if first_in_row(axes):
             axes.set_ylabel(f"held-out {metric}")
     panels[-1].set_ylim(lowest_score(*floats(table, "score")), 1.05)
     legend(figure, columns=2)
@@ -187,11 +187,9 @@ def predicted_against_measured(*, title: str, table: pd.DataFrame) -> Figure:
     """
     targets, origins = distinct(table, "target") or [""], distinct(table, "origin")
     table = table.loc[np.isfinite(floats(table, "measured", "predicted")).all(axis=0), :]
-    columns = min(len(targets), 3)
-    rows = -(-len(targets) // columns)
-    size = (max(6.0, 4.0 * columns), 4.1 * rows + 0.24 * -(-len(origins) // 3) + 0.5)
-    figure, panels = new_panels(title, size, rows, columns, targets)
-    for place, (target, axes) in enumerate(zip(targets, panels, strict=True)):
+    below = 0.24 * -(-len(origins) // 3) + 0.5
+    figure, panels = new_panels(title, targets, min(len(targets), 3), 4.0, 4.1, around=(0.0, below))
+    for target, axes in zip(targets, panels, strict=True):
         here = table.loc[table["target"] == target, :]
         measured, predicted = floats(here, "measured", "predicted")
         # Many points: small and light, so that where they are dense is seen.
@@ -209,7 +207,7 @@ def predicted_against_measured(*, title: str, table: pd.DataFrame) -> Figure:
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_title(f"{target}\n{_fit(measured, predicted)}", fontsize="medium")
         axes.set_xlabel("measured")
-        if place % columns == 0:
+        if first_in_row(axes):
             axes.set_ylabel("predicted by a probe that did not see the task")
     for handle in legend(figure, columns=3):
         handle.set(alpha=1.0, sizes=[24.0])
@@ -236,7 +234,8 @@ def concept_by_layer(*, title: str, tests: pd.DataFrame, lines: pd.DataFrame) ->
     """
     positions = distinct(tests, "position") or [""]
     columns = len(positions)
-    figure, panels = new_panels(title, (max(7.5, 4.4 * columns), 8.6), 2, columns, [*positions, *[""] * columns])
+    names = [*positions, *[""] * columns]
+    figure, panels = new_panels(title, names, columns, 4.4, 4.3, least=7.5, around=(0.0, 0.0))
     for position, above, below in zip(positions, panels[:columns], panels[columns:], strict=True):
         for number, (test, rows) in enumerate(tests.groupby("test", sort=False)):
             here = rows.loc[rows["position"] == position, :].sort_values(by="layer")
@@ -289,9 +288,8 @@ def matrices(
     Each panel is a frame named on both sides; `sides` says what its rows and columns are, `label` what the colours.
     """
     columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
     side = 1.9 + 0.62 * max(max(frame.shape) for frame in panels.values())
-    figure, all_axes = new_panels(title, (columns * side + 0.8, rows * side + 0.5), rows, columns, list(panels))
+    figure, all_axes = new_panels(title, list(panels), columns, side, side, least=0.0, around=(0.8, 0.5))
     image = None
     for axes, frame in zip(all_axes, panels.values(), strict=True):
         values = frame.to_numpy(dtype=float)
@@ -317,7 +315,7 @@ def refused_by_origin(*, title: str, table: pd.DataFrame) -> Figure:
     ``table`` has columns origin, option, value, refused (0 or 1), n, share (NaN: no such task).
     """
     origins = distinct(table, "origin")
-    figure, panels = new_panels(title, (max(6.0, 3.0 * len(origins)), 3.6), 1, len(origins), origins)
+    figure, panels = new_panels(title, origins, len(origins), 3.0, 3.6, around=(0.0, 0.0))
     for origin, axes in zip(origins, panels, strict=True):
         for side, (refused, name) in enumerate(((1, "refused"), (0, "not refused"))):
             chosen = (table["origin"] == origin) & (table["refused"] == refused)
@@ -362,9 +360,8 @@ def violins(*, title: str, table: pd.DataFrame, means: pd.DataFrame, label: str 
     value; ``means`` has row, panel, violin, n, mean, mean_low, mean_high. `label` says what the violins are.
     """
     rows, columns, names = (distinct(table, name) for name in ("row", "panel", "violin"))
-    size = (max(6.0, (0.9 * len(names) + 0.7) * len(columns) + 1.0), 3.3 * max(len(rows), 1) + 0.6)
-    titles = [str(column) for _ in rows for column in columns]
-    figure, panels = new_panels(title, size, len(rows), len(columns), titles, sharey=True)
+    width, titles = 0.9 * len(names) + 0.7, columns * len(rows)
+    figure, panels = new_panels(title, titles, len(columns), width, 3.3, around=(1.0, 0.6), sharey=True)
     values = table.groupby(["row", "panel", "violin"])["value"]
     numbers = {(row["row"], row["panel"], row["violin"]): row for row in means.to_dict("records")}
     for axes, (row, column) in zip(panels, itertools.product(rows, columns), strict=True):
@@ -414,16 +411,14 @@ def dose_response(
     """
     table = table.loc[np.isfinite(*floats(table, "mean")), :]
     names, lines = distinct(table, "panel") or [""], distinct(table, "line")
-    columns = min(len(names), 3)
-    rows = -(-len(names) // columns)
-    size = (max(6.0, 3.6 * columns), 3.3 * rows + 0.24 * (-(-len(lines) // 3) + 1) + 0.6)
-    figure, panels = new_panels(title, size, rows, columns, names, sharey=True)
-    for place, (name, axes) in enumerate(zip(names, panels, strict=True)):
+    around = (0.0, 0.24 * (-(-len(lines) // 3) + 1) + 0.6)
+    figure, panels = new_panels(title, names, min(len(names), 3), 3.6, 3.3, around=around, sharey=True)
+    for name, axes in zip(names, panels, strict=True):
         for line, doses in table.loc[table["panel"] == name, :].groupby("line", sort=False):
             _dose_curve(axes, doses.sort_values("coefficient"), str(line), lines.index(line))
         axes.axvline(0, color="black", linewidth=0.8, zorder=0.5)
         axes.set_xlabel(dose)
-        if place % columns == 0:
+        if first_in_row(axes):
             axes.set_ylabel(label)
     if not table["coherent"].to_numpy(dtype=bool).all():
         panels[-1].plot([], [], "o", color="grey", markerfacecolor="white", markersize=5, label="not coherent")

@@ -107,7 +107,7 @@ def write_report(path: Path, report: Report) -> Path:
         "totals": _totals,
         "excerpts": _excerpts,
         "answers": _answers,
-        "start": _start,
+        "start": lambda prompt: " ".join(prompt[:START].split()),
     }
     environment.globals["verdicts"] = VERDICTS
     page = environment.get_template("report.html.jinja").render(report=report, nonce=secrets.token_urlsafe(16))
@@ -143,7 +143,6 @@ def _picture(code: int) -> str:
 
 
 def _excerpts(result: Result) -> list[Excerpt]:
-    """What the page shows of a result's tables."""
     return [
         excerpt
         for table in result.tables
@@ -192,18 +191,18 @@ def _columns(frame: pd.DataFrame) -> list[_Column]:
     """
     values = {str(name): list(frame[name]) for name in frame}
     nothing = [None] * len(frame)
+    bounded = [name for name in values if name + LOW in values and name + HIGH in values]
+    folded = {name + end for name in bounded for end in (LOW, HIGH)} | {name + REASON for name in values}
     columns = []
     for name, own in values.items():
-        bounded = name + LOW in values and name + HIGH in values
-        low, high = (values[name + end] if bounded else nothing for end in (LOW, HIGH))
-        reasons = values.get(name + REASON, nothing)
-        numeric = all(isinstance(value, Real) and not isinstance(value, bool) for value in own if not pd.isna(value))
-        digits = _digits(name, values) if numeric else None
-        rows = zip(own, low, high, reasons, strict=True)
-        columns.append(_Column(name, numeric, [_entry(*row, digits) for row in rows]))
-    intervals = {name for name in values if name + LOW in values and name + HIGH in values}
-    folded = {name + end for name in intervals for end in (LOW, HIGH)} | {name + REASON for name in values}
-    return [column for column in columns if column.name not in folded]
+        if name not in folded:
+            low, high = (values[name + end] if name in bounded else nothing for end in (LOW, HIGH))
+            known = [value for value in own if not pd.isna(value)]
+            numeric = all(isinstance(value, Real) and not isinstance(value, bool) for value in known)
+            digits = _digits(name, values) if numeric else None
+            rows = zip(own, low, high, values.get(name + REASON, nothing), strict=True)
+            columns.append(_Column(name, numeric, [_entry(*row, digits) for row in rows]))
+    return columns
 
 
 def _entry(value: Any, low: Any, high: Any, reason: Any, digits: int | None) -> _Entry:
@@ -243,15 +242,9 @@ def _number(value: Any, digits: int) -> str:
 
 
 def _totals(columns: Sequence[_Column]) -> set[int]:
-    """The rows over all origins, where others are over one."""
     rows = list(zip(*(column.entries for column in columns), strict=True))
     totals = {row for row, entries in enumerate(rows) if any(entry.text == ALL for entry in entries)}
     return totals if len(totals) < len(rows) else set()
-
-
-def _start(prompt: str) -> str:
-    """The first words of a prompt, on one line."""
-    return " ".join(prompt[:START].split())
 
 
 def _answers(ratings: Iterable[Rated]) -> list[tuple[str | None, list[Rated]]]:

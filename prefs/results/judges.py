@@ -50,7 +50,6 @@ def judges_table(refused: np.ndarray, by_phrases: np.ndarray, groups: Sequence[G
 
 
 def _remark(table: pd.DataFrame, name: str) -> str:
-    """How far they agree, over all tasks."""
     row = table.to_dict("records")[0]
     counts = (
         f"{row['refused_both']} refused to both, {row['refused_model_only']} to {name} only,"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,11 @@ class Figure:
     title: str = ""
 
 
+def figure(name: str, draw: Callable[..., object], **given: Any) -> Figure:
+    """A figure by a function of `prefs.results.figures`, with what it is given beside the path."""
+    return Figure(name, partial(draw, **given))
+
+
 @dataclass(frozen=True, eq=False)
 class Series:
     """Numbers over a step of their own, say the layer: one row a step, which is the column ``step``."""
@@ -158,17 +164,15 @@ class Result:
         return {table.name: table.frame for table in self.tables}[name]
 
 
-def joined(results: Iterable[Result], title: str = "", note: str = "") -> Result:
+def joined(results: Iterable[Result]) -> Result:
     """Several results as one, in their order."""
     results = list(results)
     return Result(
-        title,
-        note,
-        tuple(table for result in results for table in result.tables),
-        tuple(view for result in results for view in result.views),
-        tuple(figure for result in results for figure in result.figures),
-        tuple(remark for result in results for remark in result.remarks),
-        {name: value for result in results for name, value in result.metrics.items()},
-        tuple(series for result in results for series in result.series),
-        tuple(artifact for result in results for artifact in result.artifacts),
+        tables=tuple(table for result in results for table in result.tables),
+        views=tuple(view for result in results for view in result.views),
+        figures=tuple(figure for result in results for figure in result.figures),
+        remarks=tuple(remark for result in results for remark in result.remarks),
+        metrics={name: value for result in results for name, value in result.metrics.items()},
+        series=tuple(series for result in results for series in result.series),
+        artifacts=tuple(artifact for result in results for artifact in result.artifacts),
     )

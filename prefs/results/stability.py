@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,6 @@ from prefs.statistics.estimates import Estimate
 from prefs.statistics.exact import (
     ONE_THOUGHT,
     ExactMoments,
-    ExactSummary,
     exact_moments,
     predicted_r,
     seeds_needed,
@@ -33,15 +32,7 @@ if TYPE_CHECKING:
     from prefs.stages.context import CellContext
 
 NOT_ASKED = "rating.exact=false"
-
-
-@dataclass(frozen=True)
-class Exact:
-    """The exact ratings of some tasks, and what they predict of sampled ones."""
-
-    moments: ExactMoments
-    predicted_r: Estimate
-    seeds_needed: Estimate
+COLUMN_OF_MOMENT = {"mean": "exact_mean", "sd": "exact_sd", "noise": "sampling_variance", "between": "between_thoughts"}
 
 
 @dataclass(frozen=True)
@@ -57,11 +48,12 @@ class Stability:
     cross_seed: CrossSeed
     icc: Intraclass
     modal: Modal
-    exact: Exact | None
+    exact: ExactMoments | None
+    predicted_r: Estimate
+    seeds_needed: Estimate
 
 
 def cell_stability(cell: CellContext) -> Result:
-    """A cell's stability by origin."""
     measured, target_r = cell.measured, cell.config.stats.target_r
     rows = stability(measured, cell.groups, target_r)
     table = stability_table(rows)
@@ -89,10 +81,17 @@ def stability(measured: Measured, groups: Sequence[Group], target_r: float) -> l
 
 
 def _stability(measured: Measured, group: Group, target_r: float) -> Stability:
-    x = measured.sampled
+    x, n, exact = measured.sampled, len(group.tasks), measured.exact
+    predicted = needed = Estimate.missing(NOT_ASKED, n)
+    if exact is not None and np.isfinite(exact.mean).any() and not np.isfinite(exact.variance).any():
+        predicted = needed = Estimate.missing(ONE_THOUGHT, int(np.isfinite(exact.mean).sum()))
+    elif exact is not None:
+        m, w, own = exact.mean, exact.variance, exact.uncertainty
+        predicted = predicted_r(m, w, draws=group.draws, uncertainty=own)
+        needed = seeds_needed(m, w, target_r, group.draws, own)
     return Stability(
         origin=group.origin,
-        n=len(group.tasks),
+        n=n,
         kind=measured.kind,
         answers=x.size,
         valid=int(np.isfinite(x).sum()),
@@ -100,18 +99,10 @@ def _stability(measured: Measured, group: Group, target_r: float) -> Stability:
         cross_seed=cross_seed(x, group.draws),
         icc=intraclass(x, group.draws),
         modal=modal(x, group.draws),
-        exact=None if measured.exact is None else _exact(measured.exact, group, target_r),
+        exact=None if exact is None else exact_moments(exact, group.draws),
+        predicted_r=predicted,
+        seeds_needed=needed,
     )
-
-
-def _exact(exact: ExactSummary, group: Group, target_r: float) -> Exact:
-    m, w, own = exact.mean, exact.variance, exact.uncertainty
-    if np.isfinite(m).any() and not np.isfinite(w).any():
-        predicted = needed = Estimate.missing(ONE_THOUGHT, int(np.isfinite(m).sum()))
-    else:
-        predicted = predicted_r(m, w, draws=group.draws, uncertainty=own)
-        needed = seeds_needed(m, w, target_r, group.draws, own)
-    return Exact(exact_moments(exact, group.draws), predicted, needed)
 
 
 def stability_table(rows: Sequence[Stability]) -> pd.DataFrame:
@@ -127,31 +118,26 @@ def stability_table(rows: Sequence[Stability]) -> pd.DataFrame:
         cells |= columns("informative_r", informative.r.mean) | {"informative_r_sd": informative.r.sd.value}
         cells |= columns("d", informative.d) | columns("icc1", row.icc.single) | columns("icc1k", row.icc.mean)
         cells |= {"modal_rating": row.modal.rating} | columns("modal_share", row.modal.share)
-        estimates = {
-            "exact_mean": exact and exact.moments.mean,
-            "exact_sd": exact and exact.moments.sd,
-            "sampling_variance": exact and exact.moments.noise,
-            "between_thoughts": exact and exact.moments.between,
-            "valid_mass": exact and exact.moments.valid_mass,
-            "predicted_r": exact and exact.predicted_r,
-            "seeds_needed": exact and exact.seeds_needed,
-        }
-        for name, estimate in estimates.items():
-            cells |= columns(name, estimate or Estimate.missing(NOT_ASKED, row.n))
+        for name in ("mean", "sd", "noise", "between", "valid_mass"):
+            estimate = Estimate.missing(NOT_ASKED, row.n) if exact is None else getattr(exact, name)
+            cells |= columns(COLUMN_OF_MOMENT.get(name, name), estimate)
+        cells |= columns("predicted_r", row.predicted_r) | columns("seeds_needed", row.seeds_needed)
         table.append(cells)
     return numeric(pd.DataFrame(table), words=("origin", "kind"))
 
 
+def r_and_sd(row: Mapping[Any, Any]) -> str:
+    """Cross-seed r as views have it, with its SD over pairs of seeds."""
+    r = number(row["cross_seed_r"])
+    return r if r == MISSING else f"{r} ± {number(row['cross_seed_r_sd'])}"
+
+
+def mode(row: Mapping[Any, Any]) -> str:
+    """The modal rating as views have it, with its share."""
+    return MISSING if pd.isna(row["modal_rating"]) else f"{row['modal_rating']:g} ({number(row['modal_share'])})"
+
+
 def _sampled_view(table: pd.DataFrame, pairs: int) -> View:
-    def mean_and_sd(row: Row) -> str:
-        r = number(row["cross_seed_r"])
-        return r if r == MISSING else f"{r} ± {number(row['cross_seed_r_sd'])}"
-
-    def mode(row: Row) -> str:
-        if pd.isna(row["modal_rating"]):
-            return MISSING
-        return f"{row['modal_rating']:g} ({number(row['modal_share'])})"
-
     return View.of(
         f"Sampled ratings: cross-seed r is mean ± SD over {pairs} pairs of rating seeds",
         all_last(table),
@@ -159,7 +145,7 @@ def _sampled_view(table: pd.DataFrame, pairs: int) -> View:
             "origin": lambda row: row["origin"],
             "n": lambda row: str(row["n"]),
             "valid": lambda row: f"{row['valid']}/{row['answers']}",
-            "cross-seed r": mean_and_sd,
+            "cross-seed r": r_and_sd,
             "informative r": lambda row: number(row["informative_r"]),
             "d": lambda row: number(row["d"]),
             "mode (share)": mode,
@@ -201,9 +187,8 @@ def _exact_view(table: pd.DataFrame, kind: str, target_r: float) -> View:
 def _remarks(ratings: Ratings, whole: Stability, target_r: float) -> list[str]:
     remarks = []
     exact, r, modal = whole.exact, whole.cross_seed.pearson.mean, whole.modal
-    valid_mass, sd, seeds = (
-        (exact.moments.valid_mass.value, exact.moments.sd.value, exact.seeds_needed.value) if exact else (None,) * 3
-    )
+    valid_mass, sd = (exact.valid_mass.value, exact.sd.value) if exact else (None, None)
+    seeds = whole.seeds_needed.value
     if valid_mass is not None and valid_mass < 0.5:
         remarks.append(
             f"Only {valid_mass:.0%} of the model's probability is on the options: it mostly answers with"

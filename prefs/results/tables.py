@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -28,6 +29,15 @@ def numeric(table: pd.DataFrame, words: Sequence[str] = ("origin",)) -> pd.DataF
     """
     kept = [name for name in table.columns if name in words or name.endswith("_reason")]
     return table.assign(**{name: pd.to_numeric(table[name]) for name in table.columns.drop(kept)})
+
+
+def distinct(table: pd.DataFrame, column: str) -> list[Any]:
+    return list(dict.fromkeys(table[column]))
+
+
+def whole(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table that are of the tasks of all origins."""
+    return table.loc[table["origin"] == ALL, :]
 
 
 def by_origin(table: pd.DataFrame) -> pd.DataFrame:

@@ -42,6 +42,11 @@ def with_interval(row: Mapping[Any, Any], name: str) -> str:
     return value if low == MISSING else f"{value} [{low}, {high}]"
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def spaced_layers(layers: Sequence[int], most: int) -> list[int]:
     """All layers, or so many of them evenly spaced, the first and last among them."""
     if len(layers) <= most:
@@ -90,7 +95,6 @@ def show_files(
     store: Path | None = None,
     wandb: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
-    """Print what was reused, computed and spent, and where everything is."""
     console.print()
     for line in counts:
         console.print(f"{line}")

@@ -71,7 +71,6 @@ class Tracker:
             self.run.summary.update(known)
 
     def page(self, name: str, path: Path) -> None:
-        """Log an HTML page."""
         if self.run is not None:
             import wandb
 
@@ -120,7 +119,6 @@ def tracker(
 
 
 def _start(mode: str, arguments: Mapping[str, Any]) -> tuple[Any, bool]:
-    """A run, and whether it is offline."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the library, at import
         import wandb

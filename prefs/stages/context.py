@@ -46,8 +46,6 @@ class JobContext:
         The config as plain containers, as cards and W&B have it.
     sites
         What is captured, probed and steered.
-    counts
-        What it did and spent.
     completions, rated, judged, concepts
         What stages brought; not there before they ran.
     probes
@@ -72,7 +70,6 @@ class JobContext:
 
     @property
     def rater(self) -> ModelSpec:
-        """The model that rates, and whose activations are captured."""
         return self.roles.rater
 
     @cached_property
@@ -107,7 +104,6 @@ class CellContext:
 
     @property
     def config(self) -> Config:
-        """The job's."""
         return self.job.config
 
     @property
@@ -122,8 +118,8 @@ class CellContext:
 
 
 @dataclass(frozen=True)
-class JobStage:
-    """A part of a job that is run once.
+class Stage:
+    """A part of a job.
 
     Attributes
     ----------
@@ -133,17 +129,11 @@ class JobStage:
         Gives what was found; what later stages need it puts into the context.
     wanted
         Whether a config asks for it.
+    by_cell
+        Whether it is run for each cell, with its context, and not once with the job's.
     """
 
     name: str
-    run: Callable[[JobContext], Result]
+    run: Callable[[Any], Result]
     wanted: Callable[[Config], bool] = lambda config: True
-
-
-@dataclass(frozen=True)
-class CellStage:
-    """A part of a job that is run for each of its cells; its attributes are those of a `JobStage`."""
-
-    name: str
-    run: Callable[[CellContext], Result]
-    wanted: Callable[[Config], bool] = lambda config: True
+    by_cell: bool = True

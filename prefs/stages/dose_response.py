@@ -1,4 +1,4 @@
-"""Steering one cell: with which vectors, and what came of it."""
+"""Steering one cell, and what came of it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
-import torch
 
-from prefs.concepts.difference import shuffled_vector
-from prefs.concepts.export import SavedVectors, check_model, load_vectors
-from prefs.concepts.extract import Concept
-from prefs.config import CoherenceConfig, Config, SteeringConfig
-from prefs.errors import UserError
+from prefs.concepts.export import load_vectors
+from prefs.config import CoherenceConfig, Config
 from prefs.job import JobCounts
-from prefs.models.architecture import Architecture
-from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.loading import Models, ModelSpec
 from prefs.models.types import Sampling
-from prefs.probes.probe import Site
 from prefs.results import figures
 from prefs.results.result import Figure, Result, Table, View
 from prefs.results.tables import columns, numeric
 from prefs.results.terminal import MISSING, number, with_interval
 from prefs.stages.probe import ProbeReport
 from prefs.stages.records import Completion, Ratings
-from prefs.stages.steer import Arrow, Place, Responses, steer
+from prefs.stages.steer import Dose, Responses, SteeringVector, Tokens, steer
+from prefs.stages.steering_vectors import steering_vectors
 from prefs.statistics.dose import mean_of, slope
 from prefs.statistics.estimates import Estimate, Resamples
 from prefs.statistics.exact import exact_summary
@@ -47,8 +42,8 @@ class DoseResponse:
 
     Attributes
     ----------
-    at
-        Which tokens were steered.
+    tokens
+        Which were steered.
     doses
         One row a vector, layer and coefficient: mean exact rating with its interval, its difference to the unsteered
         (paired over tasks), and whether the model was still coherent, with the reason if not.
@@ -60,7 +55,7 @@ class DoseResponse:
         What to be careful about.
     """
 
-    at: str
+    tokens: str
     doses: pd.DataFrame
     slopes: pd.DataFrame
     ratings: pd.DataFrame
@@ -77,24 +72,6 @@ class DoseResponse:
             for vector, rows in of_layer.groupby("vector", sort=False)
         ]
         return pd.concat(curves, ignore_index=True)
-
-
-def check_saved(config: Config, rater: ModelSpec, layers: Sequence[int], architecture: Architecture) -> None:
-    """Refuse saved vectors that do not fit the model, before it is loaded.
-
-    Raises
-    ------
-    UserError
-        If they are of another model, or lack a layer or the position.
-    """
-    if config.steering.vector in ("none", "concept"):
-        return
-    saved = load_vectors(config.steering.vector)
-    check_model(saved, identity(rater), rater.name)
-    if (width := saved.vectors.shape[-1]) != architecture.d_model:
-        raise UserError(f"the vectors of {saved.concept} have {width} numbers; {rater.name} has {architecture.d_model}")
-    for layer in layers:
-        saved.vector(Site(layer, config.steering.position))
 
 
 def steer_cell(cell: CellContext) -> Result:
@@ -115,7 +92,7 @@ def steered(cell: CellContext) -> DoseResponse | str:
             return f"No steering, since there are no vectors of concept {key}."
     saved = load_vectors(steering.vector) if concept is None else concept.saved({})
     probes = cell.probed if isinstance(cell.probed, ProbeReport) else None
-    vectors, without = arrows(steering, job.sites.steered, saved, concept, probes)
+    vectors, without = steering_vectors(steering, job.sites.steered, saved, concept, probes)
     responses = steered_along(config, vectors, ratings, job.roles.rater, job.store, job.models, job.counts)
     if not responses.asked.any():
         return "No steering: no task has a completion that the question fits behind."
@@ -124,7 +101,7 @@ def steered(cell: CellContext) -> DoseResponse | str:
         responses,
         ratings.template.values,
         vectors,
-        at=steering.at,
+        tokens=steering.at,
         coherence=steering.coherence,
         bootstrap=config.stats.bootstrap,
         seed=config.stats.seed,
@@ -134,7 +111,7 @@ def steered(cell: CellContext) -> DoseResponse | str:
 
 def steered_along(
     config: Config,
-    vectors: Sequence[Arrow],
+    vectors: Sequence[SteeringVector],
     ratings: Ratings,
     rater: ModelSpec,
     store: Store,
@@ -150,7 +127,7 @@ def steered_along(
         vectors,
         steering.coefficients,
         Sampling.from_config(config.rating),
-        at=cast(Place, steering.at),
+        tokens=cast(Tokens, steering.at),
         seeds=steering.seeds,
         system_prompt=config.rating.system_prompt,
         store=store,
@@ -160,81 +137,13 @@ def steered_along(
     return responses
 
 
-def arrows(
-    config: SteeringConfig,
-    layers: Sequence[int],
-    saved: SavedVectors,
-    concept: Concept | None,
-    probes: ProbeReport | None,
-) -> tuple[list[Arrow], list[str]]:
-    """The vector and its controls at each layer, all of the same norm; and what controls there are not, and why.
-
-    Random directions are normal deviates; a shuffled vector is the difference of means of labels exchanged within
-    half of the tasks; a probe's direction is that of the highest exact rating (or of its first target), at ``rating``
-    where it was probed there.
-
-    Raises
-    ------
-    UserError
-        If there is no vector at a layer, or it is zero.
-    """
-    controls = config.controls
-    vectors: list[Arrow] = []
-    for layer in layers:
-        site = Site(layer, config.position)
-        vector, activation_norm = saved.vector(site)
-        if not bool(vector.any()):
-            raise UserError(f"the vector of {saved.concept} at {site} is zero: its two conditions do not differ there")
-        vector = vector if config.unit == "vector" else vector / vector.norm() * activation_norm
-        length = float(vector.norm())
-        relative = length / activation_norm if activation_norm else math.nan
-        others: list[tuple[str, Any, torch.Tensor]] = []
-        for count in range(controls.random):
-            generator = torch.Generator().manual_seed(_seed(config.seed, layer, count))
-            others.append((f"random {count}", "random", torch.randn(len(vector), generator=generator)))
-        if concept is not None:
-            for count in range(controls.shuffled):
-                shuffled = shuffled_vector(concept.first, concept.second, site, _seed(config.seed, layer, count))
-                if bool(shuffled.any()):
-                    others.append((f"shuffled labels {count}", "shuffled", shuffled))
-        if controls.probes and probes is not None:
-            others += [(name, "probe", direction) for name, direction in _probe_direction(probes, site)]
-        vectors.append(Arrow(saved.concept, "concept", layer, vector.float(), relative))
-        for name, control, other in others:
-            vectors.append(Arrow(name, control, layer, other.float() / other.float().norm() * length, relative))
-        if controls.ablation:
-            vectors.append(Arrow("ablation", "ablation", layer, vector.float(), relative))
-    without = []
-    if controls.shuffled and concept is None:
-        without.append("No control by shuffled labels: the vectors came from files, without the activations.")
-    if controls.probes and not any(arrow.control == "probe" for arrow in vectors):
-        without.append("No control by a probe's direction: no probe of this job has one at a steered layer.")
-    return vectors, without
-
-
-def _seed(*parts: int) -> int:
-    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
-
-
-def _probe_direction(report: ProbeReport, site: Site) -> list[tuple[str, torch.Tensor]]:
-    """The direction of one probe at a site or, at its layer, at ``rating``; none where none was probed there."""
-    sites = report.features.sites
-    for result in sorted(report.results, key=lambda result: result.target.key != "exact"):
-        for probed in (Site(site.layer, "rating"), site):
-            if result.final_directions is not None and probed in sites:
-                direction = result.final_directions[sites.index(probed)]
-                if bool(direction.any()):
-                    return [(f"probe on {result.target.name}, {probed.position}", direction)]
-    return []
-
-
 def dose_response(
     completions: Sequence[Completion],
     responses: Responses,
     values: Sequence[float],
-    vectors: Sequence[Arrow],
+    vectors: Sequence[SteeringVector],
     *,
-    at: str,
+    tokens: str,
     coherence: CoherenceConfig,
     bootstrap: int,
     seed: int,
@@ -245,7 +154,7 @@ def dose_response(
     draws = Resamples.draw(len(tasks), bootstrap, seed)
     ratings = np.stack([exact_summary(mass[tasks], values).mean for mass in responses.mass])
     numbers = range(len(responses.doses))
-    names = [_named(responses, dose) for dose in numbers]
+    names = [_named(dose) for dose in responses.doses]
     states = [_state(responses, dose, tasks, coherence, draws) for dose in numbers]
     effects = []
     for rating in ratings:
@@ -253,7 +162,9 @@ def dose_response(
         effects.append({"n": mean.n} | columns("mean", mean) | columns("delta", delta))
     rows = [name | effect | state for name, effect, state in zip(names, effects, states, strict=True)]
     doses = numeric(pd.DataFrame(rows), words=WORDS)
-    slopes = numeric(pd.DataFrame([_slope(arrow, responses, ratings, states, draws) for arrow in vectors]), words=WORDS)
+    slopes = numeric(
+        pd.DataFrame([_slope(vector, responses, ratings, states, draws) for vector in vectors]), words=WORDS
+    )
 
     per_task = pd.DataFrame(names).loc[np.repeat(numbers, len(tasks))].reset_index(drop=True)
     asked = [completions[row].task for row in tasks.tolist()]
@@ -263,17 +174,16 @@ def dose_response(
     per_task["valid_mass"] = responses.mass[:, tasks].sum(axis=-1).ravel()
     per_task["nll"] = responses.nll[:, tasks].ravel()
 
-    remarks = [*_remarks(doses, slopes, len(completions) - len(tasks), at), *without]
-    return DoseResponse(at, doses, slopes, numeric(per_task, words=WORDS), remarks)
+    remarks = [*_remarks(doses, slopes, len(completions) - len(tasks), tokens), *without]
+    return DoseResponse(tokens, doses, slopes, numeric(per_task, words=WORDS), remarks)
 
 
-def _named(responses: Responses, number: int) -> dict[str, object]:
-    dose = responses.doses[number]
-    if dose.arrow is None:
+def _named(dose: Dose) -> dict[str, object]:
+    vector = dose.vector
+    if vector is None:
         return {"vector": UNSTEERED, "control": UNSTEERED, "layer": None, "coefficient": 0.0, "norm_multiple": 0.0}
-    arrow = dose.arrow
-    multiple = None if arrow.control == "ablation" else dose.coefficient * arrow.relative
-    named: dict[str, object] = {"vector": arrow.name, "control": arrow.control, "layer": arrow.layer}
+    multiple = None if vector.control == "ablation" else dose.coefficient * vector.relative
+    named: dict[str, object] = {"vector": vector.name, "control": vector.control, "layer": vector.layer}
     return named | {"coefficient": dose.coefficient, "norm_multiple": multiple}
 
 
@@ -308,14 +218,14 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _slope(
-    arrow: Arrow,
+    vector: SteeringVector,
     responses: Responses,
     ratings: np.ndarray,
     states: Sequence[Mapping[str, object]],
     draws: Resamples,
 ) -> dict[str, object]:
     """How far a vector moves the rating a unit of its coefficient, over the doses that leave a coherent model."""
-    given = {0.0: 0} | {dose.coefficient: row for row, dose in enumerate(responses.doses) if dose.arrow is arrow}
+    given = {0.0: 0} | {dose.coefficient: row for row, dose in enumerate(responses.doses) if dose.vector is vector}
     kept = {coefficient: row for coefficient, row in sorted(given.items()) if states[row]["coherent"]}
     n = ratings.shape[1]
     deltas = {}
@@ -325,19 +235,19 @@ def _slope(
         else:
             why = "not coherent" if coefficient in given else "was not given (steering.coefficients)"
             deltas[name] = Estimate.missing(f"coefficient {coefficient:g} {why}", n)
-    relative, doses, estimate = arrow.relative, len(kept), slope(ratings[list(kept.values())].T, list(kept), draws)
-    if arrow.control == "ablation":  # no curve: the direction is there or not
+    relative, doses, estimate = vector.relative, len(kept), slope(ratings[list(kept.values())].T, list(kept), draws)
+    if vector.control == "ablation":  # no curve: the direction is there or not
         n = int(np.isfinite(ratings[given[1.0]] - ratings[0]).sum())
         relative, doses, estimate = None, 1, Estimate.missing("an ablation has no coefficient", n)
         deltas["delta_minus"] = estimate
         if 1.0 not in kept:
             deltas["delta_plus"] = Estimate.missing(str(states[given[1.0]]["reason"]), n)
-    row = {"vector": arrow.name, "control": arrow.control, "layer": arrow.layer, "relative": relative}
+    row = {"vector": vector.name, "control": vector.control, "layer": vector.layer, "relative": relative}
     row |= {"n": estimate.n, "doses": doses} | columns("slope", estimate)
     return row | columns("delta_minus", deltas["delta_minus"]) | columns("delta_plus", deltas["delta_plus"])
 
 
-def _remarks(doses: pd.DataFrame, slopes: pd.DataFrame, left_out: int, at: str) -> list[str]:
+def _remarks(doses: pd.DataFrame, slopes: pd.DataFrame, left_out: int, tokens: str) -> list[str]:
     remarks = []
     if left_out:
         remarks.append(
@@ -354,9 +264,9 @@ def _remarks(doses: pd.DataFrame, slopes: pd.DataFrame, left_out: int, at: str) 
             f"Steering by {vector} at layer {int(layer)}: coefficients {numbers} leave no coherent model ({worst}), and"
             " are in no slope."
         )
-    if at in ("last", "question"):
+    if tokens in ("last", "question"):
         remarks.append(
-            f"Steering at {at} begins after the completion, so its perplexity cannot change and checks nothing."
+            f"Steering at {tokens} begins after the completion, so its perplexity cannot change and checks nothing."
         )
     for layer, rows in slopes.groupby("layer", sort=False):
         own = rows.loc[rows["control"] == "concept", :].iloc[0]
@@ -373,10 +283,10 @@ def dose_result(doses: DoseResponse | str, title: str, unit: str) -> Result:
     """What steering did, for every medium; `unit` says what a coefficient counts ("multiples of the vector")."""
     if isinstance(doses, str):
         return Result(remarks=(doses,))
-    position = "all tokens" if doses.at == "all" else doses.at
+    tokens = "all tokens" if doses.tokens == "all" else doses.tokens
     draw = partial(
         figures.dose_response,
-        title=f"Steering at {position}: {title}",
+        title=f"Steering at {tokens}: {title}",
         table=doses.curves(),
         dose=f"coefficient ({unit})",
         label="mean exact rating",
@@ -400,7 +310,7 @@ def dose_result(doses: DoseResponse | str, title: str, unit: str) -> Result:
 def _slope_view(doses: DoseResponse, unit: str) -> View:
     """How far each vector moves the rating, beside its controls."""
     view = View.of(
-        f"Steering at {doses.at}: rating points a unit ({unit})",
+        f"Steering at {doses.tokens}: rating points a unit ({unit})",
         doses.slopes,
         {
             "layer, vector": lambda row: f"{int(row['layer'])}, {row['vector']}",

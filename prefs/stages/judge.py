@@ -93,10 +93,10 @@ def judged_by_llm(config: JudgeConfig, completions: Sequence[Completion], *, sto
             key = table.key(messages=as_dicts(request.turns))
             units[row] = Unit(key, request, 0, (Wanted(request, (Record(kept, key),)),))
     fill(units.values(), partial(models.get, spec), spec.batch_tokens, store, label="Judging")
-    verdicts = {row: table.rows[unit.key]["verdict"] for row, unit in units.items()}
-    refused = [
-        None if verdicts.get(row) is None else verdicts[row] == config.refusal for row in range(len(completions))
-    ]
+    refused: list[bool | None] = [None] * len(completions)
+    for row, unit in units.items():
+        verdict = table.rows[unit.key]["verdict"]
+        refused[row] = None if verdict is None else verdict == config.refusal
     by_phrases = judged_by_phrases(config, completions, store=store, models=models) if config.phrases else None
     total = len({unit.key for unit in units.values()})
     work = StageCounts(f"verdicts, {config.name}", total - len(table.made), len(table.made))

@@ -15,10 +15,10 @@ from prefs.models.architecture import Architecture, architecture
 from prefs.models.loading import Models, ModelSpec, model_folder
 from prefs.models.types import Capture, Sampling
 from prefs.stages.complete import complete
-from prefs.stages.dose_response import check_saved
 from prefs.stages.judge import Judged, judge
 from prefs.stages.rate import rate
 from prefs.stages.records import Completion, Rated
+from prefs.stages.steering_vectors import check_saved
 from prefs.store.table import Store
 from prefs.sweep import Shard
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -82,20 +82,23 @@ def rate(
         if completion.text is not None
     }
     messages = {row: as_dicts(conversed) for row, conversed in turns.items()}
-    model = identity(rater)
-    positions = _positions(capture, {"model": model, "dtype": dtype}, messages, store)
+    spec = {"model": identity(rater), "dtype": dtype}
+    # The vectors at positions that lie before any question.
+    early = capture and replace(capture, positions=tuple(name for name in capture.positions if name != "rating"))
+    positions = {
+        name: _captured(store, {**spec, "position": name}, capture.layers if capture else (), messages)
+        for name in (early.positions if early else ())
+    }
     cells = {
-        name: _Cell.open(
-            template, rater, model, sampling, tuple(seeds), thoughts if exact else 0, capture, dtype, messages, store
-        )
+        name: _Cell(template, rater, sampling, tuple(seeds), thoughts if exact else 0, capture, spec, messages, store)
         for name, template in templates.items()
     }
     units = []
     for row, conversed in turns.items():
         wanted = [cell.wanted(row, conversed) for cell in cells.values()]
-        if positions and capture:
+        if positions:
             records = tuple(Record(kept, keys[row], position) for position, (kept, keys) in positions.items())
-            wanted.insert(0, Wanted(Request(conversed, capture=replace(capture, positions=tuple(positions))), records))
+            wanted.insert(0, Wanted(Request(conversed, capture=early), records))
         units.append(Unit(digest(messages[row]), Request(conversed), QUESTION_ALLOWANCE, tuple(wanted)))
     fill(units, partial(models.get, rater), rater.batch_tokens, store, label="Rating")
     at_rating = {name: cell.rating for name, cell in cells.items() if cell.rating is not None}
@@ -118,20 +121,14 @@ def rate(
     )
 
 
-def _positions(
-    capture: Capture | None, spec: Mapping[str, Any], messages: Mapping[int, Messages], store: Store
-) -> dict[str, _Captured]:
-    """The vectors at positions that lie before any question, by position."""
-    captured = {}
-    for position in capture.positions if capture else ():
-        if capture and position != "rating":
-            vectors = store.vectors("residuals", {**spec, "position": position})
-            keys = {row: vectors.key(messages=turns) for row, turns in messages.items()}
-            captured[position] = ReplyVectors(vectors, capture.layers, spec["dtype"]), keys
-    return captured
+def _captured(
+    store: Store, spec: Mapping[str, Any], layers: tuple[int, ...], messages: Mapping[int, Messages]
+) -> _Captured:
+    vectors = store.vectors("residuals", spec)
+    keys = {row: vectors.key(messages=turns) for row, turns in messages.items()}
+    return ReplyVectors(vectors, layers, spec["dtype"]), keys
 
 
-@dataclass(frozen=True)
 class _Cell:
     """One template's records: keys by row and seed, and where they are kept.
 
@@ -139,78 +136,51 @@ class _Cell:
     none where exact ratings are not wanted. ``rating`` are the vectors at that position.
     """
 
-    template: Template
-    question: Question
-    sampling: Sampling
-    seeds: tuple[int, ...]
-    thinks: bool
-    thoughts: tuple[int, ...]
-    scores: ReplyTable
-    answers: ReplyTable
-    score_keys: Mapping[tuple[int, int], str]
-    answer_keys: Mapping[tuple[int, int], str]
-    capture: Capture | None
-    rating: _Captured | None
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         template: Template,
         rater: ModelSpec,
-        model: Mapping[str, object],
         sampling: Sampling,
         seeds: tuple[int, ...],
         thoughts: int,
         capture: Capture | None,
-        dtype: str,
+        spec: Mapping[str, Any],
         messages: Mapping[int, Messages],
         store: Store,
-    ) -> _Cell:
-        question = Question(
-            template.question, template.says, rater.prefill if template.prefill is None else template.prefill
-        )
-        asked = {"options": list(question.options), "prefill": question.prefill}
-        thinks = rater.thinking is not None
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if thinks else {}
-        scores = store.table("scores", {"model": model, **asked, **drawn}, SCORES)
-        answers = store.table("answers", {"model": model, **asked, "sampling": asdict(sampling)}, ANSWERS)
-        scored_after = thought_seeds(seeds, thoughts) if thinks else (0,) * bool(thoughts)
-        turns = {row: [*before, *as_dicts([Message("user", question.text)])] for row, before in messages.items()}
-        rating = None
+    ) -> None:
+        self.template, self.sampling, self.seeds = template, sampling, seeds
+        prefill = rater.prefill if template.prefill is None else template.prefill
+        self.question = Question(template.question, template.says, prefill)
+        self.thinks = rater.thinking is not None
+        self.thoughts = thought_seeds(seeds, thoughts) if self.thinks else (0,) * bool(thoughts)
+        asked = {"options": list(template.says), "prefill": prefill}
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if self.thinks else {}
+        scores = store.table("scores", {"model": spec["model"], **asked, **drawn}, SCORES)
+        answers = store.table("answers", {"model": spec["model"], **asked, "sampling": asdict(sampling)}, ANSWERS)
+        self.scores, self.answers = ReplyTable(scores, "scores", score_row), ReplyTable(answers, "samples", sample_row)
+        turns = {row: [*before, *as_dicts([Message("user", self.question.text)])] for row, before in messages.items()}
+        self.score_keys = {
+            (row, seed): scores.key(messages=conversed, **({"thought": seed} if self.thinks else {}))
+            for row, conversed in turns.items()
+            for seed in self.thoughts
+        }
+        self.answer_keys = {
+            (row, seed): answers.key(messages=conversed, seed=seed)
+            for row, conversed in turns.items()
+            for seed in seeds
+        }
+        # The thought that residuals at ``rating`` are captured after.
+        self.thought = (*self.thoughts, *seeds, 0)[0] if self.thinks else None
+        self.capture = self.rating = None
         if capture and "rating" in capture.positions:
-            thought = {"thought": (*scored_after, *seeds, 0)[0]} if thinks else {}
-            spec = {"model": model, "dtype": dtype, "position": "rating", **asked, **thought, **drawn}
-            vectors = store.vectors("residuals", spec)
-            keys = {row: vectors.key(messages=conversed) for row, conversed in turns.items()}
-            rating = ReplyVectors(vectors, capture.layers, dtype), keys
-        return cls(
-            template=template,
-            question=question,
-            sampling=sampling,
-            seeds=seeds,
-            thinks=thinks,
-            thoughts=scored_after,
-            scores=ReplyTable(scores, "scores", score_row),
-            answers=ReplyTable(answers, "samples", sample_row),
-            score_keys={
-                (row, seed): scores.key(messages=conversed, **({"thought": seed} if thinks else {}))
-                for row, conversed in turns.items()
-                for seed in scored_after
-            },
-            answer_keys={
-                (row, seed): answers.key(messages=conversed, seed=seed)
-                for row, conversed in turns.items()
-                for seed in seeds
-            },
-            capture=replace(capture, positions=("rating",)) if capture and rating else None,
-            rating=rating,
-        )
+            thought = {"thought": self.thought} if self.thinks else {}
+            rating = {**spec, "position": "rating", **asked, **thought, **drawn}
+            self.capture = replace(capture, positions=("rating",))
+            self.rating = _captured(store, rating, capture.layers, turns)
 
     def wanted(self, row: int, turns: Conversation) -> Wanted:
-        """The question put to a conversation, and its records."""
-        # The thought that residuals at ``rating`` are captured after.
-        thought = (*self.thoughts, *self.seeds, 0)[0]
-        first = (thought,) if self.thinks and self.rating else ()
+        thought = self.thought if self.rating else None
+        first = () if thought is None else (thought,)
         request = Request(
             turns,
             self.question,
@@ -222,18 +192,17 @@ class _Cell:
         records = [Record(self.scores, self.score_keys[row, seed], seed) for seed in self.thoughts]
         records += [Record(self.answers, self.answer_keys[row, seed], seed) for seed in self.seeds]
         records += [Record(self.rating[0], self.rating[1][row], "rating")] if self.rating else []
-        return Wanted(request, tuple(records), thought if first else None)
+        return Wanted(request, tuple(records), thought)
 
     def work(self) -> list[StageCounts]:
-        """What of the ratings was reused and what computed."""
-        work = []
-        if self.seeds:
-            made = len(self.answers.table.made)
-            work.append(StageCounts(f"sampled ratings, {self.template.name}", len(self.answer_keys) - made, made))
-        if self.thoughts:
-            made = len(self.scores.table.made)
-            work.append(StageCounts(f"exact ratings, {self.template.name}", len(self.score_keys) - made, made))
-        return work
+        return [
+            StageCounts(f"{kind} ratings, {self.template.name}", len(keys) - len(kept.table.made), len(kept.table.made))
+            for kind, wanted, keys, kept in (
+                ("sampled", self.seeds, self.answer_keys, self.answers),
+                ("exact", self.thoughts, self.score_keys, self.scores),
+            )
+            if wanted
+        ]
 
     def ratings(self, completions: Sequence[Completion]) -> Ratings:
         """The ratings of all completions, read by the template."""
@@ -261,19 +230,19 @@ class _Cell:
     def _after_thoughts(self, completions: Sequence[Completion]) -> Thoughts:
         """What was scored, [tasks, thoughts, options]; a rater that answers at once has one thought, an empty one."""
         mass = np.full((len(completions), len(self.thoughts), len(self.template.options)), np.nan)
-        texts: list[tuple[str | None, ...]] = []
-        invalid: list[tuple[Invalid | None, ...]] = []
+        texts: list[list[str | None]] = []
+        invalid: list[list[Invalid | None]] = []
+        unasked = dict.fromkeys(("thought", "mass"))
         for row, completion in enumerate(completions):
             if completion.invalid is not None:
-                texts.append((None,) * len(self.thoughts))
-                invalid.append((completion.invalid,) * len(self.thoughts))
-                continue
-            scores = [self.scores.table.rows[self.score_keys[row, seed]] for seed in self.thoughts]
+                scores = [{**unasked, "invalid": completion.invalid}] * len(self.thoughts)
+            else:
+                scores = [self.scores.table.rows[self.score_keys[row, seed]] for seed in self.thoughts]
             for number, score in enumerate(scores):
                 if score["invalid"] is None:
                     mass[row, number] = score["mass"]
-            texts.append(tuple(score["thought"] for score in scores))
-            invalid.append(tuple(Invalid(score["invalid"]) if score["invalid"] else None for score in scores))
+            texts.append([score["thought"] for score in scores])
+            invalid.append([score["invalid"] and Invalid(score["invalid"]) for score in scores])
         return Thoughts(self.thoughts, mass, texts, invalid)
 
     def _read(self, row: int, seed: int, unasked: Invalid | None) -> Answer:

@@ -33,12 +33,13 @@ STEERED = pa.schema(
 )
 # Doses that are run, and written, together; what they share is computed once for so many.
 DOSES_AT_ONCE = 24
-Place = Literal["all", "last", "completion", "question"]
+# Which tokens are steered; see `prefs.models.types.Steering`.
+Tokens = Literal["all", "last", "completion", "question"]
 Control = Literal["concept", "random", "shuffled", "probe", "ablation"]
 
 
 @dataclass(frozen=True, eq=False)
-class Arrow:
+class SteeringVector:
     """A vector to steer with.
 
     Attributes
@@ -61,41 +62,19 @@ class Arrow:
     vector: torch.Tensor
     relative: float
 
-    def steering(self, coefficient: float, at: Place) -> Steering:
-        """The arrow at a coefficient."""
-        kind = "project_out" if self.control == "ablation" else "add"
-        return Steering(self.layer, self.vector, coefficient, at, kind)
-
-    def identity(self, coefficient: float, at: Place) -> dict[str, Any] | None:
-        """What of it goes into store keys; nothing where it changes nothing."""
-        if coefficient == 0:
-            return None
-        content = self.vector.float().contiguous().numpy().tobytes()
-        kind = "project_out" if self.control == "ablation" else "add"
-        return {
-            "vector": hashlib.sha256(content).hexdigest(),
-            "layer": self.layer,
-            "coefficient": float(coefficient),
-            "at": at,
-            "kind": kind,
-        }
-
 
 @dataclass(frozen=True, eq=False)
 class Dose:
-    """One arrow at one coefficient; none is the unsteered model."""
+    """One vector at one coefficient; none is the unsteered model."""
 
-    arrow: Arrow | None
+    vector: SteeringVector | None
     coefficient: float = 0.0
 
-    def steering(self, at: Place) -> tuple[Steering, ...]:
-        return () if self.arrow is None else (self.arrow.steering(self.coefficient, at),)
-
-    def identity(self, at: Place) -> dict[str, Any] | None:
-        return None if self.arrow is None else self.arrow.identity(self.coefficient, at)
-
-
-UNSTEERED = Dose(None)
+    def steering(self, tokens: Tokens) -> tuple[Steering, ...]:
+        if self.vector is None:
+            return ()
+        kind = "project_out" if self.vector.control == "ablation" else "add"
+        return (Steering(self.vector.layer, self.vector.vector, self.coefficient, tokens, kind),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +110,11 @@ def steer(
     completions: Sequence[Completion],
     rater: ModelSpec,
     template: Template,
-    arrows: Sequence[Arrow],
+    vectors: Sequence[SteeringVector],
     coefficients: Sequence[float],
     sampling: Sampling,
     *,
-    at: Place,
+    tokens: Tokens,
     seeds: Sequence[int],
     system_prompt: str | None,
     store: Store,
@@ -143,31 +122,37 @@ def steer(
 ) -> tuple[Responses, StageCounts]:
     """Rate completions under every dose, doing only what the store lacks.
 
-    Each arrow is given at each coefficient, an ablation at 1, and no arrow once for all of them.
+    Each vector is given at each coefficient, an ablation at 1, and no vector once for all of them.
 
     Parameters
     ----------
     sampling, seeds
         Of sampled answers, one a seed, beside the exact rating; they say how many answers are still ratings.
-    at
-        Which tokens are steered; see `prefs.models.types.Steering`.
+    tokens
+        Which are steered.
 
     Raises
     ------
     UserError
-        If an arrow does not fit the model.
+        If a vector does not fit the model.
     """
     question = Question(
         template.question, template.says, rater.prefill if template.prefill is None else template.prefill
     )
-    doses = (UNSTEERED, *_doses(arrows, coefficients))
+    given = [
+        Dose(vector, coefficient)
+        for vector in vectors
+        for coefficient in ([1.0] if vector.control == "ablation" else sorted(coefficients))
+        if coefficient != 0
+    ]
+    doses = (Dose(None), *given)
     spec = {"model": identity(rater), "options": list(question.options), "prefill": question.prefill}
     table = store.table("steered", {**spec, "sampling": asdict(sampling)}, STEERED)
     kept = ReplyTable(table, "reply", partial(_row, seeds=seeds))
-    identities = [dose.identity(at) for dose in doses]
-    steerings = [dose.steering(at) for dose in doses]
+    steerings = [dose.steering(tokens) for dose in doses]
+    identities = [_identity(steering) for steering in steerings]
     # Doses are run a layer after another; what they share is found by the engine.
-    order = sorted(range(len(doses)), key=lambda dose: -1 if (arrow := doses[dose].arrow) is None else arrow.layer)
+    order = sorted(range(len(doses)), key=lambda dose: -1 if (vector := doses[dose].vector) is None else vector.layer)
     keys: dict[tuple[int, int], str] = {}
     units = []
     for row, completion in enumerate(completions):
@@ -191,13 +176,18 @@ def steer(
     return _responses(doses, template, len(completions), keys, table.rows, len(seeds)), work
 
 
-def _doses(arrows: Sequence[Arrow], coefficients: Sequence[float]) -> list[Dose]:
-    return [
-        Dose(arrow, coefficient)
-        for arrow in arrows
-        for coefficient in ([1.0] if arrow.control == "ablation" else sorted(coefficients))
-        if coefficient != 0
-    ]
+def _identity(steering: tuple[Steering, ...]) -> dict[str, Any] | None:
+    """What of it goes into store keys; nothing where it changes nothing."""
+    for change in steering:
+        content = change.vector.float().contiguous().numpy().tobytes()
+        return {
+            "vector": hashlib.sha256(content).hexdigest(),
+            "layer": change.layer,
+            "coefficient": float(change.coefficient),
+            "at": change.at,
+            "kind": change.kind,
+        }
+    return None
 
 
 def _row(reply: Reply | None, _: None, seeds: Sequence[int]) -> dict[str, Any]:

@@ -51,7 +51,6 @@ class ReplyTable:
         self.table.write({key: row for key, row in rows.items() if row is not None})
 
     def refresh(self) -> None:
-        """Read what other jobs have written since."""
         self.table.refresh()
 
 
@@ -76,7 +75,6 @@ class ReplyVectors:
         self.vectors.append(list(rows), self.layers, stacked.to(getattr(torch, self.dtype)), absent)
 
     def refresh(self) -> None:
-        """Read what other jobs have written since."""
         self.vectors.refresh()
 
 
@@ -189,7 +187,11 @@ def fill(
     if not any(unit.lacking for unit in units):
         return
     model = engine()
-    batches = [part for batch in _cut(units, model, budget) for part in _parted(batch, at_once)]
+    batches = [
+        [replace(unit, wanted=unit.wanted[first:][:at_once]) for unit in batch]
+        for batch in _cut(units, model, budget)
+        for first in range(0, len(batch[0].wanted), at_once or len(batch[0].wanted))
+    ]
     lacking = {unit.key: unit for unit in units if unit.lacking}
     collections = {record.kept: None for record in _records(units)}
     with progress(label, len(lacking)) as advance:
@@ -271,15 +273,6 @@ def batches(lengths: Mapping[str, int], budget: int) -> list[list[str]]:
         else:
             cut.append([key])
     return cut
-
-
-def _parted(batch: Sequence[Unit], at_once: int | None) -> list[list[Unit]]:
-    """A batch in parts of so many requests a conversation."""
-    count = len(batch[0].wanted)
-    size = at_once or count
-    return [
-        [replace(unit, wanted=unit.wanted[first : first + size]) for unit in batch] for first in range(0, count, size)
-    ]
 
 
 def _narrowed(batch: Sequence[Unit], rows_apart: bool) -> list[tuple[Wanted, Request]]:

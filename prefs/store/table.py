@@ -52,15 +52,12 @@ class Store:
         return cls(root, lease_s)
 
     def table(self, kind: str, spec: Mapping[str, Any], schema: pa.Schema) -> Table:
-        """The collection of rows of one kind under one specification."""
         return Table(self.root, kind, spec, schema)
 
     def vectors(self, kind: str, spec: Mapping[str, Any]) -> Vectors:
-        """The collection of residual-stream vectors of one kind under one specification."""
         return Vectors(self.root, kind, spec)
 
     def result(self, kind: str, spec: Mapping[str, Any]) -> StoredResult:
-        """The one result of a kind that its specification determines."""
         return StoredResult(self.root, kind, spec)
 
 
@@ -117,12 +114,10 @@ class Table(Collection):
             self.made.update(rows)
 
     def _append(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write a part."""
         table = self.columns(rows)
         self._write(lambda path: pq.write_table(table, path, compression=COMPRESSION))
 
     def columns(self, rows: Mapping[str, Mapping[str, Any]]) -> pa.Table:
-        """Rows as they are written."""
         fields = list(self.schema)[1:]
         columns = [pa.array([row.get(field.name) for row in rows.values()], field.type) for field in fields]
         return pa.Table.from_arrays([pa.array(rows, pa.string()), *columns], schema=self.schema)

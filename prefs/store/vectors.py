@@ -84,7 +84,6 @@ class Vectors(Collection):
             self._index(self._put(meta, vectors[some]), meta)
 
     def _put(self, meta: Mapping[str, Any], vectors: torch.Tensor) -> Path:
-        """Write a part; where it is."""
         layers = meta["layers"] if meta["keys"] else ()
         tensors = {f"layer.{layer}": vectors[:, number].contiguous() for number, layer in enumerate(layers)}
         return self._write(lambda path: _save(tensors, path, canonical(meta)))
