@@ -161,9 +161,11 @@ def test_stability_by_pools_pairs_over_cells(four, jobs):
         assert (row["cells"], row["cross_seed_r_pairs"]) == (2, 12)
         assert row["cross_seed_r"] == pytest.approx(np.mean(pooled))
         assert row["cross_seed_r_sd"] == pytest.approx(np.std(pooled, ddof=1))
+        assert row["d"] == pytest.approx(np.mean([four.cell(f"{name}-{key}")["d"] for name in RATERS]))
     for name in RATERS:
         pooled = [*r[name, "anchored"], *r[name, "stated"]]
         assert by.loc[("rater", name), "cross_seed_r"] == pytest.approx(np.mean(pooled))
+        assert by.loc[("cell", f"{name}-stated"), "cross_seed_r"] == pytest.approx(np.mean(r[name, "stated"]))
     odd = [mean_of_pairs(x[1::2]) for job in jobs.values() for x in job.sampled.values()]
     assert (by.loc[("origin", "MATH"), "cells"], by.loc[("origin", "MATH"), "cross_seed_r_pairs"]) == (4, 24)
     assert by.loc[("origin", "MATH"), "cross_seed_r"] == pytest.approx(np.mean(odd))
@@ -251,13 +253,15 @@ def of_templates(folder: Path, means: Mapping[str, np.ndarray], *overrides: str)
     ("alike", "overrides"),
     [
         (["anchored", "anchored_precise", "likert"], []),
+        (["anchored", "anchored_precise"], []),
         (["anchored", "likert"], ["rating.seeds=[0]"]),
+        (["anchored", "likert"], ["rating.seeds=[]"]),
         (["anchored", "likert"], ["rating.exact=false"]),
     ],
 )
 def test_a_stable_template_that_measures_something_else_is_named_alone(alike, overrides, tmp_path):
     count, like, length = 60, signal(60), signal(60, 1)
-    means = {key: np.clip(like + 0.3 * (signal(count, 10 + number) - 3), 1, 5) for number, key in enumerate(alike)}
+    means = {key: np.clip(like + 0.3 * (signal(count, 10 + at) - 3), 1, 5) for at, key in enumerate(alike)}
     (remark,) = of_templates(tmp_path, {"stated": length, **means}, *overrides)
     row = row_of(stability_by(read_sweep([tmp_path])), by="template", group="stated")
     r = np.nanmax([row["cross_seed_r"], row["predicted_r"]])
@@ -318,7 +322,7 @@ def test_variance_is_where_the_simulation_put_it(tmp_path):
 
 
 def test_cells_with_different_tasks_are_compared_on_the_common_ones(tmp_path):
-    tasks, means = some_tasks(25), {name: signal(25, number) for number, name in enumerate("ab")}
+    tasks, means = some_tasks(25), {name: signal(25, at) for at, name in enumerate("ab")}
     rows = {"a": np.arange(20), "b": np.random.default_rng(5).permutation(np.arange(5, 25))}
     changed = {"a": tasks, "b": [*tasks[:7], dataclasses.replace(tasks[7], prompt="Another task."), *tasks[8:]]}
     made = {}
@@ -347,8 +351,10 @@ def test_cells_without_common_tasks_are_compared_in_groups(tmp_path):
         overrides = [f"model.name={name}", f"dataset.name={data}"]
         made[name, data] = rated(tmp_path / f"{number}", *overrides, texts=texts, draw=number)
     result = compared(tmp_path)
-    remark = "All cells have only 0 tasks in common, so they are compared in groups: cells 2 on 12 tasks, 2 on 10 tasks"
-    assert f"{remark}." in result.remarks
+    remark = (
+        "All cells have only 0 tasks in common, so they are compared in groups: cells 2 on 12 tasks, 2 on 10 tasks."
+    )
+    assert remark in result.remarks
     for (name, data), job in made.items():
         row = result.cell(f"{name}-anchored dataset.name={data}")
         assert row["n"] == sizes[data]
@@ -468,22 +474,26 @@ def test_of_a_cell_measured_twice_the_later_counts(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["completions.parquet", "anchored/ratings.parquet", "anchored/exact.parquet"])
-@pytest.mark.parametrize("damage", ["gone", "cut", "other"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty", "other"])
 def test_a_damaged_table_is_named(name, damage, tmp_path):
     rated(tmp_path, means=signal(5))
     path = tmp_path / name
+    content = path.read_bytes()
     if damage == "gone":
         path.unlink()
     elif damage == "other":
         pd.DataFrame({"x": [1]}).to_parquet(path)
     else:
-        path.write_bytes(path.read_bytes()[:50])
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     with pytest.raises(UserError) as caught:
         read_sweep([tmp_path])
-    assert re.fullmatch(rf"cannot read {re.escape(str(path))} \(.*run its job again", str(caught.value))
+    line = str(caught.value)
+    assert line.startswith(f"cannot read {path} (")
+    assert line.endswith("run its job again")
+    assert "\n" not in line
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"config": {}, "overrides": []}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"config": {}, "overrides": []}', b"\xff\xfe\x00"])
 def test_a_damaged_record_is_named(content, tmp_path):
     (tmp_path / "job.json").write_bytes(content)
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}/job.json: not the record of a job")):
@@ -521,14 +531,20 @@ HOSTILE = [
 
 
 def test_hostile_names_and_texts_stay_as_they_are_and_all_files_where_they_belong(tmp_path):
-    folder, raters = tmp_path / "sweep", ["../up/<i>$a_b$</i>", "[bold]x[/bold]", "名前"]
-    origins = ["<b>$one$</b>", "[red]two", "None"]
-    tasks = [Task(f"{text[:50]} {n}", f"{text} {n}", origins[n % 3]) for n, text in enumerate(HOSTILE * 3)]
+    folder, raters, origins = (
+        tmp_path / "sweep",
+        ["../up/<i>$a_b$</i>", "[bold]x[/bold]", "名前"],
+        ["<b>$one$</b>", "[red]two", "None"],
+    )
+    tasks = [
+        Task(f"{text[:50]} {n}", f"{text} {n}", origins[n % 3])
+        for n, text in enumerate(text for text in HOSTILE for _ in range(3))
+    ]
     texts = [Completion(task, f"I'm sorry {task.prompt}") for task in tasks]
     texts[1] = Completion(tasks[1], "")
     for number, name in enumerate(raters):
         rated(folder / f"{number}", f"model.name='{name}'", texts=texts, draw=number)
-    result = compared(folder, drawn=True)
+    result = compared(folder, wandb_mode="offline", drawn=True)
     assert list(result.table("cells")["rater"].unique()) == raters
     assert list(result.table("cells")["origin"].unique()) == ["ALL", *origins]
     assert "[bold]x[/bold]-anchored" in result.printed
@@ -538,6 +554,10 @@ def test_hostile_names_and_texts_stay_as_they_are_and_all_files_where_they_belon
     figures = list((result.out / "figures").rglob("*.png"))
     assert {path.parent for path in figures} == {result.out / "figures"}
     assert len([path for path in figures if path.stem.startswith("refused_")]) == 3
+    (wandb,) = (result.out / "wandb").glob("offline-run-*")
+    logs = offline_wandb.read(wandb)
+    assert logs.exit_code == 0
+    assert logs.summary[f"compare/valid_mass/{logs.config['cells'][0]}/ALL"] == pytest.approx(1)
     # Beside what the jobs and the comparison write, nothing came to be anywhere.
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
     assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "comparison"}

@@ -66,7 +66,7 @@ def sweep(folder: Path, *overrides: str, pairs: Sequence[tuple[str, str]] = PAIR
 def jobs(tmp_path_factory) -> dict[tuple[str, str], Simulated]:
     folder = tmp_path_factory.mktemp("multirun") / "09-00-00"
     made = hydra_sweep(folder, "+experiment=system_prompts")
-    swept = [tuple(override.partition("=")[2] for override in job if ".condition=" in override) for job in made]
+    swept = [tuple(each.partition("=")[2] for each in job if ".condition=" in each) for job in made]
     assert swept == list(PAIRS)
     return sweep(folder)
 
@@ -129,14 +129,16 @@ def test_which_context_dominates_is_said(nine):
     assert not [line for line in nine.remarks if "names say" in line or "rated different completions" in line]
 
 
-def test_the_grid_is_printed_and_drawn(nine, jobs):
+def test_the_screen_and_the_page_have_the_grid(nine, jobs):
     printed = nine.printed.split(f"{GRID}: exact ratings by condition")[1]
     (line,) = [line for line in printed.splitlines() if line.strip().startswith("neutral  ")]
     for rating in LEVELS:
         assert f"{jobs['neutral', rating].means(KEY).mean():.2f} [" in line
     assert f"What conditions do to the same {TASKS} tasks" in nine.printed
-    assert (nine.out / "figures" / "conditions.png").exists()
     assert "completed: negative rated: positive" in nine.printed
+    for words in ("Means by condition", "Main effects and interaction", "Shares of the variation within tasks"):
+        assert words in nine.page
+    assert (nine.out / "figures" / "conditions.png").exists()
 
 
 # Grids that are not whole, or not one
@@ -198,6 +200,12 @@ def test_tasks_missing_in_some_cells_are_left_out_and_counted(tmp_path):
     assert (row["n"], row["left_out"]) == (TASKS - 5, 5)
     assert row["points"] == pytest.approx((y[:, :, 0] - y[:, :, 2]).mean())
     assert f"{GRID}: effects are without 5 tasks that lack a rating in some cell." in result.remarks
+    table = result.table("conditions").query("completing == 'neutral' and origin == 'ALL' and ratings == 'exact'")
+    assert dict(zip(table["rating"], table["n"], strict=True)) == {
+        "positive": TASKS,
+        "neutral": TASKS - 5,
+        "negative": TASKS,
+    }
 
 
 @pytest.mark.parametrize(("override", "kind"), [("rating.exact=false", "sampled"), ("rating.seeds=[]", "exact")])
@@ -206,10 +214,9 @@ def test_one_kind_of_ratings_alone(tmp_path, override, kind):
     result = compared(tmp_path)
     assert set(result.table("conditions")["ratings"]) == {kind}
     row = row_of(result.table("condition_effects"), of="rating", contrast="positive − negative")
-    if kind == "exact":
-        y = {pair: job.means(KEY) for pair, job in jobs.items()}
-    else:
-        y = {pair: np.nanmean(job.sampled[KEY], axis=1) for pair, job in jobs.items()}
+    y = {
+        pair: job.means(KEY) if kind == "exact" else np.nanmean(job.sampled[KEY], axis=1) for pair, job in jobs.items()
+    }
     assert row["points"] == pytest.approx(np.mean([y[c, "positive"] - y[c, "negative"] for c in LEVELS[::2]]))
     words = {"exact": "exact ratings", "sampled": "means over seeds"}[kind]
     assert f"{GRID}: {words} by condition" in result.printed
@@ -253,11 +260,12 @@ def test_the_table_of_steering_has_conditions_and_slopes(steered_sweep):
     assert row["null_slope"] == pytest.approx(0.02)
     assert "Steering: rating points a unit of the coefficient" in steered_sweep.printed
     assert ".20 [.19, .21]" in steered_sweep.printed
+    assert "Slopes and changes" in steered_sweep.page
     assert (steered_sweep.out / "figures" / "steering.png").exists()
 
 
 @pytest.mark.parametrize("name", ["steering_doses.parquet", "steering_slopes.parquet"])
-@pytest.mark.parametrize("damage", ["gone", "cut", "other"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "other", "no rows"])
 def test_damaged_steering_is_named_and_left_out(tmp_path, name, damage):
     for number, pair in enumerate(PAIRS[:2]):
         cell(tmp_path / f"{number}", *pair)
@@ -268,7 +276,8 @@ def test_damaged_steering_is_named_and_left_out(tmp_path, name, damage):
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:50])
     else:
-        pd.DataFrame({"x": [1]}).to_parquet(path)
+        table = pd.DataFrame({"x": [1]}) if damage == "other" else pd.read_parquet(path).iloc[:0]
+        table.to_parquet(path)
     result = compared(tmp_path)
     (remark,) = [line for line in result.remarks if "its steered ratings are left out" in line]
     assert remark.startswith(f"{GRID} rating.condition=neutral: ")

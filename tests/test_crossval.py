@@ -17,25 +17,26 @@ from prefs.statistics.estimates import Estimate
 ORIGINS = ["A", "B", "C"] * 100
 
 
-def config(permutations: int = 0) -> ProbeConfig:
+def config(kind: str = "ridge", permutations: int = 0, **changes: object) -> ProbeConfig:
     controls = ProbeControlsConfig(permutations=permutations)
-    return probe_config("ridge", penalties=[1e-2, 1.0, 100.0], controls=controls)
+    return probe_config(kind, **{"penalties": [1e-2, 1.0, 100.0], "controls": controls, **changes})
 
 
-def target(values: np.ndarray) -> Target:
-    return Target("exact", "exact", values, Estimate(1.0, None, None, len(values)), False)
+def target(values: np.ndarray, key: str = "exact", binary: bool = False) -> Target:
+    return Target(key, key, values, Estimate(1.0, None, None, len(values)), binary)
 
 
-def validated(x: torch.Tensor, y: np.ndarray, folds: int = 4, bootstrap: int = 0, permutations: int = 0):
-    numbers, settings = np.arange(len(x)) % folds, config(permutations)
-    (result,) = cross_validate(tensors(x), [target(y)], numbers, ORIGINS[: len(x)], settings, bootstrap=bootstrap)
-    return result
+def validated(
+    x: torch.Tensor, *targets: Target, folds: int = 4, bootstrap: int = 0, settings: ProbeConfig | None = None
+):
+    numbers = np.arange(len(x)) % folds
+    return cross_validate(tensors(x), targets, numbers, ORIGINS[: len(x)], settings or config(), bootstrap=bootstrap)
 
 
 def test_a_signal_is_found_where_it_is_and_beats_every_shuffle():
     x = residuals(120, 4, 10, dtype=torch.float32)
     y = signal_and_noise(x, 2, 0.5)
-    result = validated(x, y, bootstrap=50, permutations=19)
+    (result,) = validated(x, target(y), bootstrap=50, settings=config(permutations=19))
     assert result.chosen_sites.tolist() == [2] * 4
     assert result.final.site.layer == 2
     assert result.chosen.r2.value == pytest.approx(0.75, abs=0.1)
@@ -56,7 +57,7 @@ def test_a_fold_has_no_say_in_its_own_predictions():
     y = signal_and_noise(x, 1, 1.0)
     mine = np.arange(80) % 4 == 2
     others = np.where(mine, 50 * signal_and_noise(x, 0, 0.0), y)  # would choose another site
-    before, after = validated(x, y), validated(x, others)
+    (before,), (after,) = validated(x, target(y)), validated(x, target(others))
     np.testing.assert_allclose(after.predictions[mine], before.predictions[mine], atol=1e-5)
     assert after.chosen_sites[2] == before.chosen_sites[2]
 
@@ -66,7 +67,7 @@ def test_p_values_of_noise_are_uniform():
     values = []
     for seed in range(40):
         x = residuals(40, 3, 12, seed, dtype=torch.float32)
-        result = validated(x, rng.normal(size=40), permutations=19)
+        (result,) = validated(x, target(rng.normal(size=40)), settings=config(permutations=19))
         values.append(result.p)
     assert kstest(values, "uniform").pvalue > 0.01
 
@@ -76,7 +77,7 @@ def test_what_is_between_origins_only_is_gone_within_them():
     origin = np.arange(150) % 3
     x[:, 0, 3] = torch.tensor(origin).float() + 0.1 * torch.randn(150, generator=torch.Generator().manual_seed(0))
     y = origin + 0.2 * np.random.default_rng(0).normal(size=150)
-    result = validated(x, y, folds=5)
+    (result,) = validated(x, target(y), folds=5)
     assert result.chosen.r2.value > 0.8
     assert result.within.r2.value < 0.1
     left = less_origin_means(np.array([1.0, 3.0, 10.0]), np.array(["A", "A", "B"]))
@@ -94,7 +95,7 @@ def test_what_is_between_origins_only_is_gone_within_them():
     ],
 )
 def test_a_target_that_cannot_be_probed_says_why(values, reason):
-    result = validated(residuals(20, 1, 4, dtype=torch.float32), values)
+    (result,) = validated(residuals(20, 1, 4, dtype=torch.float32), target(values))
     assert isinstance(result, Nothing)
     assert result.reason.startswith(reason)
 

@@ -22,10 +22,18 @@ def pair(n: int = N, shift: float = 0.5, seed: int = 0, d: int = D):
     return first.float(), second.float()
 
 
-def extracted(first, second, *, folds=None, splits=20, resamples=50, flips=200):
+def extracted(first, second, *, folds=None, splits=20, resamples=50, flips=200, seed=0):
     n = len(first)
-    folds, draws = np.arange(n) % 3 if folds is None else folds, Resamples.draw(n, resamples)
-    return difference_of_means(tensors(first), tensors(second), folds, splits=splits, draws=draws, flips=flips, seed=0)
+    folds = np.arange(n) % 3 if folds is None else folds
+    return difference_of_means(
+        tensors(first),
+        tensors(second),
+        folds,
+        splits=splits,
+        draws=Resamples.draw(n, resamples),
+        flips=flips,
+        seed=seed,
+    )
 
 
 def test_the_vector_is_the_difference_of_the_means_and_each_fold_is_left_out_of_its_own():

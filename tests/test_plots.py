@@ -43,15 +43,15 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
-def by_layer(layers=(0, 7, 14)) -> pd.DataFrame:
+def by_layer(targets=("exact", "one seed"), positions=("prompt", "answer"), layers=(0, 7, 14)) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     rows = []
-    for target, position, layer in itertools.product(("exact", "one seed"), ("prompt", "answer"), layers):
+    for target, position, layer in itertools.product(targets, positions, layers):
         score = rng.uniform(-0.2, 0.6)
         row = {"target": target, "position": position, "layer": layer, "n": 100 + (position == "answer")}
         row |= {"score": score, "score_low": score - 0.1, "score_high": score + 0.1}
         row |= {"null_low": -0.2, "null_high": 0.05}
-        rows.append(row | {"ceiling": 0.9 - 0.5 * (target == "one seed"), "origin_mean": 0.1})
+        rows.append(row | {"ceiling": 0.9 - 0.5 * (target != targets[0]), "origin_mean": 0.1})
     return pd.DataFrame(rows)
 
 
@@ -67,8 +67,8 @@ def held_out() -> pd.DataFrame:
     return table.astype(dict.fromkeys(numbers, float))
 
 
-def predictions(n=300) -> pd.DataFrame:
-    targets, rng = ("exact", "seed"), np.random.default_rng(1)
+def predictions(targets=("exact", "seed"), n=300) -> pd.DataFrame:
+    rng = np.random.default_rng(1)
     measured = rng.normal(3, 1, size=n * len(targets))
     return pd.DataFrame(
         {
@@ -92,8 +92,7 @@ def by_condition(**values: np.ndarray) -> dict[str, pd.DataFrame]:
     return {"table": pd.concat(parts), "means": pd.DataFrame(means)}
 
 
-def doses() -> pd.DataFrame:
-    panels, lines = ("layer 3", "layer 9"), ("vector", "random")
+def doses(panels=("layer 3", "layer 9"), lines=("vector", "random")) -> pd.DataFrame:
     rows = [
         {"panel": panel, "line": line, "coefficient": dose, "mean": 3 + 0.1 * dose * (line == "vector")}
         for panel, line, dose in itertools.product(panels, lines, (4.0, -4.0, -1.0, 0.0, 1.0))

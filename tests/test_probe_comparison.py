@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import offline_wandb
 import pandas as pd
 import pytest
 import torch
@@ -40,11 +41,22 @@ def activations(means: np.ndarray, noise: float, d: int = D, seed: int = 0) -> n
     return vectors
 
 
-def job(folder: Path, name: str, means: Mapping[str, np.ndarray], *overrides: str, d: int = D, draw: int = 0) -> None:
-    vectors = {key: activations(ratings, 0.3, d, number) for number, (key, ratings) in enumerate(means.items())}
-    mass = {key: around(ratings) for key, ratings in means.items()}
-    texts = completed(some_tasks(TASKS))
+def job(
+    folder: Path,
+    name: str,
+    means: Mapping[str, np.ndarray],
+    *overrides: str,
+    d: int = D,
+    noise: float = 0.3,
+    tasks: int = TASKS,
+    first: int = 0,
+    draw: int = 0,
+) -> Path:
+    vectors = {key: activations(each, noise, d, at) for at, (key, each) in enumerate(means.items())}
+    mass = {key: around(each) for key, each in means.items()}
+    texts = completed(some_tasks(tasks, first))
     simulate(folder, [f"model.name={name}", *overrides], texts, mass, draw=draw, vectors=vectors)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +74,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sweep(folder) -> Compared:
-    return compared(folder, drawn=True)
+    return compared(folder, wandb_mode="offline", drawn=True)
 
 
 def test_the_table_of_probes_is_that_of_the_jobs(sweep, folder):
@@ -114,7 +126,6 @@ def test_cosines_are_of_the_saved_directions_at_each_site_of_one_model(sweep, fo
         row = row_of(table, a=a[0], b=b[0], layer=layer)
         assert row["cosine"] == pytest.approx(expected, abs=1e-6)
         assert row["position"] == "rating"
-    assert {"probe_cosines", "probe_transfer"} <= {path.stem for path in (sweep.out / "figures").glob("*.png")}
     # The ratings lie along one direction at layer 1 and nowhere else.
     exact = table.loc[(table["a"] == "keen-anchored: exact") & (table["b"] == "keen-stated: exact"), :]
     assert exact.set_index("layer")["cosine"].abs().idxmax() == 1
@@ -141,6 +152,19 @@ def test_transfer_is_of_held_out_predictions_with_the_others_ratings(sweep, fold
         assert row_of(table, trained_on=name, tested_on=name)["r"] == pytest.approx(chosen["pearson"])
 
 
+def test_the_page_the_figures_and_wandb_have_them(sweep):
+    assert '<a href="#section-6">Probes</a>' in sweep.page
+    assert "reads the row&#39;s model" in sweep.page
+    assert {"probe_cosines", "probe_transfer"} <= {path.stem for path in (sweep.out / "figures").glob("*.png")}
+    (folder,) = (sweep.out / "wandb").glob("offline-run-*")
+    logs = offline_wandb.read(folder)
+    logged = {key for row in logs.history for key in row}
+    names = ("probes", "probe_cosines", "probe_transfer")
+    assert {f"tables/{name}" for name in names} | {f"figures/{name}" for name in names[1:]} <= logged
+    score = row_of(sweep.table("probes"), cell="wide-stated", target="exact")["score"]
+    assert logs.summary["compare/probe/wide-stated/exact"] == pytest.approx(score)
+
+
 @pytest.mark.parametrize("damage", ["no card", "no tensors", "of no model", "of fewer sites"])
 def test_a_damaged_probe_is_one_line_and_left_out(damage, folder, tmp_path):
     shutil.copytree(folder / "0", tmp_path / "0")
@@ -164,14 +188,18 @@ def test_a_damaged_probe_is_one_line_and_left_out(damage, folder, tmp_path):
     assert row_of(result.table("probes"), cell="keen-anchored", target="exact")["score"] > 0.9  # its tables are sound
 
 
-@pytest.mark.parametrize("name", ["probe_controls", "probe_predictions"])
-def test_a_damaged_table_leaves_its_cell_out(name, folder, tmp_path):
+@pytest.mark.parametrize("name", ["probe_chosen", "probe_controls", "probe_predictions"])
+@pytest.mark.parametrize("content", [b"no table", None])
+def test_a_damaged_table_leaves_its_cell_out(name, content, folder, tmp_path):
     shutil.copytree(folder / "0", tmp_path / "0")
-    (tmp_path / "0" / "stated" / f"{name}.parquet").write_bytes(b"no table")
+    path = tmp_path / "0" / "stated" / f"{name}.parquet"
+    path.unlink() if content is None else path.write_bytes(content)
     result = compared(tmp_path)
     assert set(result.table("probes")["cell"]) == {"keen-anchored"}
-    (remark,) = [line for line in result.remarks if "left out" in line]
-    assert remark.startswith("keen-stated: its probes are left out (cannot read ")
+    remarks = [line for line in result.remarks if "left out" in line]
+    # Without the table of its scores a cell has no probes.
+    assert len(remarks) == (name != "probe_chosen" or content is not None)
+    assert all(line.startswith("keen-stated: its probes are left out (cannot read ") for line in remarks)
 
 
 def test_two_kinds_of_probe_on_the_same_ratings_are_compared(tmp_path):
@@ -196,8 +224,15 @@ def test_two_kinds_of_probe_on_the_same_ratings_are_compared(tmp_path):
 def test_a_probe_without_a_direction_is_left_out_of_the_cosines(tmp_path):
     means = {"anchored": signal(TASKS)}
     job(tmp_path / "0", "keen", means, *RIDGE, "probe.targets=[exact,sampled]")
-    mlp = ("probe=mlp", "probe.hidden=2", "probe.max_epochs=2", "probe.penalties=[1.0]", *RIDGE[1:2], *RIDGE[4:])
-    job(tmp_path / "1", "other", means, *mlp, "probe.controls.permutations=0")
+    mlp = (
+        "probe=mlp",
+        "probe.hidden=2",
+        "probe.max_epochs=2",
+        "probe.controls.permutations=0",
+        *RIDGE[1:2],
+        *RIDGE[4:],
+    )
+    job(tmp_path / "1", "other", means, *mlp, "probe.penalties=[1.0]")
     result = compared(tmp_path)
     assert "A probe of kind mlp has no direction, and so no cosine: other-anchored: exact." in result.remarks
     assert set(result.table("probe_cosines")["b"]) == {"keen-anchored: mean of 4 seeds"}
@@ -216,9 +251,17 @@ def said(**row: object) -> list[str]:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"ceiling": 0.04, "score": 0.5}, "(the best R² that any probe can reach is under .10): c: exact (.04)."),
+        (
+            {"ceiling": 0.04, "score": 0.5},
+            "mostly noise (the best R² that any probe can reach is under .10): c: exact (.04).",
+        ),
         ({"score": -0.02}, "no better than chance does: c: exact (−.02)."),
         ({"p": 0.2}, "no better than chance does: c: exact (.50)."),
+        ({"score": np.nan}, "no better than chance does: c: exact (–)."),
+        (
+            {"metric": "AUC", "score": 0.5, "p": np.nan, "ceiling": np.nan},
+            "no better than chance does: c: exact (.50).",
+        ),
         ({"best_control_score": 0.5}, "never looks into the model: c: exact (length .50)."),
         ({"score": 0.97}, "above the noise ceiling, which is an estimate too: c: exact (.97 of .90)."),
     ],
@@ -229,5 +272,7 @@ def test_what_is_not_to_be_believed_is_said_once(row, words):
 
 
 def test_a_sound_probe_is_not_doubted():
-    assert said() == said(p=np.nan, ceiling=np.nan, best_control=None, best_control_score=np.nan) == []
+    assert said() == []
+    assert said(p=np.nan, ceiling=np.nan, best_control=None, best_control_score=np.nan) == []
     assert said(score=0.94) == []  # by so little the ceiling may be off
+    assert said(metric="AUC", score=0.7, ceiling=np.nan) == []

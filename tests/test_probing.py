@@ -28,10 +28,9 @@ N, LAYERS, POSITIONS = 48, (1, 4, 8), ("mean_completion", "rating")
 ORIGINS = ("MATH", "ALPACA", "WILDCHAT", "BAILBENCH")
 
 
-def reopened(cell: Subject) -> Subject:
-    """The same with its vectors as another process sees them."""
-    anew = [Vectors(old.vectors.folder.parent.parent, old.vectors.kind, old.vectors.spec) for old in cell.residuals]
-    return replace(cell, residuals=[replace(old, vectors=own) for old, own in zip(cell.residuals, anew, strict=True)])
+def reopened(vectors: Vectors) -> Vectors:
+    """The same collection as another process sees it."""
+    return Vectors(vectors.folder.parent.parent, vectors.kind, vectors.spec)
 
 
 def config(kind: str = "ridge", **changes: object) -> ProbeConfig:
@@ -45,12 +44,12 @@ def subject(
 ) -> Subject:
     """Ratings that layer 4 at `rating` knows, with vectors [N, positions * layers, d] in a store."""
     residuals = []
-    for number, position in enumerate(POSITIONS):
+    for at, position in enumerate(POSITIONS):
         shards = Store.open(str(folder)).vectors("residuals", {"position": position, "of": name})
         keys = [shards.key(task=task) for task in range(N)]
-        present = [task for task in range(N) if task not in absent]
-        mine = x[present, number * len(LAYERS) : (number + 1) * len(LAYERS)]
-        shards.append([keys[task] for task in present], list(LAYERS), mine, [keys[task] for task in absent])
+        there = [task for task in range(N) if task not in absent]
+        mine = x[there, at * len(LAYERS) : (at + 1) * len(LAYERS)]
+        shards.append([keys[task] for task in there], list(LAYERS), mine, [keys[task] for task in absent])
         shards.refresh()
         residuals.append(Residuals(position, LAYERS, keys, shards))
     rng = np.random.default_rng(seed)
@@ -58,15 +57,15 @@ def subject(
     sampled = np.where(rng.random((N, 3)) < p[:, None], 5.0, 1.0)
     sampled[:5, 0] = np.nan
     measured = Measured(
-        tasks=tuple(f"task-{number}" for number in range(N)),
-        origins=tuple(ORIGINS[number % 4] for number in range(N)),
+        tasks=tuple(f"task-{at}" for at in range(N)),
+        origins=tuple(ORIGINS[at % 4] for at in range(N)),
         says=("1", "5"),
         values=(1.0, 5.0),
         sampled=sampled,
         mass=0.9 * np.stack([1 - p, p], axis=1),
         refused=(p < 0.2).astype(float),
     )
-    texts = [f"words of task {number}" for number in range(N)]
+    texts = [f"words of task {at}" for at in range(N)]
     return Subject(name, measured, Sampling(1.0, 1.0, 8), texts, texts, residuals)
 
 
@@ -88,9 +87,9 @@ def cell(tmp_path_factory, x) -> Subject:
 
 @pytest.fixture(scope="module")
 def report(cell, store) -> ProbeReport:
-    outcome = probe(cell, config(), 50, [], store)
-    assert isinstance(outcome, ProbeReport)
-    return outcome
+    found = probe(cell, config(), 50, [], store)
+    assert isinstance(found, ProbeReport)
+    return found
 
 
 def test_every_table_is_there(report):
@@ -123,7 +122,7 @@ def test_saved_probes_predict_what_the_tables_say(report, tmp_path, x):
     assert saved.card["metrics"]["score"] == pytest.approx(report.chosen["score"][0])
     assert len(saved.sites) == 6
     column = report.features.sites.index(saved.probe.site)
-    used = [number for number in range(N) if number != 7]
+    used = [at for at in range(N) if at != 7]
     y = report.subject.measured.exact.mean[used]
     assert np.corrcoef(saved.probe.predict(x[used, column]), y)[0, 1] > 0.9
 
@@ -134,44 +133,58 @@ def test_transfer_between_two_templates_of_a_job(report, x, tmp_path, store):
     table = other.transfer.set_index(["trained_on", "tested_on"])
     assert len(table) == 16
     # The same ratings and the same vectors under another name, and one task more.
-    pair = table.loc[("anchored: exact", "likert: exact")]
-    assert pair["n"] == 47
-    assert pair["r"] > 0.9
+    there = table.loc[("anchored: exact", "likert: exact")]
+    assert there["n"] == 47
+    assert there["r"] > 0.9
 
 
-@pytest.mark.parametrize("kind", ["linear", "logistic", "ordinal", "mlp", "mean_difference"])
+def test_a_yes_and_no(cell, store):
+    settings = {"threshold": "median", "max_epochs": 80, "patience": 40, "learning_rate": 0.03}
+    logistic = config("logistic", targets=["good", "refused"], **settings)
+    found = probe(cell, logistic, 20, [], store)
+    assert isinstance(found, ProbeReport)
+    assert found.metric == "AUC"
+    assert found.chosen["score"].min() > 0.8
+    assert set(found.predictions["measured"]) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("kind", ["linear", "ordinal", "mlp", "mean_difference"])
 def test_every_kind_goes_through(cell, kind, tmp_path, store):
     few = ProbeControlsConfig(permutations=2, random_directions=0, texts=False, embedding_model=None)
-    target = "good" if kind == "logistic" else "exact"
-    settings = config(kind, targets=[target], threshold="median", max_epochs=30, learning_rate=0.03, controls=few)
-    outcome = probe(cell, settings, 0, [], store)
-    assert isinstance(outcome, ProbeReport)
-    assert outcome.metric == ("AUC" if kind == "logistic" else "R²")
-    assert outcome.chosen["score" if kind == "logistic" else "pearson"][0] > 0.5
-    outcome.save(tmp_path, {})
-    assert load_probe(tmp_path / target).probe.kind == {"mean_difference": "linear"}.get(kind, kind)
+    settings = config(kind, targets=["exact"], max_epochs=30, learning_rate=0.03, controls=few)
+    found = probe(cell, settings, 0, [], store)
+    assert isinstance(found, ProbeReport)
+    assert found.chosen["pearson"][0] > 0.5
+    found.save(tmp_path, {})
+    assert load_probe(tmp_path / "exact").probe.kind == {"mean_difference": "linear"}.get(kind, kind)
 
 
-def test_what_cannot_be_probed_says_why(tmp_path, x, store):
+def test_a_broken_vector_is_named_by_task_position_and_layer(tmp_path, x, store):
     broken = x.clone()
     broken[9, 3, 3] = torch.nan
-    outcome = probe(subject(tmp_path / "0", broken), config(), 0, [], store)
-    assert isinstance(outcome, NoProbe)
-    assert outcome.reason.startswith("the vector of task task-9 at rating, layer 1 holds a NaN")
-    outcome = probe(subject(tmp_path / "1", x, absent=tuple(range(3, N))), config(), 0, [], store)
-    assert isinstance(outcome, NoProbe)
-    assert "3 tasks have a vector at mean_completion, rating; 4 folds need 4" in outcome.reason
+    found = probe(subject(tmp_path, broken), config(), 0, [], store)
+    assert isinstance(found, NoProbe)
+    assert found.reason.startswith("the vector of task task-9 at rating, layer 1 holds a NaN")
+
+
+def test_fewer_tasks_than_folds(tmp_path, x, store):
+    found = probe(subject(tmp_path, x, absent=tuple(range(3, N))), config(), 0, [], store)
+    assert isinstance(found, NoProbe)
+    assert "3 tasks have a vector at mean_completion, rating; 4 folds need 4" in found.reason
+    found = probe(subject(tmp_path, x), config(folds=49), 0, [], store)
+    assert isinstance(found, NoProbe)
+    assert found.reason == "48 tasks cannot fill 49 folds: give more tasks or fewer folds (probe.folds)"
 
 
 def test_a_constant_target_is_left_out_with_its_reason(cell, store):
     flat = replace(cell, measured=replace(cell.measured, sampled=np.full((N, 3), 5.0)))
-    outcome = probe(flat, config(), 0, [], store)
-    assert isinstance(outcome, ProbeReport)
-    assert [missing.target.key for missing in outcome.nothing] == ["sampled", "single"]
-    assert outcome.chosen["target"].tolist() == ["exact"]
-    outcome = probe(flat, config(targets=["sampled"]), 0, [], store)
-    assert isinstance(outcome, NoProbe)
-    assert outcome.reason == "mean of 3 seeds: all 47 tasks have the same value, 5: there is nothing to predict"
+    found = probe(flat, config(), 0, [], store)
+    assert isinstance(found, ProbeReport)
+    assert [each.target.key for each in found.nothing] == ["sampled", "single"]
+    assert found.chosen["target"].tolist() == ["exact"]
+    found = probe(flat, config(targets=["sampled"]), 0, [], store)
+    assert isinstance(found, NoProbe)
+    assert found.reason == "mean of 3 seeds: all 47 tasks have the same value, 5: there is nothing to predict"
 
 
 def files(report: ProbeReport, folder: Path) -> dict[str, bytes]:
@@ -187,12 +200,13 @@ def untrained(*_: object) -> NoReturn:
 
 
 def test_what_was_trained_once_is_found_and_is_the_same(cell, store, report, tmp_path, monkeypatch):
-    again = reopened(cell)
+    # A store and vectors that are opened anew, as in another process.
+    again = replace(cell, residuals=[replace(each, vectors=reopened(each.vectors)) for each in cell.residuals])
     monkeypatch.setattr(tested, "train_and_test", untrained)
-    outcome = probe(again, config(), 50, [], Store.open(str(store.root)), untrained)
-    assert isinstance(outcome, ProbeReport)
-    assert (report.work, outcome.work) == (StageCounts("probes, anchored", 0, 3), StageCounts("probes, anchored", 3, 0))
-    assert files(outcome, tmp_path / "found") == files(report, tmp_path / "made")
+    found = probe(again, config(), 50, [], Store.open(str(store.root)), untrained)
+    assert isinstance(found, ProbeReport)
+    assert (report.work, found.work) == (StageCounts("probes, anchored", 0, 3), StageCounts("probes, anchored", 3, 0))
+    assert files(found, tmp_path / "found") == files(report, tmp_path / "made")
     # Names are for people: a probe by another name is the same probe.
     other = config(name="mine", _target_="elsewhere.RidgeBank")
     assert isinstance(probe(replace(again, name="other"), other, 50, [], store), ProbeReport)
@@ -202,7 +216,10 @@ def test_what_was_trained_once_is_found_and_is_the_same(cell, store, report, tmp
     "changed",
     [
         {"penalties": [0.1, 100.0]},
+        {"targets": ["exact", "sampled"]},
+        {"folds": 3},
         {"seed": 1},
+        {"kind": "mean_difference"},
         {"trainer": {"accelerator": "cpu", "precision": "32-true"}},
         {"controls": ProbeControlsConfig(permutations=10, random_directions=20, embedding_model=None)},
     ],
@@ -217,15 +234,20 @@ def test_another_config_is_trained_anew(cell, report, store, monkeypatch, change
 def test_other_data_is_trained_on_anew(cell, report, store, monkeypatch):
     monkeypatch.setattr(tested, "train_and_test", untrained)
     measured = cell.measured
-    for other in (
-        replace(cell, residuals=[replace(captured, layers=LAYERS[:2]) for captured in cell.residuals]),
-        replace(cell, measured=replace(measured, sampled=np.where(measured.sampled == 5, 4, 1))),
-        replace(cell, measured=replace(measured, mass=measured.mass * 0.99)),
-        replace(cell, completions=["other words", *cell.completions[1:]]),
-        replace(cell, sampling=Sampling(0.5, 1.0, 8)),
-    ):
+    others = {
+        "layers": replace(cell, residuals=[replace(each, layers=LAYERS[:2]) for each in cell.residuals]),
+        "positions": replace(cell, residuals=cell.residuals[:1]),
+        "one rating": replace(cell, measured=replace(measured, sampled=np.where(measured.sampled == 5, 4, 1))),
+        "masses": replace(cell, measured=replace(measured, mass=measured.mass * 0.99)),
+        "origins": replace(cell, measured=replace(measured, origins=measured.origins[::-1])),
+        "texts": replace(cell, completions=["other words", *cell.completions[1:]]),
+        "temperature": replace(cell, sampling=Sampling(0.5, 1.0, 8)),
+    }
+    for other in others.values():
         with pytest.raises(AssertionError, match="probes are trained"):
             probe(other, config(), 50, [], store)
+    with pytest.raises(AssertionError, match="probes are trained"):
+        probe(cell, config(), 51, [], store)
 
 
 def test_jobs_that_want_the_same_probes_train_them_once(cell, tmp_path, monkeypatch):
@@ -238,10 +260,11 @@ def test_jobs_that_want_the_same_probes_train_them_once(cell, tmp_path, monkeypa
     monkeypatch.setattr(tested, "train_and_test", counted)
 
     def job(number: int) -> ProbeReport | NoProbe:
-        return probe(reopened(cell), config(targets=["exact"]), 20, [], Store.open(str(tmp_path)))
+        own = replace(cell, residuals=[replace(each, vectors=reopened(each.vectors)) for each in cell.residuals])
+        return probe(own, config(targets=["exact"]), 20, [], Store.open(str(tmp_path)))
 
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(job, range(2)))
     assert len(trained) == 1
-    first, second = (files(trained, tmp_path / f"{number}") for number, trained in enumerate(reports))
+    first, second = (files(each, tmp_path / f"{at}") for at, each in enumerate(reports))
     assert first == second

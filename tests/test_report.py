@@ -240,16 +240,25 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with everything in it, hostile text everywhere."""
     folder = tmp_path_factory.mktemp("report")
-    frame = pd.DataFrame({"name": ["b10", "b9", "a", "c", "d"], "x": VALUES, "n": [1, 2, 3, 4, 5000]})
-    frame = frame.assign(x_low=frame["x"] - 1, x_high=frame["x"] + 1, x_reason=None)
-    frame.loc[1, "x_reason"] = "no variance in ratings"
-    wide = pd.DataFrame({f"a_rather_long_name_{number}": [number / 7] for number in range(30)})
+    frame = pd.DataFrame(
+        {
+            "name": ["b10", "b9", "a", "c", "d"],
+            "x": VALUES,
+            "x_low": [value - 1 for value in VALUES],
+            "x_high": [value + 1 for value in VALUES],
+            "x_reason": [None, "no variance in ratings", None, None, None],
+            "n": [1, 2, 3, 4, 5000],
+        }
+    )
+    wide = pd.DataFrame({f"a_rather_long_name_{at}": [at / 7] for at in range(30)})
     hostile = pd.DataFrame({name: [text] for name, text in HOSTILE.items()} | {SCRIPT: [SCRIPT]})
-    sizes = enumerate([(1400, 400), (900, 600)])
-    figures = {f"{number} {SCRIPT}": picture(folder / f"{number}.png", size) for number, size in sizes}
-    hostile_texts = enumerate(HOSTILE.values())
+    figures = {
+        f"{number} {SCRIPT}": picture(folder / f"{number}.png", size)
+        for number, size in enumerate([(1400, 400), (900, 600)])
+    }
     examples = [
-        example(f"hostile-{number}", text, "HOSTILE", **{"smollm2-likert": text}) for number, text in hostile_texts
+        example(f"hostile-{at}", text, "HOSTILE", **{"smollm2-likert": text})
+        for at, text in enumerate(HOSTILE.values())
     ]
     ratings = (
         Rated("smollm2-anchored", "It is four.", False, "3.62 (mass .95)", ("5", "out_of_range: 10")),
@@ -257,13 +266,18 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     examples.append(Example("math-01", "MATH", "What is 2 + 2?", ratings))
     examples.append(example("long-01", LONG, "MATH", **{"gemma-anchored": CONTROL}))
-    tables, remarks = (Table("numbers", frame), Table("wide", wide)), tuple(HOSTILE.values())
     whole = Report(
         title=SCRIPT,
         when="2026-11-24 07:00",
         command="python -m prefs.run " + "w" * 500,
         results=[
-            Result("Stability", "Over tasks.", tables, figures=drawn(figures), remarks=remarks),
+            Result(
+                "Stability",
+                "Over tasks.",
+                (Table("numbers", frame), Table("wide", wide)),
+                figures=drawn(figures),
+                remarks=tuple(HOSTILE.values()),
+            ),
             Result(SCRIPT, SCRIPT, (Table("hostile", hostile, SCRIPT, SCRIPT),)),
         ],
         figures=figures,
@@ -291,7 +305,7 @@ def texts(page: Chrome, selector: str) -> list[str]:
 
 
 def tasks_shown(page: Chrome) -> list[str]:
-    return [task.text for task in page.find_elements("css selector", ".example .task") if task.is_displayed()]
+    return [each.text for each in page.find_elements("css selector", ".example .task") if each.is_displayed()]
 
 
 @pytest.mark.browser
@@ -300,11 +314,10 @@ class TestInABrowser:
         page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
         assert page.get_log("browser") == []
         events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        asked = [event["request"]["url"] for event in sent]
+        asked = [each["params"]["request"]["url"] for each in events if each["method"] == "Network.requestWillBeSent"]
         assert page_path.as_uri() in asked
-        own = (page_path.as_uri(), "data:image/png", "chrome://")  # the last are of the browser's first page
-        assert [url for url in asked if not url.startswith(own)] == []
+        own = ("data:image/png", "chrome://")  # the second are of the empty page that the browser begins with
+        assert [url for url in asked if url != page_path.as_uri() and not url.startswith(own)] == []
         assert page.execute_script("return window.hostile") is None
         assert page.title == SCRIPT
 
@@ -337,11 +350,14 @@ class TestInABrowser:
 
     def test_the_filter_hides_and_counts(self, page):
         text, origin, cell, count = (
-            page.find_element("id", f"filter-{name}") for name in ("text", "origin", "cell", "count")
+            page.find_element("id", f"filter-{each}") for each in ("text", "origin", "cell", "count")
         )
         assert count.text == "10 of 10 shown"
         text.send_keys("2 + 2")
         assert (count.text, tasks_shown(page)) == ("1 of 10 shown", ["math-01"])
+        text.clear()
+        text.send_keys("FOUR.")
+        assert tasks_shown(page) == ["math-01"]
         text.clear()
         origin.send_keys("MATH")
         assert (count.text, tasks_shown(page)) == ("2 of 10 shown", ["math-01", "long-01"])
@@ -354,18 +370,38 @@ class TestInABrowser:
         text.send_keys("nowhere to be found")
         assert (count.text, tasks_shown(page)) == ("0 of 10 shown", [])
 
-    def test_nothing_sticks_out_sideways(self, page):
-        page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
-        for width in (400, 800, 1300):
-            size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-            page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            try:
-                wide, available = page.execute_script(
-                    "return (({scrollWidth, clientWidth}) => [scrollWidth, clientWidth])(document.documentElement)"
-                )
-                assert wide == available <= width
-            finally:
-                page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    def test_an_example_opens_and_shows_prompt_completions_and_ratings(self, page):
+        opened = page.find_elements("css selector", ".example")[-2]
+        body = opened.find_element("css selector", ".body")
+        assert not body.is_displayed()
+        opened.find_element("css selector", "summary").click()
+        assert [" ".join(line.split()) for line in body.text.splitlines()] == [
+            "Prompt",
+            "What is 2 + 2?",
+            "Completion 1 of 2 not refused",
+            "It is four.",
+            "cell exact sampled",
+            "smollm2-anchored 3.62 (mass .95) 5 out_of_range: 10",
+            "Completion 2 of 2 refused",
+            "No.",
+            "cell exact sampled",
+            "gemma-anchored 1.05 (mass 1.00) 1 1",
+        ]
+
+    @pytest.mark.parametrize("width", [400, 800, 1300])
+    def test_nothing_sticks_out_sideways(self, page, width):
+        page.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False},
+        )
+        try:
+            page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
+            wide, available = page.execute_script(
+                "return (({scrollWidth, clientWidth}) => [scrollWidth, clientWidth])(document.documentElement)"
+            )
+            assert wide == available <= width
+        finally:
+            page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
     def test_without_scripts_everything_is_there(self, page):
         page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
@@ -374,12 +410,6 @@ class TestInABrowser:
             assert not page.find_element("css selector", ".filter").is_displayed()
             assert page.find_elements("css selector", "th button") == []
             page.find_elements("css selector", ".example summary")[-2].click()
-            body = page.find_element("css selector", ".example[open] .body").text
-            assert [" ".join(line.split()) for line in body.splitlines()][2:6] == [
-                "Completion 1 of 2 not refused",
-                "It is four.",
-                "cell exact sampled",
-                "smollm2-anchored 3.62 (mass .95) 5 out_of_range: 10",
-            ]
+            assert "It is four." in page.find_element("css selector", ".example[open] .body").text
         finally:
             page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

@@ -16,7 +16,7 @@ from prefs.errors import UserError, first_line
 from prefs.models.loading import ModelSpec, model_folder
 from prefs.models.sampling import row_seed
 from prefs.models.tokens import ChatEncoder
-from prefs.models.types import Conversation, Question, Request, Sample, Score, Usage
+from prefs.models.types import Conversation, Request, Sample, Sampling
 
 COMPLETER, RATER, JUDGE = ROLES = ("completer", "rater", "judge")
 # Tables whose rows come after a thought, by who thinks.
@@ -68,32 +68,40 @@ class Counts:
         By role.
     made_up
         Whether some prompts held texts that were made up.
+    role
+        Whose requests are being counted.
     """
 
     bound: bool
     stored: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     tallies: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     made_up: bool = False
+    role: str = RATER
     _known: dict[tuple[object, ...], Length] = field(default_factory=dict)
+
+    @property
+    def tally(self) -> Tally:
+        """The role's."""
+        return self.tallies[self.role]
 
     def rows(self, kind: str, column: str = "text") -> list[Mapping[str, Any]]:
         """Rows of the store that hold a text, or a thought."""
         return [row for row in self.stored.get(kind, {}).values() if row[column] is not None]
 
-    def answer(self, role: str, most: int) -> Length:
+    def answer(self, most: int) -> Length:
         """Of a completion or an answer."""
-        kind = "completions" if role == COMPLETER else "answers"
+        kind = "completions" if self.role == COMPLETER else "answers"
         return self._length((kind,), most, lambda: [int(row["tokens"]) for row in self.rows(kind)])
 
-    def thought(self, role: str, most: int, encoder: ChatEncoder | None) -> Length:
-        """Of a role's thought; a server's are not measured."""
+    def thought(self, most: int, encoder: ChatEncoder | None) -> Length:
+        """Of a thought; a server's are not measured."""
 
         def measured() -> list[int]:
-            texts = [str(row["thought"]) for kind in THOUGHTS[role] for row in self.rows(kind, "thought")]
+            texts = [str(row["thought"]) for kind in THOUGHTS[self.role] for row in self.rows(kind, "thought")]
             some = texts[:: max(1, len(texts) // THOUGHTS_MEASURED)]
             return [tokens_of(encoder, text) for text in some] if encoder is not None else []
 
-        return self._length(("thought", *THOUGHTS[role]), most, measured)
+        return self._length(("thought", *THOUGHTS[self.role]), most, measured)
 
     def _length(self, what: tuple[str, ...], most: int, measured: Callable[[], list[int]]) -> Length:
         # Tables are opened one after another; what was known before may lack rows.
@@ -106,32 +114,23 @@ class Counts:
         return self._known[key]
 
 
-class CountingEngine:
-    """What engines that count share: see `prefs.models.types.Engine` for the protocol.
+@dataclass(frozen=True)
+class MadeUp:
+    """What stands in the place of what a model would write. ``encoder`` is None where only a server tokenizes."""
 
-    ``encoder`` is None where only a server tokenizes.
-    """
-
-    def __init__(self, spec: ModelSpec, counts: Counts, encoder: ChatEncoder | None):
-        self.spec, self.counts, self.encoder = spec, counts, encoder
-
-    def usage(self) -> Usage:
-        return Usage()
-
-    def close(self) -> None:
-        pass
+    counts: Counts
+    encoder: ChatEncoder | None
 
     def text(self, tokens: float, conversation: Conversation, seed: int) -> str:
-        """A made-up text of a number of tokens, rounded, at least one; other conversations have other ones."""
+        """A text of a number of tokens, rounded, at least one; other conversations have other ones."""
         random = np.random.default_rng(row_seed(seed, conversation))
         chosen = random.integers(len(self._words), size=max(1, round(tokens)))
         return "".join(self._words[word] for word in chosen.tolist()).strip()
 
-    def sample(self, request: Request, seed: int, thought: str | None = None) -> Sample:
-        """A made-up answer or completion."""
-        assert request.sampling is not None
-        length = self.counts.answer(role_of(request), request.sampling.max_new_tokens)
-        return Sample(self.text(length.drawn, request.turns, seed), round(length.drawn), False, thought)
+    def sample(self, conversation: Conversation, seed: int, sampling: Sampling) -> Sample:
+        """An answer or a completion."""
+        drawn = self.counts.answer(sampling.max_new_tokens).drawn
+        return Sample(self.text(drawn, conversation, seed), round(drawn), False)
 
     @cached_property
     def _words(self) -> tuple[str, ...]:
@@ -153,24 +152,18 @@ def tokens_of(encoder: ChatEncoder, text: str) -> int:
     return len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
 
 
-def uniform(question: Question) -> Score:
-    """The score of a model that has not been asked."""
-    return Score((1 / len(question.options),) * len(question.options))
-
-
-def encoder_of(spec: ModelSpec) -> ChatEncoder:
-    """What encodes a model's conversations.
+def tokenizer_of(spec: ModelSpec) -> Any:
+    """A model's tokenizer.
 
     Raises
     ------
     UserError
-        If its tokenizer is not there, or `ChatEncoder` refuses it.
+        If it is not there.
     """
     from transformers import AutoTokenizer
 
     path = model_folder(spec)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the tokenizer of {spec.name} from {path}: {first_line(error)}") from None
-    return ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from prefs.data.template import Invalid
 from prefs.models.local.grouping import Steerings, by_beginning, cut, lowest, spans_of_answer
@@ -68,9 +67,7 @@ class Likelihood:
         log_likelihoods = [torch.empty(0, dtype=torch.float64)]
         for hidden, following in zip(self._kept.split(TOKENS_AT_ONCE), tokens.split(TOKENS_AT_ONCE), strict=False):
             if len(following):
-                logits = self._passes.logits(hidden).float()
-                nll = cross_entropy(logits, following.to(logits.device), reduction="none")
-                log_likelihoods.append(-nll.double().cpu())
+                log_likelihoods.append(-self._passes.nll(self._passes.logits(hidden), following, "none"))
         return torch.zeros(self._rows, dtype=torch.float64).index_add(0, rows, torch.cat(log_likelihoods))
 
 
@@ -99,8 +96,7 @@ def likelihood_alone(passes: Passes, prompt: Prompt, dose: Steerings) -> float |
         following = prompt.ids[token + 1 : min(token + TOKENS_AT_ONCE, last) + 1]
         state, after = passes.extend(state, [following], keep=len(following))
         logits = torch.cat([logits, after], dim=1)
-        tokens = torch.tensor(following, device=logits.device)
-        total -= cross_entropy(logits[0, :-1].float(), tokens, reduction="sum").double().cpu()
+        total -= passes.nll(logits[0, :-1], torch.tensor(following), "sum")
         logits = logits[:, -1:]
     return mean_nll([prompt], total)[0]
 

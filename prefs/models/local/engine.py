@@ -74,6 +74,7 @@ class LocalEngine:
     """A chat model in a `TransformerBridge`. See `prefs.models.types.Engine` for the protocol."""
 
     rows_apart = False
+    recorder = Recorder
 
     def __init__(self, bridge: Any, tokenizer: Any, spec: ModelSpec):
         self.bridge = bridge
@@ -159,7 +160,7 @@ class LocalEngine:
 
     def _every_token(self, ids: tuple[int, ...], layer: int) -> torch.Tensor:
         """[tokens, d_model] after a block."""
-        recorder = Recorder([layer], [{str(n): (n, n + 1) for n in range(len(ids))}], [len(ids)], stops=True)
+        recorder = self.recorder([layer], [{str(n): (n, n + 1) for n in range(len(ids))}], [len(ids)], stops=True)
         self.passes.start([ids], watchers=[recorder], cached=False)
         (by_token,) = recorder.vectors()
         return torch.cat(list(by_token.values()))
@@ -237,7 +238,7 @@ class LocalEngine:
             positions = [dict.fromkeys(p for r in row.requests.values() for p in before_question(r)) for row in rows]
             ranges = [token_ranges(prompt.spans, list(own)) for prompt, own in zip(firsts, positions, strict=True)]
             stops = not any(map(reads_logits, requests))
-            recorder = Recorder(layers, ranges, [len(prefix) for prefix in prefixes], stops=stops)
+            recorder = self.recorder(layers, ranges, [len(prefix) for prefix in prefixes], stops=stops)
         # What is steered before the questions does not depend on them.
         steering = requests[0].steering
         state = self.passes.nothing(len(rows))
@@ -280,7 +281,9 @@ class LocalEngine:
                 token_ranges(prompt.spans, capture.positions, start=done)
                 for prompt, done in zip(batch.prompts, batch.done, strict=True)
             ]
-            recorder = Recorder(capture.layers, ranges, [len(row) for row in rest], stops=not reads_logits(request))
+            recorder = self.recorder(
+                capture.layers, ranges, [len(row) for row in rest], stops=not reads_logits(request)
+            )
         state, logits = self.passes.extend(state, rest, watchers=[] if recorder is None else [recorder])
         replies = self._read(state, logits, batch)
         if recorder is None:

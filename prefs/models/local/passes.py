@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from prefs.errors import UserError
@@ -214,6 +215,11 @@ class Passes:
                 return_type="logits",
             )[0]
 
+    def nll(self, logits: torch.Tensor, tokens: torch.Tensor, reduction: str) -> torch.Tensor:
+        """Negative log-likelihood of tokens under logits [tokens, vocabulary], in nats: of each ("none"), or their
+        "sum"; float64, on the host."""
+        return cross_entropy(logits.float(), tokens.to(logits.device), reduction=reduction).double().cpu()
+
     @cached_property
     @torch.inference_mode()
     def shares_blocks(self) -> bool:
@@ -260,7 +266,7 @@ class Passes:
         mask = torch.cat([state.mask, real], dim=1)
         # In this order, vectors are recorded as they flow on: after steering.
         by_layer = [*state.steering.hooks(positions, real), *(hook for watcher in watchers for hook in watcher.hooks())]
-        logits, cache, end = torch.empty((len(rows), 0, 0)), state.cache, _end(watchers)
+        logits, cache, end = torch.empty((len(rows), 0, 0)), state.cache, blocks_until_stopped(watchers)
         with (
             contextlib.suppress(AllRecorded),
             self._bridge.hooks([(self._hooks[layer], hook) for layer, hook in by_layer]),
@@ -282,16 +288,14 @@ class Passes:
             self._ran_of_prompts += ran
         return State(cache, mask, state.lengths + real.sum(dim=1), state.steering), logits
 
-    @contextmanager
-    def _handing_over(self, layers: Sequence[int], hidden: torch.Tensor) -> Iterator[None]:
+    def _handing_over(self, layers: Sequence[int], hidden: torch.Tensor) -> contextlib.AbstractContextManager[object]:
         """Let blocks give `hidden` in place of running. Each gives the same: the last one's is what is read."""
-        blocks = [self._bridge.blocks[layer].original_component for layer in layers]
         form = self._form_of_output
-        output = hidden if form is None else (hidden, *form)
-        with contextlib.ExitStack() as stack:
-            for block in blocks:
-                stack.enter_context(_in_place_of_forward(block, output))
-            yield
+        stack = contextlib.ExitStack()
+        for layer in layers:
+            block = self._bridge.blocks[layer].original_component
+            stack.enter_context(_in_place_of_forward(block, hidden if form is None else (hidden, *form)))
+        return stack
 
     @cached_property
     def _form_of_output(self) -> tuple[None, ...] | None:
@@ -309,8 +313,8 @@ class Passes:
         return (None,) * (len(given[0]) - 1) if isinstance(given[0], tuple) else None
 
 
-def _end(watchers: Sequence[Watcher]) -> int:
-    """The blocks that a pass has run when a watcher stops it."""
+def blocks_until_stopped(watchers: Sequence[Watcher]) -> int:
+    """The blocks that a pass has run when a watcher stops it; 0 where none does."""
     return min((1 + max(layer for layer, _ in watcher.hooks()) for watcher in watchers if watcher.stops), default=0)
 
 

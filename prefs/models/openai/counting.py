@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from prefs.models.counting import CountingEngine, Counts, role_of, uniform
+from prefs.models.counting import COMPLETER, Counts, MadeUp, role_of
 from prefs.models.loading import ModelSpec
 from prefs.models.openai.engine import CHOICE_TOKENS, NO_LIMIT
-from prefs.models.types import Reply, Request
+from prefs.models.types import Reply, Request, Score, Usage
 
 # A server's tokens are not known here: about so many characters are one, and so many mark a message.
 CHARACTERS_A_TOKEN, MARKS = 4, 4
 
 
-class CountingServer(CountingEngine):
+class CountingServer:
     """Counts the requests to a server, and guesses at their tokens from the lengths of texts."""
 
     rows_apart = True
 
     def __init__(self, spec: ModelSpec, counts: Counts):
-        super().__init__(spec, counts, None)
+        self.spec, self.counts, self._made_up = spec, counts, MadeUp(counts, None)
         self.max_context = spec.max_context or NO_LIMIT
 
     def tokens(self, request: Request) -> int:
@@ -28,35 +28,41 @@ class CountingServer(CountingEngine):
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         for number, request in enumerate(requests):
+            self.counts.role = role_of(request)
             yield number, self._reply(request)
 
+    def usage(self) -> Usage:
+        return Usage()
+
+    def close(self) -> None:
+        pass
+
     def _reply(self, request: Request) -> Reply:
-        question, thinks = request.question, self.spec.thinking is not None
-        if request.choose and question is not None:
-            answer = max(len(json.dumps({"answer": option})) for option in question.options) / CHARACTERS_A_TOKEN
+        options, thinks = () if request.question is None else request.question.options, self.spec.thinking is not None
+        if request.choose:
+            assert options
+            answer = max(len(json.dumps({"answer": option})) for option in options) / CHARACTERS_A_TOKEN
             self._ask(request, CHOICE_TOKENS if self.counts.bound else answer, think=thinks)
-            return Reply(choice=question.options[0])
+            return Reply(choice=options[0])
         assert request.sampling is not None
-        length = self.counts.answer(role_of(request), request.sampling.max_new_tokens)
+        drawn = self.counts.answer(request.sampling.max_new_tokens).drawn
         if request.scores and not thinks:
             self._ask(request, 1, think=False)
         # Of a model that thinks, the answer of a seed and the score after its thought are read from the same reply.
         for _ in dict.fromkeys((*request.scores, *request.seeds) if thinks else request.seeds):
-            self._ask(request, length.drawn, think=thinks)
-        if question is None:
-            self.counts.made_up = True
+            self._ask(request, drawn, think=thinks)
+        self.counts.made_up |= self.counts.role == COMPLETER
         return Reply(
-            {seed: self.sample(request, seed) for seed in request.seeds},
-            dict.fromkeys(request.scores, uniform(question)) if question is not None else {},
+            {seed: self._made_up.sample(request.turns, seed, request.sampling) for seed in request.seeds},
+            {seed: Score((1 / len(options),) * len(options)) for seed in request.scores},
         )
 
     def _ask(self, request: Request, drawn: float, *, think: bool) -> None:
         """One request; the tokens of an answer are all billed."""
-        role = role_of(request)
-        tally = self.counts.tallies[role]
+        tally = self.counts.tally
         tally.requests += 1
         tally.prompt_tokens += self.tokens(request)
         if think and self.spec.thinking is not None:
             tally.thoughts += 1
-            drawn += self.counts.thought(role, self.spec.thinking.max_tokens, None).drawn
+            drawn += self.counts.thought(self.spec.thinking.max_tokens, None).drawn
         tally.drawn_tokens += drawn

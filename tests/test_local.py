@@ -1,4 +1,4 @@
-"""Loading: where a model goes, and the attention that it runs with."""
+"""Where a model goes, the attention that it runs with, and that halves give what the whole would where memory ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from engine_calls import observe
+from engine_calls import complete, observe
 from tiny_models import gemma2, gemma3, llama, plain_model, tiny_model
 from transformers import AutoTokenizer
 
@@ -17,9 +17,10 @@ from prefs.models.loading import Models
 from prefs.models.local.bridge import wrap
 from prefs.models.local.engine import LocalEngine
 from prefs.models.local.grouping import spans_of_completion
+from prefs.models.local.memory import out_of_memory
 from prefs.models.local.residuals import Recorder
 from prefs.models.local.steering import BatchSteering
-from prefs.models.types import Capture, Message, Question, Sampling, Steering
+from prefs.models.types import Capture, Message, Question, Request, Sampling, Steering
 
 CONVERSATIONS = [
     (Message("user", "Hi"), Message("assistant", "Hello. " * 9)),
@@ -48,18 +49,19 @@ def same(found, expected):
     for one, other in zip(found, expected, strict=True):
         assert one.samples == other.samples
         assert one.scores[0].mass == pytest.approx(other.scores[0].mass, rel=1e-4)
-        for position in ("mean_completion", "rating"):
-            torch.testing.assert_close(one.residuals[position], other.residuals[position], atol=1e-4, rtol=1e-4)
+        assert one.residuals.keys() == other.residuals.keys()
+        for position, vectors in other.residuals.items():
+            torch.testing.assert_close(one.residuals[position], vectors, atol=1e-4, rtol=1e-4)
 
 
-def attention(backend) -> str:
-    return backend.bridge.original_model.config._attn_implementation
-
-
-def test_eager_attention_when_asked_for(tiny_llama):
-    eager = Models().get(dataclasses.replace(tiny_llama, attn_implementation="eager"))
-    assert attention(eager) == "eager"
-    same(answers(eager), answers(Models().get(tiny_llama)))
+def test_eager_attention_when_asked_for_or_where_sdpa_leaves_something_out(tiny_llama, tiny_gemma2):
+    llama, eager, gemma = (
+        Models().get(spec)
+        for spec in (tiny_llama, dataclasses.replace(tiny_llama, attn_implementation="eager"), tiny_gemma2)
+    )
+    kinds = [engine.bridge.original_model.config._attn_implementation for engine in (llama, eager, gemma)]
+    assert kinds == ["sdpa", "eager", "eager"]
+    same(answers(eager), answers(llama))
 
 
 @pytest.mark.parametrize(
@@ -120,3 +122,70 @@ def test_a_model_that_also_sees_is_read_as_text_and_installs_nothing(tmp_path, m
     engine = Models().get(tiny_model(tmp_path, gemma3()))
     assert not called
     same(answers(engine), [reply for row in CONVERSATIONS for reply in answers(engine, [row])])
+
+
+# Memory
+
+
+COUNTING = [
+    (Message("user", "Count to " + "ten " * n), Message("assistant", "One, two." * (5 - n))) for n in range(1, 6)
+]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama):
+    return Models().get(tiny_llama)
+
+
+@pytest.fixture
+def small_device(monkeypatch, engine):
+    """An allocator with room for so many tokens a pass, padding included."""
+    passes = []
+
+    def limit(tokens, error):
+        forward = engine.bridge.forward
+
+        def bounded(ids, *args, **kwargs):
+            if ids.numel() > tokens:
+                raise error
+            passes.append(len(ids))
+            return forward(ids, *args, **kwargs)
+
+        monkeypatch.setattr(engine.bridge, "forward", bounded)
+        return passes
+
+    return limit
+
+
+def test_halves_give_the_same(engine, small_device, prefs_log):
+    prompts, sampling = [row[:1] for row in COUNTING], Sampling(1.0, 1.0, 3)
+    expected, completed = answers(engine, COUNTING), complete(engine, prompts, 0, sampling)
+    passes = small_device(100, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    same(answers(engine, COUNTING), expected)
+    assert complete(engine, prompts, 0, sampling) == completed
+    assert max(passes) < 5
+    assert prefs_log.text.count("memory ran out with 5 conversations at a time") == 1
+    assert "model.batch_tokens" in prefs_log.text
+
+
+def test_a_row_that_does_not_fit_alone_is_named_with_its_tokens_after_the_others(engine, small_device):
+    requests = [Request(row, capture=Capture((0, 3), ("last_prompt", "mean_completion"))) for row in COUNTING]
+    lengths = [engine.tokens(request) for request in requests]
+    longest = max(lengths)
+    small_device(longest - 1, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    done = []
+    with pytest.raises(UserError, match=rf"single conversation of {longest} tokens; set model\.max_context lower"):
+        done.extend(number for number, _ in engine.run(requests))
+    assert done == list(range(lengths.index(longest)))
+
+
+def test_other_errors_are_not_taken_for_it(engine, small_device):
+    small_device(1, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        answers(engine)
+
+
+def test_the_cpu_says_it_so():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(caught.value)
