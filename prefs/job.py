@@ -80,7 +80,8 @@ def summed(counts: Iterable[Counts]) -> list[Counts]:
     totals: dict[str, Counts] = {}
     for count in counts:
         name = count.stage if isinstance(count, StageCounts) else count.model
-        totals[name] = totals[name].plus(count) if name in totals else count
+        # Of one name, they are of one kind.
+        totals[name] = totals[name].plus(count) if name in totals else count  # pyright: ignore[reportArgumentType]
     return list(totals.values())
 
 

@@ -19,7 +19,6 @@ exec(open("position.py").read())
 from prefs import pipeline
 exec(open("medians.py").read())
 from prefs.pipeline import *
-from prefs.stages.context import CellStage
 pipeline.STAGES = (*pipeline.STAGES, {line})
 from prefs.run import main
 main()
@@ -38,11 +37,11 @@ def test_the_examples_run_as_they_stand(tmp_path):
         path = tmp_path / "my_conf" / name
         path.parent.mkdir(parents=True)
         path.write_text(text)
-    (tmp_path / "driver.py").write_text(DRIVER.format(line=python[4].strip().rstrip(",")))
+    (tmp_path / "driver.py").write_text(DRIVER.format(line=python[4].strip()))
     overrides = ("+experiment=smoke", "dataset.limit=8", "probe=sign_difference", "judge=length", "hydra.run.dir=run")
-    positions = "capture.positions=[middle_completion,rating]"
+    positions = ("capture.positions=[middle_completion,rating]", "probe.positions=null", "capture.layers=[10,20]")
     done = subprocess.run(
-        [sys.executable, "driver.py", "--config-dir", "my_conf", *overrides, positions, "capture.layers=[10,20]"],
+        [sys.executable, "driver.py", "--config-dir", "my_conf", *overrides, *positions],
         cwd=tmp_path,
         env={**os.environ, "PREFS_STORE": str(tmp_path / "store"), "WANDB_MODE": "disabled"},
         capture_output=True,

@@ -181,7 +181,7 @@ class Sweep:
     def stacked(self, describe: Callable[[Block, Cell], pd.DataFrame]) -> pd.DataFrame:
         """A table of every cell under each other, each row with the cell's names."""
         cells = [(cell.names, describe(block, cell)) for block in self.blocks for cell in block.cells]
-        frames = [frame.assign(**names)[[*names, *frame.columns]] for names, frame in cells]
+        frames = [frame.assign(**names).loc[:, [*names, *frame.columns]] for names, frame in cells]
         return pd.concat(frames, ignore_index=True)
 
     def variants(

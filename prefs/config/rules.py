@@ -143,8 +143,8 @@ def _check_probe(config: Config) -> None:
         if target == "refused" and config.judge.kind == "none":
             raise ConfigError("probe.targets", probe.targets, "good, since judge=none")
     limit = above(0) if probe.kind == "ridge" else at_least(0)
-    wrong = [penalty for penalty in probe.penalties if not limit.holds(penalty)]
-    if wrong or (not probe.penalties and probe.kind != "mean_difference"):
+    wrong = [penalty for penalty in probe.penalties or () if not limit.holds(penalty)]
+    if wrong or probe.penalties == []:
         raise ConfigError("probe.penalties", wrong, f"at least one number, each {limit.allowed}")
 
 

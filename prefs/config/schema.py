@@ -348,9 +348,9 @@ class ProbeConfig:
         ),
     )
     """What a ``good`` rating lies above."""
-    penalties: list[float] = field(default_factory=list)
+    penalties: list[float] | None = None
     """Tried one by one, and chosen by the training folds: of ``ridge`` the weight of the squared norm on standardised
-    features, of the kinds that descend decoupled weight decay."""
+    features, of the kinds that descend decoupled weight decay. null: of a kind without."""
     folds: int = limited(5, at_least(2))
     seed: int = limited(0, SEED)
     optimizer: str = limited("adamw", one_of("adamw", "sgd"))

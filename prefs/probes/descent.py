@@ -9,6 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, gelu, logsigmo
 from torch.utils.data import DataLoader
 
 from prefs.config import ProbeConfig
+from prefs.errors import ConfigError
 from prefs.probes.bank import ProbeBank
 from prefs.probes.data import ProbeBatch, ProbeData
 
@@ -58,13 +59,13 @@ class DescentBank(ProbeBank):
     @classmethod
     def penalties_of(cls, config: ProbeConfig) -> tuple[float, ...]:
         if not config.penalties or any(not 0 <= penalty < float("inf") for penalty in config.penalties):
-            raise ValueError(f"penalties {list(config.penalties)}: give at least one, and each 0 or more")
+            raise ConfigError("probe.penalties", config.penalties, "at least one number, each 0 or more")
         return tuple(config.penalties)
 
     @classmethod
     def numbers(cls, n: int, d_model: int, fits: int, targets: int, config: ProbeConfig) -> int:
         # The parameters, their gradients, the optimiser's two moments, and the best.
-        parameters = fits * len(config.penalties) * targets * cls.inputs(d_model, config)
+        parameters = fits * len(cls.penalties_of(config)) * targets * cls.inputs(d_model, config)
         return 6 * parameters + 2 * config.batch_size * d_model
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from prefs.config import ProbeConfig
-from prefs.errors import UserError
+from prefs.errors import ConfigError, UserError
 from prefs.probes.bank import ProbeBank
 from prefs.probes.data import ProbeBatch, ProbeData, constant, scale_of
 
@@ -45,7 +45,7 @@ class RidgeBank(ProbeBank):
     @classmethod
     def penalties_of(cls, config: ProbeConfig) -> tuple[float, ...]:
         if not config.penalties or any(not 0 < penalty < float("inf") for penalty in config.penalties):
-            raise ValueError(f"penalties {list(config.penalties)}: give at least one, and each more than 0")
+            raise ConfigError("probe.penalties", config.penalties, "at least one number, each more than 0")
         return tuple(config.penalties)
 
     @classmethod

@@ -196,6 +196,7 @@ def _read(kept: StoredResult) -> Outcome | None:
 def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int) -> str:
     """SHA-256 of all that determines an outcome: vectors, ratings, texts, and how probes are trained and tested."""
     embeddings = config.controls.texts and bool(config.controls.embedding_model)
+    settings = {**asdict(config), "penalties": config.penalties or []}
     measured = subject.measured
     arrays = (measured.sampled, measured.mass, measured.refused, measured.by_thought, rows)
     return digest(
@@ -206,7 +207,7 @@ def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int
             "ratings": [None if array is None else _digest(array) for array in arrays],
             "scale": [list(measured.says), list(measured.values), measured.thinks, asdict(subject.sampling)],
             "tasks": digest([measured.tasks, measured.origins, list(subject.prompts), list(subject.completions)]),
-            "config": {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY},
+            "config": {name: value for name, value in settings.items() if name not in NOT_IN_KEY},
             "embeddings": embeddings and importlib.util.find_spec("sentence_transformers") is not None,
             "bootstrap": bootstrap,
         }

@@ -70,7 +70,8 @@ def steering_vectors(
         for count in range(controls.random):
             generator = torch.Generator().manual_seed(_seed(config.seed, layer, count))
             others.append((f"random {count}", "random", torch.randn(len(vector), generator=generator)))
-        for count in range(controls.shuffled) if concept is not None else ():
+        for count in range(controls.shuffled if concept is not None else 0):
+            assert concept is not None
             shuffled = shuffled_vector(concept.first, concept.second, site, _seed(config.seed, layer, count))
             others.append((f"shuffled labels {count}", "shuffled", shuffled))
         if controls.probes and probes is not None:

@@ -34,9 +34,8 @@ from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec
 from prefs.models.types import Sampling
 
-GIB = 2**30
 # vLLM would take nine tenths of a machine's memory for its cache, since it thinks of a processor as of a GPU.
-CPU_CACHE_BYTES = 4 * GIB
+CPU_CACHE_BYTES = 4 * 2**30
 MORE_CACHE = (
     "make model.max_context= smaller, or give it more: model.vllm.gpu_memory_utilization= (on a CPU"
     " +model.vllm.engine.kv_cache_memory_bytes=)"
@@ -432,14 +431,13 @@ def _flush() -> None:
             stream.flush()
 
 
-_ERROR = re.compile(r"^(?:\([^)]* pid=\d+\) )?ERROR [^\]]*\] (?:[\w.]+\.)?(\w*(?:Error|Exception)): (\S.*)$")
+ERROR = re.compile(r"^(?:\([^)]* pid=\d+\) )?ERROR [^\]]*\] (?:[\w.]+\.)?(\w*(?:Error|Exception)): (\S.*)$")
 
 
 def _reason_in(printed: str) -> str | None:
     """The first error that an engine process logged: the later ones say that a process failed."""
     for line in printed.splitlines():
-        match = _ERROR.match(line)
-        if match and match[2] != "cancelled":  # what a worker that was killed leaves behind
+        if (match := ERROR.match(line)) and match[2] != "cancelled":  # what a worker that was killed leaves behind
             return match[2] if match[1] in ("ValueError", "RuntimeError") else f"{match[1]}: {match[2]}"
     return None
 
