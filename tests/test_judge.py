@@ -54,7 +54,8 @@ def test_phrases_at_the_start_of_a_completion(text, refused):
 
 
 def test_phrases_and_none_ask_no_model(store):
-    phrases = JudgeConfig(name="p", kind="phrases", phrases=["I'm sorry"], window=50)
+    target = "prefs.stages.judge.judged_by_phrases"
+    phrases = JudgeConfig(name="p", kind="phrases", phrases=["I'm sorry"], window=50, _target_=target)
     none = JudgeConfig(name="none", kind="none")
     assert judge(phrases, COMPLETIONS, store=store, models=Models()).refused == [True, False, None, False]
     assert judge(none, COMPLETIONS, store=store, models=Models()).refused == [None] * 4

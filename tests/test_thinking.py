@@ -131,7 +131,7 @@ def test_thoughts_that_are_cut_off_are_counted_and_not_drawn_again(tmp_path, thi
         found = rated(completions, impatient, store, Models() if reused else thinkers, seeds=(0,))
         ratings = found.ratings["a"]
         assert ratings.invalid_counts() == {"thought_cut_off": len(TASKS)}
-        assert ratings.thoughts.invalid == [(Invalid.thought_cut_off,)] * len(TASKS)
+        assert [list(row) for row in ratings.thoughts.invalid] == [[Invalid.thought_cut_off]] * len(TASKS)
         assert np.isnan(ratings.mass).all()
         assert not found.rating_residuals["a"].present().any()
         assert [work.computed for work in found.work] == [0 if reused else len(TASKS)] * 3
