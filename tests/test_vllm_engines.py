@@ -107,6 +107,7 @@ def test_engine_arguments_that_change_results_are_part_of_the_model(smollm2_fp32
 
     assert known(max_num_seqs=8) == identity(smollm2_fp32)
     assert known(kv_cache_dtype="fp8") != identity(smollm2_fp32)
+    assert known(an_argument_of_tomorrow=1) != identity(smollm2_fp32)
     assert known(hf_overrides={"rope_theta": 1.0}) != known(hf_overrides={"rope_theta": 2.0})
 
 

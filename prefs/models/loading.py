@@ -28,8 +28,13 @@ EMBEDDED = "embedded:"
 SERVED = "served"
 # Tokens a batch where the config leaves it to the engine. An engine that cuts its own batches gets long lists.
 BATCH_TOKENS = {"transformer_lens": 8192, "vllm": 262_144, "openai": 65_536}
-# Of vLLM's own arguments, those that change what a model computes.
-VLLM_RESULTS = ("hf_overrides", "kv_cache_dtype", "quantization_config", "load_format", "disable_sliding_window")
+# Of vLLM's own arguments, those that say when and where it computes. Any other may change what comes out.
+VLLM_SCHEDULING = (
+    *("max_num_seqs", "max_num_batched_tokens", "max_num_partial_prefills", "enable_chunked_prefill", "block_size"),
+    *("enable_prefix_caching", "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "cpu_offload_gb"),
+    *("pipeline_parallel_size", "distributed_executor_backend", "disable_custom_all_reduce", "scheduling_policy"),
+    *("async_scheduling", "max_parallel_loading_workers", "download_dir", "disable_log_stats"),
+)
 # Where each back-end's engine is, a class with `load(spec, folder)`; imported when it is needed.
 ENGINES = {
     "transformer_lens": "prefs.models.local.engine.LocalEngine",
@@ -185,7 +190,7 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
     if spec.backend == "vllm":
         if spec.vllm.quantization is not None:
             known["quantization"] = spec.vllm.quantization
-        telling = {name: spec.vllm.engine[name] for name in VLLM_RESULTS if name in spec.vllm.engine}
+        telling = {name: value for name, value in spec.vllm.engine.items() if name not in VLLM_SCHEDULING}
         if telling:
             known["engine"] = telling
     if spec.thinking is not None:
@@ -203,6 +208,12 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
     if Path(folder).is_dir():
         return {"id": "folder", "revision": _fingerprint(Path(folder)), **known}
     return {"id": spec.path, "revision": _commit(spec), **known}
+
+
+def scored_by(spec: ModelSpec) -> dict[str, Any]:
+    """What goes into the keys of exact ratings beside the model: how many probabilities its server shows, and whether
+    options are scored as whole strings there or by their first tokens."""
+    return {"top_logprobs": spec.api.top_logprobs, "whole": spec.api.prefill} if spec.backend == "openai" else {}
 
 
 def _fingerprint(folder: Path) -> str:

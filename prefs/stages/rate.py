@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
-from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.loading import Models, ModelSpec, identity, scored_by
 from prefs.models.types import Capture, Conversation, Message, Question, Request, Sampling, as_dicts
 from prefs.stages.records import (
     Answer,
@@ -155,7 +155,7 @@ class _Cell:
         self.thoughts = thought_seeds(seeds, thoughts) if self.thinks else (0,) * bool(thoughts)
         asked = {"options": list(template.says), "prefill": prefill}
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if self.thinks else {}
-        scores = store.table("scores", {"model": spec["model"], **asked, **drawn}, SCORES)
+        scores = store.table("scores", {"model": spec["model"], **scored_by(rater), **asked, **drawn}, SCORES)
         answers = store.table("answers", {"model": spec["model"], **asked, "sampling": asdict(sampling)}, ANSWERS)
         self.scores, self.answers = ReplyTable(scores, "scores", score_row), ReplyTable(answers, "samples", sample_row)
         turns = {row: [*before, *as_dicts([Message("user", self.question.text)])] for row, before in messages.items()}
