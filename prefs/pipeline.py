@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from prefs.config import Config
 from prefs.job import JobCounts
 from prefs.models.loading import Models, check_weights, identity
+from prefs.plan.why import made_with, why, why_result
 from prefs.probes.outcome import AUC
 from prefs.results.answers import answers, completions
 from prefs.results.distribution import cell_distribution
@@ -29,6 +30,7 @@ from prefs.stages.dose_response import steer_cell
 from prefs.stages.measure import Roles, job_tasks, measure, sites
 from prefs.stages.probe import ProbeReport, Subject, features_digest, probe, probe_result
 from prefs.stages.records import Residuals
+from prefs.store.configs import remember
 from prefs.store.table import Store
 
 
@@ -36,7 +38,7 @@ def run_job(
     config: Config, folder: RunFolder, models: Models, counts: JobCounts, *, plain_config: Mapping[str, Any]
 ) -> None:
     """Run one job, write everything it found to its folder, and note in `counts` what it did and spent; or, with
-    `Config.plan`, print what that would cost and do nothing.
+    `Config.plan`, print what that would cost and do nothing; with `Config.why`, what keeps records from being found.
 
     Raises
     ------
@@ -49,10 +51,15 @@ def run_job(
         planned = plan_result(plan(config), config, sweep=folder.group is not None)
         show(console(), planned, title=planned.title)
         return
+    if config.why:
+        told = why_result(why(config), config)
+        show(console(), told, title=told.title)
+        return
     tasks = job_tasks(config)
     store = Store.open(config.store.dir, config.store.lease_s)
     roles = Roles.of(config)
     captured = sites(config, roles.rater)
+    remember(store, made_with(config, roles, tasks))
     config = replace(config, probe=replace(config.probe, layers=list(captured.probed)))
     for spec in roles.specs:
         check_weights(spec)

@@ -65,7 +65,7 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 sweep_folder = Path(hydra_config.sweep.dir)
                 group = sweep_name(sweep_folder, hydra_config.runtime.choices.get("experiment"))
                 suffix = name_suffix(overrides, swept(sweep_folder))
-            planning = plain.get("plan") is True  # of which nothing stays
+            planning = True in (plain.get("plan"), plain.get("why"))  # of which nothing stays
             with nullcontext(JobCounts()) if planning else recorded(folder, plain, overrides, group) as counts:
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.

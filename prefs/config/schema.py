@@ -424,6 +424,8 @@ class Config:
     """What it will cost is told and nothing is run."""
     plan_tflops: float = limited(200.0, above(0, "more than 0, in 10^12 operations a second"))
     """GPU-hours are those of a GPU that sustains so much."""
+    why: bool = False
+    """Which fields keep records from being found in the store is told and nothing is run."""
     rating: RatingConfig = field(default_factory=RatingConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
