@@ -36,7 +36,7 @@ DETERMINING = ("model", "completer", "template", "dataset", "rating", "judge", "
 # Of the configs that a store has served, so many of the nearest are tried.
 MOST_TRIED = 16
 ENOUGH_TASKS = 32
-MOST_CHARACTERS = 24
+MOST_CHARACTERS = 32
 NO_CONFIG = "The store says of no job what it was made with; it is from before that was kept, or empty."
 THE_SAME = "A dash: a job with these very values began, and has not made them."
 
@@ -140,19 +140,14 @@ def _resolved(config: Config) -> Config:
     return replace(resolved(config), completer=resolved(config.completer), judge=resolved(config.judge))
 
 
-@cache
-def _kinds(structured: type) -> dict[str, Any]:
-    return get_type_hints(structured)
-
-
 def _plain(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=lambda member: member.name))
 
 
 def _built(kind: Any, plain: Any) -> Any:
     """A value of a structured config's type from its plain form."""
-    if is_dataclass(kind) and isinstance(plain, dict):
-        return kind(**{name: _built(_kinds(kind)[name], value) for name, value in plain.items()})
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(plain, dict):
+        return kind(**{name: _built(get_type_hints(kind)[name], value) for name, value in plain.items()})
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind[plain]
     origin, parts = get_origin(kind), get_args(kind)
@@ -161,15 +156,6 @@ def _built(kind: Any, plain: Any) -> Any:
     if origin is dict:
         return {name: _built(parts[1], value) for name, value in plain.items()}
     return plain if plain is None or not parts else _built(parts[0], plain)  # of X | None, the X
-
-
-@cache
-def _kinds(structured: type) -> dict[str, Any]:
-    return get_type_hints(structured)
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(config), default=lambda member: member.name))
 
 
 def _differences(asked: Any, stored: Any, path: tuple[str, ...] = ()) -> tuple[Difference, ...]:
@@ -245,9 +231,9 @@ def why_result(told: Sequence[Missing], config: Config) -> Result:
     rows = []
     for one in told:
         begin = [one.kind, f"{one.count:,}", f"{one.stored:,}" if one.differences else MISSING]
-        shown = [[_name(d.path), *map(_short, (d.stored, d.asked))] for d in one.differences or ()]
-        for number, cells in enumerate(shown or [[MISSING] * 3]):
-            rows.append([*(["", "", ""] if number else begin), *cells])
+        fields = [f"{_name(d.path)}={_short(d.stored)}, not {_short(d.asked)}" for d in one.differences or ()]
+        for number, text in enumerate(fields or [MISSING]):
+            rows.append([*(["", "", ""] if number else begin), text])
     remarks = []
     if not told:
         remarks = ["Nothing is missing: the store has everything that models are asked for."]
@@ -255,10 +241,10 @@ def why_result(told: Sequence[Missing], config: Config) -> Result:
         remarks = [NO_CONFIG]
     elif any(not one.differences for one in told):
         remarks = [THE_SAME]
-    columns = ["records", "missing", "in the store", Column("where"), Column("is"), Column("and not")]
+    columns = ["records", "missing", "in the store", Column("with", ratio=1)]
     return Result(
         title=f"Why · {config.model.name} · {config.dataset.name}",
-        views=(View("Records that are missing, and the nearest that are not", columns, rows),) if told else (),
+        views=(View("Records that are missing, and the nearest in the store", columns, rows),) if told else (),
         remarks=tuple(remarks),
     )
 
@@ -272,8 +258,11 @@ def _name(path: tuple[str, ...]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value in one line; of a group, the names in it."""
+    """A value as the command line has it, cut; of a group, its name or the names in it."""
     if isinstance(value, dict):
         value = value["name"] if "name" in value else list(value)
-    text = " ".join(json.dumps(value, ensure_ascii=False).split()) if not isinstance(value, str) else repr(value)[1:-1]
+    if isinstance(value, list):
+        value = f"[{','.join(map(str, value))}]"
+    text = repr(value) if isinstance(value, str) and not value else " ".join(str(value).split())
+    text = {"None": "null", "True": "true", "False": "false"}.get(text, text)
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "…"

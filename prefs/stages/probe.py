@@ -197,6 +197,8 @@ def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int
     """SHA-256 of all that determines an outcome: vectors, ratings, texts, and how probes are trained and tested."""
     embeddings = config.controls.texts and bool(config.controls.embedding_model)
     settings = {**asdict(config), "penalties": config.penalties or []}
+    # Of the classes here the kind tells; another's may have the same.
+    others = {} if config._target_.startswith("prefs.") else {"class": config._target_}
     measured = subject.measured
     arrays = (measured.sampled, measured.mass, measured.refused, measured.by_thought, rows)
     return digest(
@@ -210,6 +212,7 @@ def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int
             "config": {name: value for name, value in settings.items() if name not in NOT_IN_KEY},
             "embeddings": embeddings and importlib.util.find_spec("sentence_transformers") is not None,
             "bootstrap": bootstrap,
+            **others,
         }
     )
 
