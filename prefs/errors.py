@@ -120,8 +120,9 @@ def unknown_key(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -
     `known` are the names beside it, `elsewhere` the whole config's keys.
     """
     name, known = key.rpartition(".")[2], sorted(set(known) - {"_target_"})
-    near = difflib.get_close_matches(name, known, n=1)
-    near += [other for other in elsewhere if other.rpartition(".")[2] == name and other != key]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    near = near or [other for other in elsewhere if other.rpartition(".")[2] == name and other != key]
+    near = near or difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     return f"{key}: there is no such key{hint}" + (f" Known here: {', '.join(known)}" if known else "")
 

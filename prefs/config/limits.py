@@ -12,7 +12,7 @@ from prefs.errors import ConfigError
 
 
 class Limit(NamedTuple):
-    """What a value has to be: a test of it, and what to tell its user. Of each item (key) of a list (dict) if `items`."""
+    """What a value has to be: a test of it, and what to tell its user. With `items`, of each item of a list, or key."""
 
     holds: Callable[[Any], bool]
     allowed: str | tuple[str, ...]

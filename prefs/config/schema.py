@@ -140,6 +140,8 @@ class ModelConfig:
     )
     """``auto``: ``sdpa`` where it computes what the model means."""
     max_context: int | None = limited(None, at_least(1))
+    completion_tokens: int = limited(512, at_least(1))
+    """How long a completion may become that it writes (``completer.max_new_tokens``)."""
     prefill: str = ""
     """Opens its answers to a template that has no opening of its own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -165,7 +167,8 @@ class CompleterConfig:
     seed: int = limited(0, SEED)
     temperature: float = limited(1.0, TEMPERATURE)
     top_p: float = limited(1.0, SHARE)
-    max_new_tokens: int = limited(64, at_least(1))
+    max_new_tokens: int = limited(512, at_least(1))
+    """As its model's ``completion_tokens`` in the YAML of each completer."""
 
 
 @dataclass
