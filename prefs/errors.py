@@ -96,11 +96,14 @@ def explain(error: Exception) -> str:
         return str(ConfigError(group, option, f"{known}, or a file of your own (--config-dir)"))
     if needed := re.search(r"Missing mandatory value: (\S+)", str(error)):
         return str(missing_value(needed[1]))
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    below = (error.__cause__, error.__context__)
+    cause = next((other for other in below if isinstance(other, OmegaConfBaseException)), error)
+    file = re.match(r"In '(.+?)': ", str(error))  # of the user's; what an override says has none
+    where = f"{file[1]}.yaml: " if file else ""
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-        return _unknown_key(cause)
+        return where + _unknown_key(cause)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return f"{cause.full_key}: {_one_line(str(cause.msg or cause).splitlines()[0])}"
+        return f"{where}{cause.full_key}: {_one_line(str(cause.msg or cause).splitlines()[0])}"
     return _one_line(str(error))
 
 

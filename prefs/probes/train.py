@@ -215,8 +215,9 @@ def _trainer(bank: ProbeBank, **arguments: Any) -> lightning.Trainer:
         settings["strategy"] = DDPStrategy(start_method=START_METHODS[strategy], broadcast_buffers=False)
     with _one_line(TypeError, ValueError, AttributeError, ImportError):
         trainer = lightning.Trainer(**settings)
-    for name, kind in (("callbacks", lightning.Callback), ("loggers", Logger)):
-        for part in getattr(trainer, name):
+    made = (("callbacks", trainer.callbacks, lightning.Callback), ("logger", trainer.loggers, Logger))  # type: ignore[attr-defined]
+    for name, parts, kind in made:
+        for part in parts:
             if not isinstance(part, kind):
                 raise ConfigError(f"probe.trainer.{name}", part, "Lightning's, by _target_")
     return trainer
