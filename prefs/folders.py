@@ -60,7 +60,7 @@ def _claim(config: DictConfig, key: str) -> Path | None:
         folder = named = Path(str(OmegaConf.select(config, key)))
         try:
             if _written(config, key).endswith(BY_THE_SECOND):
-                folder = _made(named)
+                folder = new_folder(named)
             else:
                 folder.mkdir(parents=True, exist_ok=True)
             _lock(folder, key)
@@ -78,8 +78,14 @@ def _written(config: DictConfig, key: str) -> str:
     return str(OmegaConf.to_container(OmegaConf.select(config, above) if above else config, resolve=False)[name])  # type: ignore[index, call-overload]
 
 
-def _made(named: Path) -> Path:
-    """A new folder of this name, or of the first of name-2, name-3, ... that nobody has."""
+def new_folder(named: Path) -> Path:
+    """Make a folder of this name, or of the first of name-2, name-3, ... that nobody has.
+
+    Raises
+    ------
+    OSError
+        If it cannot be made.
+    """
     folder = named
     for number in count(2):
         try:
@@ -96,8 +102,9 @@ def _lock(folder: Path, key: str) -> None:
     if locks is None:
         return
     try:
-        locks.enter_context(FileLock(folder / ".lock", timeout=0))
+        # Of the system, and so gone with the process, however it ends.
+        locks.enter_context(FileLock(folder / ".lock", timeout=0, fallback_to_soft=False))
     except Timeout:
         raise ConfigError(key, str(folder), "a folder that no other run is writing to") from None
-    except NotImplementedError:  # a file system without locks
+    except OSError:  # a file system without locks
         return
