@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,12 @@ def _probe(cell: CellContext) -> Result:
         completions=[completion.text or "" for completion in completions],
         residuals=residuals,
     )
-    # Loggers and callbacks of Lightning's Trainer come by `_target_`, as everywhere in Hydra.
-    trainer = partial(instantiate, config.probe.trainer, _convert_="all")
+
+    def trainer() -> dict[str, Any]:
+        # Loggers and callbacks come by `_target_`, as everywhere in Hydra; what they write is the job's.
+        made = instantiate(config.probe.trainer, _convert_="all")
+        return {"default_root_dir": str(job.folder), **made}
+
     cell.probed = probe(subject, config.probe, config.stats.bootstrap, job.probes, job.store, trainer)
     result = probe_result(cell.probed, cell.title)
     if not isinstance(cell.probed, ProbeReport):

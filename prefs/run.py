@@ -20,7 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prefs.config import CONF, register, typed, with_prompts
+from prefs.config.keys import check_hydra_keys
 from prefs.errors import UserError, explain, one_line_errors
+from prefs.folders import claiming_folders
 from prefs.job import JobCounts, recorded
 from prefs.sweep import comparing_sweeps, name_suffix, sweep_name, swept
 
@@ -40,7 +42,7 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     # Hydra prints errors in its own way unless this is set; then they come up to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED), comparing_sweeps():
+    with one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED), claiming_folders(), comparing_sweeps():
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job(wants_traceback))()
 
 
@@ -57,6 +59,7 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         with _named_failure() if sweep else one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED):
             hydra_config, plain = HydraConfig.get(), _plain(cfg)
+            check_hydra_keys(hydra_config)  # type: ignore[arg-type]
             if not hydra_config.job.chdir:
                 _enter(hydra_config.runtime.cwd)
             folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)

@@ -228,7 +228,7 @@ def steer(folder: Path, doses: Sequence[Mapping[str, Any]]) -> None:
         coherent = of_vector.loc[of_vector["coherent"], :].sort_values(by="coefficient")
         slope = float(np.polyfit(coherent["coefficient"], coherent["mean"], 1)[0])
         at_none = float(np.interp(0, coherent["coefficient"], coherent["mean"]))
-        row = {"vector": vector, "control": control, "layer": layer, "n": 8, "doses": len(coherent)}
+        row = {"vector": vector, "control": control, "layer": layer, "n": 8, "left_out": 0, "doses": len(coherent)}
         deltas = {"delta_minus": coherent["mean"].iloc[0] - at_none, "delta_plus": coherent["mean"].iloc[-1] - at_none}
         for name, value in ({"slope": slope} | deltas).items():
             row |= {name: value, f"{name}_low": value - 0.01, f"{name}_high": value + 0.01, f"{name}_reason": None}

@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from prefs.config.keys import check_keys
 from prefs.config.rules import check, conditions
 from prefs.config.schema import (
     COMPLETION_POSITIONS,
     POSITIONS,
+    TRAINER,
     ApiConfig,
     CaptureConfig,
     CoherenceConfig,
@@ -90,7 +92,10 @@ def filled(cfg: DictConfig, schema: type[Schema]) -> Schema:
     ------
     ConfigError
         If a value is missing.
+    UserError
+        If a key is in no schema.
     """
+    check_keys(cfg)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise missing_value(missing[0])

@@ -39,6 +39,13 @@ POSITIONS = tuple(positions.POSITIONS)
 # Those that lie in the conversation, before any question.
 COMPLETION_POSITIONS = tuple(name for name, position in positions.POSITIONS.items() if not position.of_question)
 
+# What a user may say to Lightning's Trainer. Its other arguments leave out tasks or passes, are a probe's own (epochs,
+# precision, validation), or write files that nothing reads.
+TRAINER = (
+    *("accelerator", "devices", "strategy", "deterministic", "logger", "callbacks"),
+    *("gradient_clip_val", "gradient_clip_algorithm"),
+)
+
 
 class DType(Enum):
     """Precision of stored activations."""
@@ -133,6 +140,8 @@ class ModelConfig:
     )
     """``auto``: ``sdpa`` where it computes what the model means."""
     max_context: int | None = limited(None, at_least(1))
+    completion_tokens: int = limited(512, at_least(1))
+    """How long a completion may become that it writes (``completer.max_new_tokens``)."""
     prefill: str = ""
     """Opens its answers to a template that has no opening of its own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -158,7 +167,8 @@ class CompleterConfig:
     seed: int = limited(0, SEED)
     temperature: float = limited(1.0, TEMPERATURE)
     top_p: float = limited(1.0, SHARE)
-    max_new_tokens: int = limited(64, at_least(1))
+    max_new_tokens: int = limited(512, at_least(1))
+    """As its model's ``completion_tokens`` in the YAML of each completer."""
 
 
 @dataclass
@@ -362,7 +372,7 @@ class ProbeConfig:
     min_delta: float = limited(0.0, at_least(0))
     hidden: int = limited(32, at_least(1))
     controls: ProbeControlsConfig = field(default_factory=ProbeControlsConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = limited({}, items_of(*TRAINER))
     """Arguments of Lightning's Trainer, as Lightning spells them."""
     binary: bool = False
     """This kind predicts a yes and no."""

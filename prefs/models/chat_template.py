@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -40,7 +41,18 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UserError(f"{self.name}: no chat template; prefs rates chat models")
         self.kwargs = dict(kwargs)
+        self._check_kwargs(tokenizer)
         self._tokenizer = tokenizer
+
+    def _check_kwargs(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Refuse an argument that neither the template nor its renderer reads."""
+        known = inspect.signature(tokenizer.apply_chat_template).parameters
+        words = set(re.findall(r"\w+", str(self.kwargs.get("chat_template") or tokenizer.chat_template)))
+        for name in self.kwargs:
+            if name not in known and name not in words:
+                raise UserError(
+                    f"model.chat_template_kwargs.{name}: the chat template of {self.name} knows nothing of it"
+                )
 
     def render(self, turns: Sequence[Turn], *, open_turn: bool, **kwargs: Any) -> str:
         """The conversation with a placeholder for the text of each turn; ``open_turn`` opens the assistant's next.

@@ -25,7 +25,21 @@ WITHOUT_COMPLETION = {
 
 
 def completions(job: JobContext) -> Result:
-    return Result(tables=(Table("completions", completions_table(job.completions, job.judged.refused), large=True),))
+    table = Table("completions", completions_table(job.completions, job.judged.refused), large=True)
+    limit = job.config.completer.max_new_tokens
+    return Result(tables=(table,), remarks=tuple(cut_off(job.completions, job.roles.completer.name, limit)))
+
+
+def cut_off(completions: Sequence[Completion], completer: str, limit: int) -> list[str]:
+    """How many completions end where their tokens did, and not where the model would have."""
+    texts = [completion for completion in completions if completion.text is not None]
+    cut = sum(not completion.finished for completion in texts)
+    if not cut:
+        return []
+    return [
+        f"{cut} of {len(texts)} completions ({cut / len(texts):.0%}) were cut off at {limit} tokens"
+        f" (completer.max_new_tokens; model.completion_tokens of {completer}): what is rated is their beginning."
+    ]
 
 
 def answers(cell: CellContext) -> Result:

@@ -19,7 +19,7 @@ from prefs.models.types import Sampling
 from prefs.results import figures
 from prefs.results.result import Figure, Result, Table, View
 from prefs.results.tables import columns, numeric
-from prefs.results.terminal import MISSING, number, with_interval
+from prefs.results.terminal import MISSING, number, used, with_interval
 from prefs.stages.probe import ProbeReport
 from prefs.stages.records import Completion, Ratings
 from prefs.stages.steer import Dose, Responses, SteeringVector, Tokens, steer
@@ -243,7 +243,7 @@ def _slope(
         if 1.0 not in kept:
             deltas["delta_plus"] = Estimate.missing(str(states[given[1.0]]["reason"]), n)
     row = {"vector": vector.name, "control": vector.control, "layer": vector.layer, "relative": relative}
-    row |= {"n": estimate.n, "doses": doses} | columns("slope", estimate)
+    row |= {"n": estimate.n, "left_out": ratings.shape[1] - estimate.n, "doses": doses} | columns("slope", estimate)
     return row | columns("delta_minus", deltas["delta_minus"]) | columns("delta_plus", deltas["delta_plus"])
 
 
@@ -267,6 +267,11 @@ def _remarks(doses: pd.DataFrame, slopes: pd.DataFrame, left_out: int, tokens: s
     if tokens in ("last", "question"):
         remarks.append(
             f"Steering at {tokens} begins after the completion, so its perplexity cannot change and checks nothing."
+        )
+    for row in slopes.loc[(slopes["control"] == "concept") & (slopes["left_out"] > 0), :].to_dict("records"):
+        remarks.append(
+            f"Steering by {row['vector']} at layer {row['layer']}: its slope is of {row['n']} tasks;"
+            f" {row['left_out']} of {row['n'] + row['left_out']} have no rating at some of its doses and are left out."
         )
     for layer, rows in slopes.groupby("layer", sort=False):
         own = rows.loc[rows["control"] == "concept", :].iloc[0]
@@ -314,6 +319,7 @@ def _slope_view(doses: DoseResponse, unit: str) -> View:
         doses.slopes,
         {
             "layer, vector": lambda row: f"{int(row['layer'])}, {row['vector']}",
+            "n": lambda row: used(row),
             "slope [95 %]": lambda row: with_interval(row, "slope"),
             "Δ at −1": lambda row: number(row["delta_minus"]),
             "Δ at +1": lambda row: number(row["delta_plus"]),

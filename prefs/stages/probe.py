@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from prefs.config import ProbeConfig
+from prefs.data.task import same_tasks
 from prefs.job import StageCounts
 from prefs.models.types import Sampling
 from prefs.probes.card import SavedProbe, save_probe
@@ -137,7 +138,8 @@ def probe(
     targets = targets_of(measured.only(rows), subject.sampling, tuple(config.targets), config.threshold)
     if not targets:
         return NoProbe(f"these ratings have none of the targets {', '.join(config.targets)}")
-    key, features = _key(subject, rows, config, bootstrap), Captured(subject.residuals, rows.tolist())
+    same = same_tasks(measured.tasks, subject.prompts)
+    key, features = _key(subject, same, rows, config, bootstrap), Captured(subject.residuals, rows.tolist())
 
     def train() -> Outcome | NoProbe:
         # Imported only now: a job that finds its probes should not wait for Lightning and scikit-learn.
@@ -147,7 +149,7 @@ def probe(
             [texts[row] for row in rows.tolist()] for texts in (subject.prompts, subject.completions)
         )
         made = replace(config, trainer=dict(trainer()))
-        return train_and_test(measured, rows, targets, features, prompts, completions, made, bootstrap)
+        return train_and_test(measured, same, rows, targets, features, prompts, completions, made, bootstrap)
 
     outcome, trained = _found_or_trained(store.result("probes", {"probes": key}), store, train)
     if isinstance(outcome, NoProbe):
@@ -193,7 +195,7 @@ def _read(kept: StoredResult) -> Outcome | None:
     return None if content is None else put_together(*content)
 
 
-def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int) -> str:
+def _key(subject: Subject, same: Sequence[str], rows: np.ndarray, config: ProbeConfig, bootstrap: int) -> str:
     """SHA-256 of all that determines an outcome: vectors, ratings, texts, and how probes are trained and tested."""
     embeddings = config.controls.texts and bool(config.controls.embedding_model)
     settings = {**asdict(config), "penalties": config.penalties or []}
@@ -209,6 +211,8 @@ def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int
             "ratings": [None if array is None else _digest(array) for array in arrays],
             "scale": [list(measured.says), list(measured.values), measured.thinks, asdict(subject.sampling)],
             "tasks": digest([measured.tasks, measured.origins, list(subject.prompts), list(subject.completions)]),
+            # Of tasks that all differ, folds are as they were before any were told to be the same.
+            **({} if list(same) == list(measured.tasks) else {"same": list(same)}),
             "config": {name: value for name, value in settings.items() if name not in NOT_IN_KEY},
             "embeddings": embeddings and importlib.util.find_spec("sentence_transformers") is not None,
             "bootstrap": bootstrap,
