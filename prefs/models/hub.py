@@ -38,9 +38,9 @@ def hub_model(path: str, revision: str | None) -> HubModel:
 
     from prefs.data.hub import COMMIT, reachable
 
-    pinned = revision is not None and COMMIT.fullmatch(revision) is not None
+    pinned = COMMIT.fullmatch(revision or "")
     if pinned and isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
-        return HubModel(revision, path)
+        return HubModel(pinned[0], path)
     with _quiet():
         if not reachable():
             return _cached(path, revision)
