@@ -38,8 +38,22 @@ def missing_value(key: str) -> ConfigError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error of a library says, in one line: its first, and what a heading stands over."""
+    text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = " ".join(text[:2]) if text[0].endswith(":") else text[0]
+    return f"{type(error).__name__}: {line}" if isinstance(error, LookupError) else line
+
+
+@contextmanager
+def explained(failed: str) -> Iterator[None]:
+    """Turn what a library raises into one line that begins with what failed. Only its code on the user's files may run
+    inside: errors of our own are to keep their traceback."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{failed}: {first_line(error)}") from error
 
 
 @contextmanager

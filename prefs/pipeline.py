@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
@@ -12,7 +13,7 @@ from hydra.utils import instantiate
 
 from prefs.config import Config
 from prefs.job import JobCounts
-from prefs.models.loading import Models, check_weights, identity
+from prefs.models.loading import Models, identity, served_nearby
 from prefs.plan.why import made_with, why, why_result
 from prefs.probes.outcome import AUC
 from prefs.results.answers import answers, completions
@@ -32,6 +33,8 @@ from prefs.stages.probe import ProbeReport, Subject, features_digest, probe, pro
 from prefs.stages.records import Residuals
 from prefs.store.configs import remember
 from prefs.store.table import Store
+
+log = logging.getLogger("prefs")
 
 
 def run_job(
@@ -58,11 +61,10 @@ def run_job(
     tasks = job_tasks(config)
     store = Store.open(config.store.dir, config.store.lease_s)
     roles = Roles.of(config)
+    models.check(roles.specs)
     captured = sites(config, roles.rater)
     remember(store, made_with(config, roles, tasks))
     config = replace(config, probe=replace(config.probe, layers=list(captured.probed)))
-    for spec in roles.specs:
-        check_weights(spec)
     models.keep_only(roles.specs)
     job = JobContext(config, plain_config, folder.path, tasks, roles, config.template, captured, store, models, counts)
     with job.noting_usage():
@@ -114,9 +116,19 @@ def _usage(counts: JobCounts) -> dict[str, float]:
 
 
 def _measure(job: JobContext) -> Result:
+    before = job.models.usage()
     job.completions, job.rated, job.judged = measure(
         job.config, job.tasks, job.roles, job.templates, job.sites.capture, job.store, job.models, job.counts
     )
+    after = job.models.usage()
+    for engine, spec in {spec.engine: spec for spec in job.roles.specs}.items():
+        if served_nearby(spec) and after.get(engine) == before.get(engine):
+            log.warning(
+                "%s was not asked: all that is said to be from %s was in the store. If another model stands under that"
+                " name now, say which: model.revision=NAME",
+                spec.api.base_url,
+                spec.path,
+            )
     return Result()
 
 

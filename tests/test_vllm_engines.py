@@ -13,7 +13,6 @@ import pytest
 import torch
 from engine_calls import complete, observe, replies
 from tiny_models import llama, plain_model, tiny_model
-from transformers import AutoTokenizer
 
 from prefs.config import VllmConfig
 from prefs.errors import UserError
@@ -64,8 +63,8 @@ class PlainWorkers:
 def tiny(tmp_path_factory):
     """An engine of its own for each lifetime of the workers, and the same model in the TransformerLens engine."""
     spec = tiny_model(tmp_path_factory.mktemp("llama"), llama())
-    model, tokenizer, local = plain_model(spec), AutoTokenizer.from_pretrained(spec.path), Models().get(spec)
-    return lambda *life: VllmEngine(lambda: PlainWorkers(model, *life), tokenizer, local.decoder.stops, spec), local
+    model, local = plain_model(spec), Models().get(spec)
+    return lambda *life: VllmEngine(lambda: PlainWorkers(model, *life), local.encoder, local.decoder.stops, spec), local
 
 
 def test_scores_samples_and_choices_equal_those_of_transformer_lens(tiny):

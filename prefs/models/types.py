@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from prefs.config import CompleterConfig, RatingConfig
 
 
+# The context of a model that has no limit of its own, or whose limit only a server knows.
+NO_LIMIT = 2**31
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn: ``role`` is ``system``, ``user`` or ``assistant``."""

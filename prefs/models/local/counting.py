@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
-from prefs.models.architecture import Architecture, architecture
+from prefs.models.architecture import Architecture, architecture, context_length
 from prefs.models.counting import COMPLETER, Counts, MadeUp, role_of, tokenizer_of
 from prefs.models.loading import ModelSpec, model_folder
 from prefs.models.local.decoding import Decoder
@@ -33,7 +33,8 @@ class CountingLocal(LocalEngine):
         shape = architecture(model_folder(spec), spec.revision)
         self.spec, self.counts = spec, counts
         self.encoder = ChatEncoder(tokenizer_of(spec), spec.chat_template_kwargs, spec.thinking)
-        self.d_model, self.n_layers, self.max_context = shape.d_model, shape.layers, spec.max_context or shape.context
+        self.d_model, self.n_layers = shape.d_model, shape.layers
+        self.max_context = spec.max_context or context_length(shape.context, self.encoder.tokenizer)
         self.passes = _CountingPasses(shape, counts)
         self.device, self.recorder = self.passes.device, partial(_Unread, shape.d_model)
         self.decoder = _MakingUp(counts, self.encoder)

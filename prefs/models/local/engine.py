@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from prefs.errors import UserError
+from prefs.models.architecture import context_length, written_context
 from prefs.models.loading import ModelSpec
 from prefs.models.local.bridge import load_bridge
 from prefs.models.local.decoding import Decoder
@@ -40,6 +41,7 @@ from prefs.models.prompts import Prompt, encode_prompt, request_tokens, shared_p
 from prefs.models.sampling import stop_tokens
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Question, Reply, Request, Sampling, Score, Usage
+from prefs.models.weights import check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +84,9 @@ class LocalEngine:
         self.encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
         model = bridge.original_model
         self.d_model = int(bridge.cfg.d_model)
-        self.max_context = spec.max_context or int(model.config.get_text_config().max_position_embeddings)
+        self.max_context = spec.max_context or context_length(
+            written_context(model.config.get_text_config()), tokenizer
+        )
         stops = stop_tokens(tokenizer, model.generation_config)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
         self.passes = Passes(bridge, pad, spec.name)
@@ -96,6 +100,7 @@ class LocalEngine:
         """Load a model, or raise `UserError`; see `prefs.models.local.bridge.load_bridge`."""
         bridge, tokenizer = load_bridge(spec, path)
         engine = cls(bridge, tokenizer, spec)
+        check_vocabulary(engine.encoder, bridge.original_model.get_input_embeddings().weight.shape[0])
         for note in engine.encoder.notes(spec.name):
             log.info("%s", note)
         return engine

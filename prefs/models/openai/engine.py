@@ -30,15 +30,25 @@ from prefs.models.openai.text_options import (
     whole_string_masses,
 )
 from prefs.models.sampling import row_seed
-from prefs.models.types import Conversation, Message, Question, Reply, Request, Sample, Sampling, Score, Usage, as_dicts
+from prefs.models.types import (
+    NO_LIMIT,
+    Conversation,
+    Message,
+    Question,
+    Reply,
+    Request,
+    Sample,
+    Sampling,
+    Score,
+    Usage,
+    as_dicts,
+)
 
 if TYPE_CHECKING:
     from prefs.models.loading import ModelSpec
 
 log = logging.getLogger(__name__)
 
-# A server whose context is not known takes what it takes; it says where a prompt is too long.
-NO_LIMIT = 2**31
 # No tokenizer puts two words into one token, and few tokens are as long as this.
 LONG_TOKEN = 16
 # Room for a choice as JSON.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from prefs.models.architecture import architecture
+from prefs.models.architecture import architecture, context_length
 from prefs.models.counting import COMPLETER, Counts, MadeUp, role_of, tokenizer_of
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec, model_folder
@@ -21,10 +21,9 @@ class CountingVllm(VllmEngine):
     """The vLLM engine itself, with workers below it that count."""
 
     def __init__(self, spec: ModelSpec, counts: Counts):
-        self._counts, tokenizer = counts, tokenizer_of(spec)
-        encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
+        self._counts, encoder = counts, ChatEncoder(tokenizer_of(spec), spec.chat_template_kwargs, spec.thinking)
         # Nothing that is drawn here ends by itself.
-        super().__init__(lambda: _CountingWorkers(spec, counts, encoder), tokenizer, frozenset(), spec)  # pyright: ignore[reportArgumentType]
+        super().__init__(lambda: _CountingWorkers(spec, counts, encoder), encoder, frozenset(), spec)  # pyright: ignore[reportArgumentType]
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         self._counts.role = role_of(requests[0])  # of a stage, and so the same for all
@@ -38,7 +37,8 @@ class _CountingWorkers:
 
     def __init__(self, spec: ModelSpec, counts: Counts, encoder: ChatEncoder):
         self._counts, self._encoder, self._made_up = counts, encoder, MadeUp(counts, encoder)
-        self.max_context = spec.max_context or architecture(model_folder(spec), spec.revision).context
+        context = architecture(model_folder(spec), spec.revision).context
+        self.max_context = spec.max_context or context_length(context, encoder.tokenizer)
         on_cpu = resolve_device(spec.device).type == "cpu"
         self._block = int(spec.vllm.engine.get("block_size") or (BLOCK_ON_CPU if on_cpu else BLOCK))
         self._caches = bool(spec.vllm.engine.get("enable_prefix_caching", True))

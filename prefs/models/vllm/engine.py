@@ -16,13 +16,14 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from prefs.data.template import Invalid
-from prefs.errors import UserError, first_line
+from prefs.errors import UserError, explained
 from prefs.models.loading import ModelSpec
 from prefs.models.prompts import THOUGHT, Thought, branchings, encode_prompt, option_masses, request_tokens
 from prefs.models.sampling import row_seed, stop_tokens
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Reply, Request, Sample, Sampling, Score, Usage
 from prefs.models.vllm.workers import Call, Output, Workers, WorkersDied
+from prefs.models.weights import check_file, check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +57,9 @@ class VllmEngine:
 
     rows_apart = True
 
-    def __init__(self, start: Callable[[], Workers], tokenizer: Any, stops: frozenset[int], spec: ModelSpec):
+    def __init__(self, start: Callable[[], Workers], encoder: ChatEncoder, stops: frozenset[int], spec: ModelSpec):
         self.spec = spec
-        self.encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
+        self.encoder = encoder
         self._stops = stops
         self._start = start
         self._workers = start()
@@ -75,15 +76,19 @@ class VllmEngine:
             If vLLM, the model, its tokenizer or the device are not there, or vLLM refuses them.
         """
         options: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": False}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        with explained(f"cannot load {spec.name} from {path}"):
+            tokenizer, config = (
+                AutoTokenizer.from_pretrained(path, **options),
+                AutoConfig.from_pretrained(path, **options),
+            )
             try:
                 generation = GenerationConfig.from_pretrained(path, revision=spec.revision or "main")
             except OSError:  # none: then the model's config says it
-                generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, **options))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot load {spec.name} from {path}: {first_line(error)}") from None
-        engine = cls(lambda: Workers(spec, path), tokenizer, stop_tokens(tokenizer, generation), spec)
+                generation = GenerationConfig.from_model_config(config)
+        encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
+        check_vocabulary(encoder, config.get_text_config().vocab_size)
+        check_file(path, spec.revision)
+        engine = cls(lambda: Workers(spec, path), encoder, stop_tokens(tokenizer, generation), spec)
         for note in engine.encoder.notes(spec.name):
             log.info("%s", note)
         return engine
