@@ -51,25 +51,35 @@ class ChatTemplate:
             If the template refuses these roles or leaves a turn out.
         """
         shown = [{"role": turn["role"], "content": _shown(turn, number)} for number, turn in enumerate(turns)]
-        try:
-            rendered = self._apply(shown, open_turn, kwargs)
-        except TemplateError as error:
-            folded = _folded(shown)
-            if folded is None:
-                raise UserError(f"the chat template of {self.name} refuses: {error}") from None
-            rendered = self._apply(folded, open_turn, kwargs)
+        rendered = self._apply(shown, open_turn, tokenize=False, **kwargs)
         for number, turn in enumerate(shown):
             if placeholder(number) in turn["content"] and placeholder(number) not in rendered:
                 raise UserError(f"the chat template of {self.name} leaves out the {turn['role']} turn")
         return rendered
 
-    def _apply(self, turns: list[dict[str, str]], open_turn: bool, kwargs: Mapping[str, Any]) -> str:
-        options = {"strftime_now": _fixed_date, **self.kwargs, **kwargs}
-        rendered = self._tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=open_turn, **options
-        )
-        assert isinstance(rendered, str)
-        return rendered
+    def tokenized(self, turns: Sequence[Turn]) -> list[int]:
+        """The ids that transformers makes of a conversation, with the assistant's next turn opened."""
+        return self._apply([dict(turn) for turn in turns], True, tokenize=True)
+
+    def _apply(self, turns: list[dict[str, str]], open_turn: bool, *, tokenize: bool, **kwargs: Any) -> Any:
+        def apply(turns: list[dict[str, str]]) -> Any:
+            return self._tokenizer.apply_chat_template(
+                turns,
+                tokenize=tokenize,
+                return_dict=False,
+                add_generation_prompt=open_turn,
+                **{"strftime_now": _fixed_date, **self.kwargs, **kwargs},
+            )
+
+        try:
+            try:
+                return apply(turns)
+            except TemplateError:
+                if (folded := _folded(turns)) is None:
+                    raise
+                return apply(folded)
+        except TemplateError as error:
+            raise UserError(f"the chat template of {self.name} refuses: {error}") from None
 
     def opened_turn(self, **kwargs: Any) -> str:
         """What it opens the assistant's turn with, after a user's."""
