@@ -85,6 +85,29 @@ class ChatTemplate:
         """What it opens the assistant's turn with, after a user's."""
         return self.render([{"role": "user", "content": "?"}], open_turn=True, **kwargs).partition(placeholder(0))[2]
 
+    def turn_end(self) -> str:
+        """What it writes after an assistant's turn: after the last one or, where it leaves that open, after one that a
+        user's turn follows."""
+        try:
+            turns = [{"role": role, "content": "?"} for role in ("user", "assistant")]
+            last = self.render(turns, open_turn=False).partition(placeholder(1))[2]
+        except UserError:  # some end with a user's turn only
+            last = ""
+        return last if last.strip() else self._around_users()[1]
+
+    @property
+    def shows_system_last(self) -> bool:
+        """Whether it shows the system prompt only behind the answers before the last user's turn.
+
+        Raises
+        ------
+        UserError
+            If it refuses system prompts, or leaves them out.
+        """
+        turns = [{"role": role, "content": "?"} for role in ("system", "user", "assistant", "user")]
+        rendered = self.render(turns, open_turn=True)
+        return rendered.index(placeholder(0)) > rendered.index(placeholder(2))
+
     def own_system(self, control: re.Pattern[str], *given: str) -> str | None:
         """What it says in a system turn by itself, less control tokens and the role's name; None if nothing.
 

@@ -117,6 +117,17 @@ class ChatEncoder:
         """What the chat template says in a system turn where no system prompt is given; None if nothing."""
         return self.template.own_system(self._control_pattern)
 
+    def turn_end(self) -> int | str | None:
+        """What ends an assistant's turn in the chat template: a control token, or a text where none comes first; None
+        where there is nothing but blanks."""
+        end = self.template.turn_end()
+        control = self._control_pattern.search(end)
+        text = end[: control.start()] if control is not None else end
+        if control is not None and not text.strip():
+            return self._control[control[0]]
+        # Blanks at the beginning of a line may be the model's; those before the next text are not its to write.
+        return text.strip(" ").rstrip() or None
+
     def notes(self, name: str) -> list[str]:
         """What the users of this model should know of its chat template, a line each, for the log."""
         notes = []

@@ -37,7 +37,7 @@ from prefs.models.local.steering import BatchSteering, check
 from prefs.models.local.token_stream import TokenStream, owners, token_texts
 from prefs.models.positions import POSITIONS, token_ranges
 from prefs.models.prompts import Prompt, encode_prompt, request_tokens, shared_prefix
-from prefs.models.sampling import stop_tokens
+from prefs.models.sampling import Stops
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Question, Reply, Request, Sampling, Score, Usage
 
@@ -83,8 +83,8 @@ class LocalEngine:
         model = bridge.original_model
         self.d_model = int(bridge.cfg.d_model)
         self.max_context = spec.max_context or int(model.config.get_text_config().max_position_embeddings)
-        stops = stop_tokens(tokenizer, model.generation_config)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+        stops = Stops.of(self.encoder, model.generation_config)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops.tokens, default=0)
         self.passes = Passes(bridge, pad, spec.name)
         self.decoder = Decoder(self.passes, self.encoder, stops)
         self.device, self.n_layers = self.passes.device, self.passes.n_layers
