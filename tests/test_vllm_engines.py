@@ -52,11 +52,11 @@ class PlainWorkers:
             if self.calls > self._lifetime:
                 raise WorkersDied("gone")
             ids: list[int] = []
-            while len(ids) < call.sampling.max_new_tokens and not (ids and ids[-1] in call.stops):
+            while len(ids) < call.sampling.max_new_tokens and not (ids and ids[-1] in call.stops.tokens):
                 log_probs = self._model(torch.tensor([[*call.ids, *ids]])).logits[0, -1].log_softmax(dim=-1)
                 ids.append(int(log_probs.argmax()))
             looked = {token: float(log_probs[token]) for token in call.looked}
-            outputs[number] = Output(tuple(ids), ids[-1] in call.stops, looked)
+            outputs[number] = Output(tuple(ids), ids[-1] in call.stops.tokens, looked)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
+from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Sampling, as_dicts
 
 
@@ -62,8 +65,27 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> to
     return tokens.clamp_(max=logits.shape[-1] - 1).cpu()
 
 
-def stop_tokens(tokenizer: Any, generation_config: Any) -> frozenset[int]:
-    """The tokens that end an answer, by a model's generation config (None: it has none) and its tokenizer."""
-    stops = generation_config.eos_token_id if generation_config is not None else None
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
-    return frozenset([*stops, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])
+@dataclass(frozen=True)
+class Stops:
+    """What ends an answer: one of these tokens; or a text, where turns end with none of them."""
+
+    tokens: frozenset[int] = frozenset()
+    text: str | None = None
+
+    @classmethod
+    def of(cls, encoder: ChatEncoder, generation_config: Any) -> Stops:
+        """By a model's generation config (None: it has none), its tokenizer, and the end of a turn in its template,
+        which fine-tunes often leave out of the former two."""
+        eos = generation_config.eos_token_id if generation_config is not None else None
+        own, end = encoder.tokenizer.eos_token_id, encoder.turn_end()
+        tokens = [*([eos] if isinstance(eos, int) else eos or []), own, end if isinstance(end, int) else None]
+        return cls(frozenset(token for token in tokens if token is not None), end if isinstance(end, str) else None)
+
+    def reached(self, tokenizer: Any, ids: Sequence[int]) -> bool:
+        """Whether the last of an answer's tokens completes the text that ends it."""
+        # Each of the text's tokens has a byte of it at least.
+        return self.text is not None and self.text in tokenizer.decode(ids[-len(self.text.encode()) :])
+
+    def cut(self, text: str) -> str:
+        """What of an answer stands before the text that ends it."""
+        return text if self.text is None else text.partition(self.text)[0]

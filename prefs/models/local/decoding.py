@@ -10,7 +10,7 @@ import torch
 
 from prefs.models.local.passes import Passes, State
 from prefs.models.prompts import THOUGHT, Prompt, Thought, option_masses
-from prefs.models.sampling import draw, row_uniforms
+from prefs.models.sampling import Stops, draw, row_uniforms
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Sample, Sampling
 
@@ -21,9 +21,9 @@ Stream = tuple[int, int]  # row, seed
 
 
 class Decoder:
-    """Goes on from batches of one model. ``stops`` are the tokens that end an answer."""
+    """Goes on from batches of one model. ``stops`` are what ends an answer."""
 
-    def __init__(self, passes: Passes, encoder: ChatEncoder, stops: Set[int]):
+    def __init__(self, passes: Passes, encoder: ChatEncoder, stops: Stops):
         self._passes = passes
         self._encoder = encoder
         self.stops = stops
@@ -63,7 +63,7 @@ class Decoder:
         samples: list[dict[int, Sample]] = [{} for _ in seeds]
         for start in range(0, max(map(len, seeds), default=0), SEEDS_AT_ONCE):
             some = [of_row[start : start + SEEDS_AT_ONCE] for of_row in seeds]
-            drawn = self._draw(state.fork(), logits, some, turns, sampling, self.stops)
+            drawn = self._draw(state.fork(), logits, some, turns, sampling, self.stops.tokens)
             for ((row, seed), (ids, stop)), text in zip(drawn.items(), self._texts(drawn), strict=True):
                 samples[row][seed] = Sample(text, len(ids), stop is not None)
         return samples
@@ -82,14 +82,16 @@ class Decoder:
         assert end is not None
         budget = replace(sampling, max_new_tokens=thinking.max_tokens)
         # Other random numbers than the answer's.
-        drawn = self._draw(state, logits, seeds, [(*row, THOUGHT) for row in turns], budget, {end, *self.stops})
+        drawn = self._draw(state, logits, seeds, [(*row, THOUGHT) for row in turns], budget, {end, *self.stops.tokens})
         thoughts: list[dict[int, Thought]] = [{} for _ in seeds]
         for ((row, seed), (ids, stop)), text in zip(drawn.items(), self._texts(drawn), strict=True):
             thoughts[row][seed] = Thought(text, len(ids), stop == end or thinking.force_close)
         return thoughts
 
     def _texts(self, drawn: dict[Stream, tuple[list[int], int | None]]) -> list[str]:
-        return self._encoder.tokenizer.batch_decode([ids for ids, _ in drawn.values()], skip_special_tokens=True)
+        answers = [ids for ids, _ in drawn.values()]
+        texts = self._encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [self.stops.cut(text) for text in texts]
 
     def _draw(
         self,
@@ -100,7 +102,8 @@ class Decoder:
         sampling: Sampling,
         stops: Set[int],
     ) -> dict[Stream, tuple[list[int], int | None]]:
-        """Sample tokens for every (row, seed), up to a stop token; and that token, None where there was none.
+        """Sample tokens for every (row, seed), up to a stop token or through the text that stops; and the token that
+        stopped it, None where none did.
 
         Seeds of a row that have drawn the same tokens so far are one branch and are run once; a finished branch leaves
         the batch.
@@ -123,8 +126,11 @@ class Decoder:
                 for stream, token in zip(streams, tokens[branch], strict=False):
                     if token in stops:
                         stopped[stream] = token
+                        continue
+                    drawn[stream].append(token)
+                    if self.stops.reached(self._encoder.tokenizer, drawn[stream]):
+                        stopped[stream] = token
                     else:
-                        drawn[stream].append(token)
                         grown.setdefault((branch, token), []).append(stream)
             if not grown or step + 1 == sampling.max_new_tokens:
                 break

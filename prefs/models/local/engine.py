@@ -38,7 +38,7 @@ from prefs.models.local.steering import BatchSteering, check
 from prefs.models.local.token_stream import TokenStream, owners, token_texts
 from prefs.models.positions import POSITIONS, token_ranges
 from prefs.models.prompts import Prompt, encode_prompt, request_tokens, shared_prefix
-from prefs.models.sampling import stop_tokens
+from prefs.models.sampling import Stops
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Question, Reply, Request, Sampling, Score, Usage
 from prefs.models.weights import check_vocabulary
@@ -87,8 +87,8 @@ class LocalEngine:
         self.max_context = spec.max_context or context_length(
             written_context(model.config.get_text_config()), tokenizer
         )
-        stops = stop_tokens(tokenizer, model.generation_config)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+        stops = Stops.of(self.encoder, model.generation_config)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops.tokens, default=0)
         self.passes = Passes(bridge, pad, spec.name)
         self.decoder = Decoder(self.passes, self.encoder, stops)
         self.device, self.n_layers = self.passes.device, self.passes.n_layers

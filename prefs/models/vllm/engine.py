@@ -19,7 +19,7 @@ from prefs.data.template import Invalid
 from prefs.errors import UserError, explained
 from prefs.models.loading import ModelSpec
 from prefs.models.prompts import THOUGHT, Thought, branchings, encode_prompt, option_masses, request_tokens
-from prefs.models.sampling import row_seed, stop_tokens
+from prefs.models.sampling import Stops, row_seed
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Reply, Request, Sample, Sampling, Score, Usage
 from prefs.models.vllm.workers import Call, Output, Workers, WorkersDied
@@ -57,7 +57,7 @@ class VllmEngine:
 
     rows_apart = True
 
-    def __init__(self, start: Callable[[], Workers], encoder: ChatEncoder, stops: frozenset[int], spec: ModelSpec):
+    def __init__(self, start: Callable[[], Workers], encoder: ChatEncoder, stops: Stops, spec: ModelSpec):
         self.spec = spec
         self.encoder = encoder
         self._stops = stops
@@ -88,7 +88,7 @@ class VllmEngine:
         encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
         check_vocabulary(encoder, config.get_text_config().vocab_size)
         check_file(path, spec.revision)
-        engine = cls(lambda: Workers(spec, path), encoder, stop_tokens(tokenizer, generation), spec)
+        engine = cls(lambda: Workers(spec, path), encoder, Stops.of(encoder, generation), spec)
         for note in engine.encoder.notes(spec.name):
             log.info("%s", note)
         return engine
@@ -160,20 +160,21 @@ class VllmEngine:
         thinking, end = self.encoder.thinking, self.encoder.thought_end
         assert thinking is not None
         assert end is not None
+        stops = replace(self._stops, tokens=self._stops.tokens | {end})
         calls = []
         for opening in openings:
             turns, (seed, *_) = opening.request.turns, (*opening.seeds, *opening.scores)
             budget = replace(_sampling(opening.request), max_new_tokens=thinking.max_tokens)
             # Other random numbers than the answer's.
             drawn = row_seed(seed, (*turns, THOUGHT))
-            calls.append((opening.number, Call(self.encoder.open_thought(turns), budget, drawn, self._stops | {end})))
+            calls.append((opening.number, Call(self.encoder.open_thought(turns), budget, drawn, stops)))
         outputs, died = self._generate(requests, calls)
         if died is not None:
             raise died from None
         thoughts = []
         for output in outputs:
             assert output is not None
-            sample = self._sample(output)
+            sample = self._sample(output, stops)
             ended = output.stopped and output.ids[-1] == end
             thoughts.append(Thought(sample.text or "", sample.tokens, ended or thinking.force_close))
         return thoughts
@@ -202,15 +203,15 @@ class VllmEngine:
             samples = dict.fromkeys(opening.seeds, Sample(None, 0, False, invalid=reason))
             score = Score(None, invalid=reason)
         else:
-            samples = {seed: self._sample(outputs[seed][0]) for seed in opening.seeds}
+            samples = {seed: self._sample(outputs[seed][0], self._stops) for seed in opening.seeds}
             score = Score(_mass(opening.tails, outputs)) if opening.scores else None
         reply = Reply(samples, dict.fromkeys(opening.scores, score) if score is not None else {})
         return reply if opening.thought is None else opening.thought.reply(reply)
 
-    def _sample(self, output: Output) -> Sample:
-        ids = output.ids[:-1] if output.stopped else output.ids
+    def _sample(self, output: Output, stops: Stops) -> Sample:
+        ids = output.ids[:-1] if output.ids and output.ids[-1] in stops.tokens else output.ids
         (text,) = self.encoder.tokenizer.batch_decode([list(ids)], skip_special_tokens=True)
-        return Sample(text, len(ids), output.stopped)
+        return Sample(stops.cut(text), len(ids), output.stopped)
 
     def _generate(
         self, requests: Sequence[Request], calls: Sequence[tuple[int, Call]]

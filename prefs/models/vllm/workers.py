@@ -32,6 +32,7 @@ import torch
 from prefs.errors import ConfigError, UserError
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec
+from prefs.models.sampling import Stops
 from prefs.models.types import Sampling
 
 # vLLM would take nine tenths of a machine's memory for its cache, since it thinks of a processor as of a GPU.
@@ -61,13 +62,13 @@ class Call:
     ids: tuple[int, ...]
     sampling: Sampling
     seed: int = 0
-    stops: frozenset[int] = frozenset()
+    stops: Stops = field(default_factory=Stops)
     looked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Output:
-    """Tokens drawn, a stop token among them; whether it was one that ended them; log-probabilities of the first.
+    """Tokens drawn, those that stop among them; whether these ended them; log-probabilities of the first.
 
     ``cached`` tokens of the prompt had been run before.
     """
@@ -264,9 +265,10 @@ def _params(call: Call) -> Any:
         top_p=call.sampling.top_p,
         max_tokens=call.sampling.max_new_tokens,
         seed=call.seed,
-        stop_token_ids=sorted(call.stops),
+        stop_token_ids=sorted(call.stops.tokens),
+        stop=call.stops.text,
         logprob_token_ids=list(call.looked) or None,
-        detokenize=False,
+        detokenize=call.stops.text is not None,
     )
 
 
