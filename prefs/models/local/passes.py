@@ -128,9 +128,12 @@ class Passes:
         # Where tokens go. With a device map, blocks and logits may be elsewhere.
         embedding = bridge.original_model.get_input_embeddings().weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.sharing = Sharing.of_config(bridge.original_model.config)
+        takes = inspect.signature(bridge.original_model.forward).parameters
         # Mamba's families have another name for the cache, and a mask of the new tokens alone.
-        self._states_alone = "cache_params" in inspect.signature(bridge.original_model.forward).parameters
+        self._states_alone = "cache_params" in takes
+        self.sharing = Sharing.of_config(bridge.original_model.config)
+        if "position_ids" not in takes:  # which may be counted by columns (MPT)
+            self.sharing = replace(self.sharing, gaps=False)
         self.n_layers = int(bridge.cfg.n_layers)
         # Tokens times blocks that ran them.
         self._ran_of_prompts = self._ran_of_answers = 0
