@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 from transformers.cache_utils import DynamicCache
 
 from prefs.models.architecture import Architecture, architecture, context_length
@@ -20,6 +21,7 @@ from prefs.models.local.engine import LocalEngine
 from prefs.models.local.memory import Halving
 from prefs.models.local.passes import Passes, State, Watcher, blocks_until_stopped
 from prefs.models.local.residuals import AllRecorded, Recorder
+from prefs.models.local.sharing import Sharing
 from prefs.models.positions import Span
 from prefs.models.prompts import Prompt, Thought
 from prefs.models.tokens import ChatEncoder
@@ -35,9 +37,10 @@ class CountingLocal(LocalEngine):
         self.encoder = ChatEncoder(tokenizer_of(spec), spec.chat_template_kwargs, spec.thinking)
         self.d_model, self.n_layers = shape.d_model, shape.layers
         self.max_context = spec.max_context or context_length(shape.context, self.encoder.tokenizer)
-        self.passes = _CountingPasses(shape, counts)
+        config = AutoConfig.from_pretrained(model_folder(spec), revision=spec.revision, trust_remote_code=False)
+        self.passes = _CountingPasses(shape, counts, Sharing.of_config(config))
         self.device, self.recorder = self.passes.device, partial(_Unread, shape.d_model)
-        self.decoder = _MakingUp(counts, self.encoder)
+        self.decoder = _MakingUp(counts, self.encoder, self.passes)
         self._halving, self._requests = Halving(spec.name), 0
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
@@ -57,8 +60,8 @@ class _CountingPasses(Passes):
 
     shares_blocks = True  # pyright: ignore[reportAssignmentType]
 
-    def __init__(self, shape: Architecture, counts: Counts):
-        self.device, self.n_layers = torch.device("cpu"), shape.layers
+    def __init__(self, shape: Architecture, counts: Counts, sharing: Sharing):
+        self.device, self.n_layers, self.sharing = torch.device("cpu"), shape.layers, sharing
         self._d_model, self._counts = shape.d_model, counts
 
     def nothing(self, rows: int, cached: bool = True) -> State:
@@ -76,7 +79,6 @@ class _CountingPasses(Passes):
         rows: Sequence[Sequence[int]],
         keep: int,
         watchers: Sequence[Watcher],
-        cached: bool,
         *,
         drawn: bool = False,
         first: int = 0,
@@ -88,7 +90,8 @@ class _CountingPasses(Passes):
                 hook(stream, None)
         blocks = (blocks_until_stopped(watchers) or self.n_layers) - first
         self._counts.tally.prompt_tokens += int(lengths.sum()) * blocks / self.n_layers
-        return replace(state, lengths=state.lengths + lengths), torch.empty((len(rows), keep, 0))
+        run = tuple((*before, *row) for before, row in zip(state.ids, rows, strict=True))
+        return replace(state, ids=run, lengths=state.lengths + lengths), torch.empty((len(rows), keep, 0))
 
     def _handing_over(self, layers: Sequence[int], hidden: torch.Tensor) -> AbstractContextManager[object]:
         return nullcontext()
@@ -97,13 +100,16 @@ class _CountingPasses(Passes):
 class _MakingUp(Decoder):
     """Makes up what would be drawn."""
 
-    def __init__(self, counts: Counts, encoder: ChatEncoder):
-        self._counts, self._encoder, self._made_up = counts, encoder, MadeUp(counts, encoder)
+    def __init__(self, counts: Counts, encoder: ChatEncoder, passes: Passes):
+        self._counts, self._encoder, self._made_up, self._passes = counts, encoder, MadeUp(counts, encoder), passes
 
     def masses(self, state: State, logits: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        # All of an option's tokens are run but the last.
-        self._counts.tally.prompt_tokens += sum(len(tail) - 1 for prompt in prompts for tail in prompt.tails)
         options = len(prompts[0].tails)
+        for option in range(options):
+            # All of an option's tokens are run but the last.
+            rest = [prompt.tails[option][:-1] for prompt in prompts]
+            if any(rest):
+                self._passes.extend(state.fork(), rest)
         return np.full((len(prompts), options), 1 / options)
 
     def samples(

@@ -45,12 +45,11 @@ class Likelihood:
     def __init__(self, passes: Passes, prompts: Sequence[Prompt], starts: Sequence[int], ends: Sequence[int]):
         self._passes = passes
         self._rows = len(prompts)
-        width = max(end - start for start, end in zip(starts, ends, strict=True))
-        predictions: list[tuple[int, int, int]] = []  # row, column, the token that comes next
+        predictions: list[tuple[int, int, int]] = []  # row, column (from the last), the token that comes next
         for number, (row, start, end) in enumerate(zip(prompts, starts, ends, strict=True)):
             first, last = _predicting(row)
             for token in range(max(first, start), min(last, end)):
-                predictions.append((number, width - end + token, row.ids[token + 1]))
+                predictions.append((number, token - end, row.ids[token + 1]))
         self._predictions = torch.tensor(predictions, dtype=torch.long).reshape(-1, 3)
         self._kept = torch.empty(0)
 
@@ -87,18 +86,12 @@ def mean_nll(prompts: Sequence[Prompt], sums: torch.Tensor) -> list[float | None
 
 
 def likelihood_alone(passes: Passes, prompt: Prompt, dose: Steerings) -> float | None:
-    """The likelihood of one completion by passes of its own, which any family runs; see `mean_nll`."""
+    """The likelihood of one completion by a pass of its own, which any family runs; see `mean_nll`."""
     first, last = _predicting(prompt)
     steering = BatchSteering.build(dose, [spans_of_answer(prompt)], passes.device)
-    state, logits = passes.start([prompt.ids[: first + 1]], steering)
-    total = torch.zeros(1, dtype=torch.float64)
-    for token in range(first, last, TOKENS_AT_ONCE):
-        following = prompt.ids[token + 1 : min(token + TOKENS_AT_ONCE, last) + 1]
-        state, after = passes.extend(state, [following], keep=len(following))
-        logits = torch.cat([logits, after], dim=1)
-        total -= passes.nll(logits[0, :-1], torch.tensor(following), "sum")
-        logits = logits[:, -1:]
-    return mean_nll([prompt], total)[0]
+    _, logits = passes.start([prompt.ids], steering, cached=False, keep=len(prompt.ids) - first)
+    following = torch.tensor(prompt.ids[first + 1 : last + 1], dtype=torch.long)
+    return mean_nll([prompt], -passes.nll(logits[0, : last - first], following, "sum")[None])[0]
 
 
 def finite_rows(logits: torch.Tensor) -> list[int]:

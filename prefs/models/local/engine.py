@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,16 +35,20 @@ from prefs.models.local.grouping import (
 from prefs.models.local.memory import Halving
 from prefs.models.local.passes import Passes, State
 from prefs.models.local.residuals import Recorder
+from prefs.models.local.sharing import tried
 from prefs.models.local.steering import BatchSteering, check
 from prefs.models.local.token_stream import TokenStream, owners, token_texts
 from prefs.models.positions import POSITIONS, token_ranges
 from prefs.models.prompts import Prompt, encode_prompt, request_tokens, shared_prefix
 from prefs.models.sampling import Stops
 from prefs.models.tokens import ChatEncoder
-from prefs.models.types import Conversation, Question, Reply, Request, Sampling, Score, Usage
+from prefs.models.types import Conversation, Message, Question, Reply, Request, Sampling, Score, Usage
 from prefs.models.weights import check_vocabulary
 
 log = logging.getLogger(__name__)
+
+# Of any tokenizer, more tokens than the trial of what passes may share runs.
+TRIAL = " ".join(f"{n} and {n} are {2 * n}." for n in range(1, 31))
 
 # By row, what its requests brought, by number.
 Replies = list[dict[int, Reply]]
@@ -101,9 +106,20 @@ class LocalEngine:
         bridge, tokenizer = load_bridge(spec, path)
         engine = cls(bridge, tokenizer, spec)
         check_vocabulary(engine.encoder, bridge.original_model.get_input_embeddings().weight.shape[0])
+        engine.try_sharing()
         for note in engine.encoder.notes(spec.name):
             log.info("%s", note)
         return engine
+
+    @torch.inference_mode()
+    def try_sharing(self) -> None:
+        """Try out what the model's passes may share, on a short text; what they may not is logged."""
+        text = self.encoder.encode((Message("user", TRIAL),), answer="").ids
+        # By a copy, whose tokens are not counted.
+        self.passes.sharing = tried(copy(self.passes), self.bridge.original_model.config, text)
+        note = self.passes.sharing.note()
+        if note is not None:
+            log.info("%s, so that no row's numbers depend on others: %s", self.spec.name, note)
 
     def tokens(self, request: Request) -> int:
         return request_tokens(self.encoder, request)
@@ -115,12 +131,27 @@ class LocalEngine:
         for group in grouped(requests):
             self._requests += group.count
             whole = group.kind in ("complete", "choose")
-            for replies in self._halving.run(
-                kinds[group.kind],
-                group.rows,
-                tokens=lambda row, whole=whole: self.tokens(row.request if whole else Request(row.messages)),
-            ):
-                yield from replies.items()
+            for rows in self._side_by_side(group.rows):
+                for replies in self._halving.run(
+                    kinds[group.kind],
+                    rows,
+                    tokens=lambda row, whole=whole: self.tokens(row.request if whole else Request(row.messages)),
+                ):
+                    yield from replies.items()
+
+    def _side_by_side(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Rows in batches whose rows may stand beside each other."""
+        alone = [row for row in rows if self._alone(row)]
+        together = [row for row in rows if row not in alone] if alone else list(rows)
+        return [rows for rows in [together, *([row] for row in alone)] if rows]
+
+    def _alone(self, row: Row) -> bool:
+        """Whether a row is run alone: with all that may be drawn after it."""
+        sharing = self.passes.sharing
+        if sharing.switch is None:
+            return not sharing.rows
+        drawn = [request.sampling.max_new_tokens if request.sampling else 0 for request in row.requests.values()]
+        return not sharing.rows or max(map(self.tokens, row.requests.values())) + max(drawn) > sharing.switch
 
     def usage(self) -> Usage:
         return Usage(self._requests, self.passes.prompt_tokens, self.passes.drawn_tokens)
@@ -183,18 +214,18 @@ class LocalEngine:
             samples = self.decoder.samples(state, logits, seeds, turns, sampling)
         else:
             thoughts = self.decoder.thoughts(state, logits, seeds, turns, sampling)
-            streams = [(row, seed) for row, own in enumerate(seeds) for seed in own]
-            ids = [
-                self.encoder.encode(turns[row], answer="", thought=thoughts[row][seed].text).ids
-                for row, seed in streams
-            ]
-            state, logits = self.passes.start(ids, steering.select(self.passes.tensor([row for row, _ in streams])))
-            drawn = self.decoder.samples(
-                state, logits, [(seed,) for _, seed in streams], [turns[row] for row, _ in streams], sampling
-            )
             samples = [{} for _ in rows]
-            for (row, seed), sample in zip(streams, drawn, strict=True):
-                samples[row][seed] = thoughts[row][seed].sample(sample[seed])
+            for seed in dict.fromkeys(seed for own in seeds for seed in own):
+                numbers = [row for row, own in enumerate(seeds) if seed in own]
+                ids = [
+                    self.encoder.encode(turns[row], answer="", thought=thoughts[row][seed].text).ids for row in numbers
+                ]
+                state, logits = self.passes.start(ids, steering.select(self.passes.tensor(numbers)))
+                drawn = self.decoder.samples(
+                    state, logits, [(seed,)] * len(numbers), [turns[row] for row in numbers], sampling
+                )
+                for row, sample in zip(numbers, drawn, strict=True):
+                    samples[row][seed] = thoughts[row][seed].sample(sample[seed])
         return [
             {n: Reply({seed: own[seed] for seed in request.seeds}) for n, request in row.requests.items()}
             for row, own in zip(rows, samples, strict=True)
@@ -244,6 +275,8 @@ class LocalEngine:
             ranges = [token_ranges(prompt.spans, list(own)) for prompt, own in zip(firsts, positions, strict=True)]
             stops = not any(map(reads_logits, requests))
             recorder = self.recorder(layers, ranges, [len(prefix) for prefix in prefixes], stops=stops)
+        if recorder is None and not self.passes.sharing.several:
+            prefixes = [()] * len(rows)  # nothing goes on from them
         # What is steered before the questions does not depend on them.
         steering = requests[0].steering
         state = self.passes.nothing(len(rows))
@@ -351,7 +384,7 @@ class LocalEngine:
             conversations = [rows[number].messages for number in numbers]
             return self._read(state, logits, QuestionBatch(request, conversations, own, [len(p.ids) for p in own]))
 
-        if self.encoder.thinking is None and self.passes.shares_blocks:
+        if self.encoder.thinking is None and self.passes.shares_blocks and not any(map(self._alone, rows)):
             by_dose = DosePasses(self.passes, request, prompts, read).run(doses)
         else:
             by_dose = [self._dose_alone(rows, request, prompts, dose) for dose in doses]
