@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -84,8 +84,8 @@ class Ratings:
     """Everything one template brought for a list of completions, in their order.
 
     ``answers[t]`` runs over the rating seeds; ``mass`` is [tasks, options], the options' probabilities before
-    renormalising, NaN in the rows of tasks that were not asked, or None where exact ratings were not wanted. Of a rater
-    that ``thinks`` it is the mixture over its ``thoughts``.
+    renormalising, NaN in the rows of tasks that have none (``without_mass`` says why), or None where exact ratings were
+    not wanted. Of a rater that ``thinks`` it is the mixture over its ``thoughts``.
     """
 
     template: Template
@@ -97,6 +97,7 @@ class Ratings:
     mass: np.ndarray | None
     thinks: bool = False
     thoughts: Thoughts | None = None
+    without_mass: Mapping[int, Invalid] = field(default_factory=dict)
 
     def measured(self, refused: Sequence[bool | None]) -> Measured:
         """These ratings and the judge's verdicts as arrays."""
