@@ -11,14 +11,12 @@ import pandas as pd
 from prefs.data.template import Invalid
 from prefs.results.result import Result, Table
 from prefs.results.terminal import some
-from prefs.stages.records import Completion, Ratings
+from prefs.stages.records import OTHER_DTYPE, Completion, Ratings, not_finite
 from prefs.statistics.measured import Measured
 
 if TYPE_CHECKING:
     from prefs.stages.context import CellContext, JobContext
 
-# What to do where numbers are not finite: in float16 those beyond 65,504 are not.
-OTHER_DTYPE = "{} must be bfloat16 or float32 for this model"
 # What a server may send in place of an answer whose logits are not finite: its first token, over and over.
 REPEATED = re.compile(r"(.{1,8}?)\1{15,}", re.DOTALL)
 # Why a task may have no completion, and so is not rated.
@@ -48,6 +46,8 @@ def _completion_remarks(job: JobContext) -> list[str]:
     if unjudged := job.judged.without:
         reasons = ", ".join(f"{count} {reason}" for reason, count in unjudged.items())
         remarks.append(f"Completions without a verdict of judge {job.config.judge.name}: {reasons}.")
+    if broken := not_finite([*job.rated.residuals.values(), *job.rated.rating_residuals.values()]):
+        remarks.append(f"Activations: {broken}.")
     return remarks
 
 
