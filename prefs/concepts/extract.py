@@ -18,11 +18,12 @@ from prefs.concepts.reading import Read, Reader
 from prefs.concepts.separation import separation
 from prefs.config import ConceptConfig
 from prefs.data.task import Task, same_tasks
-from prefs.probes.features import Captured, NotFinite
+from prefs.probes.features import NOT_FINITE, Captured, NotFinite
 from prefs.probes.folds import assign_folds
 from prefs.probes.probe import Site
 from prefs.probes.scores import permutation_p
 from prefs.results.tables import columns, numeric
+from prefs.stages.records import not_finite
 from prefs.statistics.estimates import LEVEL, Resamples
 
 FLIPS = 1000
@@ -207,6 +208,7 @@ def _extract(
         return (
             f"{len(ids)} tasks have a vector at every position under both conditions ({', '.join(have)}), and"
             f" {config.folds} folds need {needed} (concept.{key}.folds)"
+            + "".join(f"; {broken}" for broken in _not_finite(first, second))
         )
     draws = cache(lambda n: Resamples.draw(n, bootstrap, config.seed))
     own_same = [same[task] for task in ids]
@@ -219,6 +221,7 @@ def _extract(
             f"Concept {config.name}: paired on the {len(ids)} of {len(own)} tasks that have a completion and a vector"
             f" under both conditions ({lack})."
         )
+    remarks += [f"Concept {config.name}: {broken}." for broken in _not_finite(first, second)]
     try:
         difference = difference_of_means(
             a,
@@ -236,8 +239,14 @@ def _extract(
         concept = Concept(key, config, difference, a, b, fold_of, vectors, pd.DataFrame(), remarks)
         rows = [row for pair in (contrast, *pairs) for row in _test(concept, pair, draws)]
     except NotFinite as error:
-        return f"the vector of a task at {error.site} holds a NaN or an infinity: capture it again"
+        return f"the vector of a task at {error.site} {NOT_FINITE}"
     return replace(concept, tests=numeric(pd.DataFrame(rows), words=WORDS))
+
+
+def _not_finite(*readings: Read) -> list[str]:
+    """What there is to say of vectors that are not finite."""
+    told = [not_finite(list(read.residuals.values())) for read in readings]
+    return list(dict.fromkeys(text for text in told if text is not None))
 
 
 def _test(concept: Concept, pair: ReadPair, draws: Callable[[int], Resamples]) -> list[dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -143,24 +144,40 @@ def option_masses(log_probs: np.ndarray, tails: Sequence[tuple[int, ...]]) -> np
     return np.clip(mass, 0.0, None)
 
 
+def scored(mass: Sequence[float]) -> Score:
+    """The options' masses; the reason in their place where one of them is no number, since logits were not finite."""
+    if all(map(math.isfinite, mass)):
+        return Score(tuple(mass))
+    return Score(None, invalid=Invalid.not_finite.value)
+
+
+def chosen(request: Request, reply: Reply) -> Reply:
+    """The likeliest of a request's options by the score in a reply; or why there is none."""
+    assert request.question is not None
+    (score,) = reply.scores.values()
+    if score.mass is None:
+        return Reply(invalid=score.invalid)
+    return Reply(choice=request.question.options[int(np.argmax(score.mass))])
+
+
 @dataclass(frozen=True)
 class Thought:
-    """What a model thought, without its marks; ``ended`` is False where its budget cut it off."""
+    """What a model thought, without its marks; ``invalid`` is why no answer follows it (a value of `Invalid`)."""
 
     text: str
     tokens: int
-    ended: bool
+    invalid: str | None = None
 
     def sample(self, sample: Sample) -> Sample:
-        """The sample drawn after this thought: none where the thought has not ended."""
-        if not self.ended:
-            return Sample(None, self.tokens, False, self.text, Invalid.thought_cut_off.value)
+        """The sample drawn after this thought: none where no answer follows it."""
+        if self.invalid is not None:
+            return Sample(None, self.tokens, False, self.text, self.invalid)
         return replace(sample, thought=self.text)
 
     def reply(self, reply: Reply) -> Reply:
-        """The reply given after this thought: none where the thought has not ended."""
+        """The reply given after this thought: none where no answer follows it."""
         samples = {seed: self.sample(sample) for seed, sample in reply.samples.items()}
-        if not self.ended:
-            return Reply(samples, dict.fromkeys(reply.scores, Score(None, self.text, Invalid.thought_cut_off.value)))
+        if self.invalid is not None:
+            return Reply(samples, dict.fromkeys(reply.scores, Score(None, self.text, self.invalid)))
         scores = {seed: replace(score, thought=self.text) for seed, score in reply.scores.items()}
         return replace(reply, samples=samples, scores=scores)

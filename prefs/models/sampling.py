@@ -15,6 +15,9 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Sampling, as_dicts
 
+# In place of a token, where logits give no probabilities.
+NOT_FINITE = -1
+
 
 def row_uniforms(seed: int, conversation: Conversation, count: int) -> np.ndarray:
     """The `count` uniform numbers in [0, 1) of one (seed, conversation), by NumPy's counter-based Philox."""
@@ -47,11 +50,12 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> to
     Returns
     -------
     torch.Tensor
-        [rows, draws] token ids, on the CPU.
+        [rows, draws] token ids, on the CPU; `NOT_FINITE` where a row's logits hold a NaN or +∞, or -∞ alone.
     """
     logits = logits.float()
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True).expand(-1, uniforms.shape[1]).cpu()
+        tokens = logits.argmax(dim=-1, keepdim=True).where(logits.amax(dim=-1, keepdim=True).isfinite(), NOT_FINITE)
+        return tokens.expand(-1, uniforms.shape[1]).cpu()
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
         logits = TopPLogitsWarper(sampling.top_p)(torch.empty(0, dtype=torch.long), logits)  # type: ignore[arg-type]
@@ -60,9 +64,9 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> to
         probabilities = probabilities.cpu()
     cumulative = probabilities.double().cumsum(dim=-1)
     # Scaled by the last entry, so that rounding can never point past the end; `right` skips tokens of probability 0.
-    targets = uniforms.to(cumulative.device) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, targets, right=True)
-    return tokens.clamp_(max=logits.shape[-1] - 1).cpu()
+    total = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, uniforms.to(cumulative.device) * total, right=True)
+    return tokens.clamp_(max=logits.shape[-1] - 1).where(total.isfinite(), NOT_FINITE).cpu()
 
 
 @dataclass(frozen=True)

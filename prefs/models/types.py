@@ -173,6 +173,8 @@ class Reply:
         By seed, and by the seed of the thought.
     choice
         The option chosen; None where none was wanted or the model could not be brought to choose.
+    invalid
+        Why no option was chosen (a value of `prefs.data.template.Invalid`), where that is known.
     residuals
         [layers, d_model] by position, in the order of `Capture.layers`. A position that the conversation does not have
         (``first_completion`` of an empty completion) is absent.
@@ -184,6 +186,7 @@ class Reply:
     samples: Mapping[int, Sample] = field(default_factory=dict)
     scores: Mapping[int, Score] = field(default_factory=dict)
     choice: str | None = None
+    invalid: str | None = None
     residuals: Mapping[str, torch.Tensor] = field(default_factory=dict)
     nll: float | None = None
 

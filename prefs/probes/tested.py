@@ -15,7 +15,7 @@ from prefs.config import ProbeConfig
 from prefs.errors import UserError
 from prefs.probes import baselines, controls
 from prefs.probes.crossval import cross_validate, held_out_origins
-from prefs.probes.features import Features, NotFinite
+from prefs.probes.features import NOT_FINITE, Features, NotFinite
 from prefs.probes.folds import assign_folds
 from prefs.probes.outcome import AUC, R2, CrossValidated, NoProbe, Nothing, Outcome
 from prefs.probes.scores import Scores, auc_columns, r2_columns, score
@@ -80,7 +80,7 @@ def train_and_test(
             origins = _origins(results, features, used.origins, alike, draws, config, values)
         except NotFinite as error:
             task = used.tasks[error.row]
-            return NoProbe(f"the vector of task {task} at {error.site} holds a NaN or an infinity: capture it again")
+            return NoProbe(f"the vector of task {task} at {error.site} {NOT_FINITE}")
     return Outcome(
         metric=AUC if results[0].target.binary else R2,
         scores=_scores(results, features, compared),

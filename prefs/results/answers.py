@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,24 +11,27 @@ import pandas as pd
 from prefs.data.template import Invalid
 from prefs.results.result import Result, Table
 from prefs.results.terminal import some
-from prefs.stages.records import Completion, Ratings
+from prefs.stages.records import OTHER_DTYPE, Completion, Ratings, not_finite
 from prefs.statistics.measured import Measured
 
 if TYPE_CHECKING:
     from prefs.stages.context import CellContext, JobContext
 
+# What a server may send in place of an answer whose logits are not finite: its first token, over and over.
+REPEATED = re.compile(r"(.{1,8}?)\1{15,}", re.DOTALL)
 # Why a task may have no completion, and so is not rated.
 WITHOUT_COMPLETION = {
     Invalid.too_long: "too long for the completer's context",
     Invalid.thought_cut_off: "the completer's thought did not end: model.thinking.max_tokens",
     Invalid.blocked: "blocked by the completer's server",
+    Invalid.not_finite: "the completer's logits are not finite: "
+    + OTHER_DTYPE.format("model.dtype, or completer.model.dtype,"),
 }
 
 
 def completions(job: JobContext) -> Result:
-    table = Table("completions", completions_table(job.completions, job.judged.refused), large=True)
-    limit = job.config.completer.max_new_tokens
-    return Result(tables=(table,), remarks=tuple(cut_off(job.completions, job.roles.completer.name, limit)))
+    table = completions_table(job.completions, job.judged.refused)
+    return Result(tables=(Table("completions", table, large=True),), remarks=tuple(_completion_remarks(job)))
 
 
 def cut_off(completions: Sequence[Completion], completer: str, limit: int) -> list[str]:
@@ -42,12 +46,30 @@ def cut_off(completions: Sequence[Completion], completer: str, limit: int) -> li
     ]
 
 
+def _completion_remarks(job: JobContext) -> list[str]:
+    remarks = cut_off(job.completions, job.roles.completer.name, job.config.completer.max_new_tokens)
+    if job.roles.completer.backend == "openai":
+        texts = {made.task.id: made.text or "" for made in job.completions}
+        if loops := [task for task, text in texts.items() if REPEATED.fullmatch(text.strip())]:
+            remarks.append(
+                f"{len(loops)} of {len(texts)} completions are one token over and over: a loop, or what a server gives"
+                f" whose logits are not finite (its log-probabilities would be NaN): {some(loops)}."
+            )
+    if unjudged := job.judged.without:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in unjudged.items())
+        remarks.append(f"Completions without a verdict of judge {job.config.judge.name}: {reasons}.")
+    if broken := not_finite([*job.rated.residuals.values(), *job.rated.rating_residuals.values()]):
+        remarks.append(f"Activations: {broken}.")
+    return remarks
+
+
 def answers(cell: CellContext) -> Result:
     """A cell's sampled and exact ratings, and the tasks that have none."""
     ratings = cell.ratings
     tables = [Table("ratings", answers_table(ratings))]
     if cell.measured.exact is not None:
-        tables.append(Table("exact", exact_table(cell.measured)))
+        reasons = [reason and reason.value for reason in map(ratings.without_mass.get, range(len(ratings.completions)))]
+        tables.append(Table("exact", exact_table(cell.measured).assign(invalid=reasons)))
     if ratings.thoughts is not None:
         tables.append(Table("exact_by_thought", thoughts_table(ratings)))
     return Result(tables=tuple(tables), remarks=tuple(_remarks(ratings)))
@@ -146,4 +168,15 @@ def _remarks(ratings: Ratings) -> list[str]:
         counts = ", ".join(f"{count} {reason}" for reason, count in invalid.items())
         asked = len(ratings.completions) * len(ratings.seeds)
         remarks.append(f"{sum(invalid.values())} of {asked} sampled answers gave no rating: {counts}.")
+    broken = [
+        completion.task.id
+        for row, (completion, answers) in enumerate(zip(ratings.completions, ratings.answers, strict=True))
+        if completion.invalid is None
+        and Invalid.not_finite in (ratings.without_mass.get(row), *(answer.invalid for answer in answers))
+    ]
+    if broken:
+        remarks.append(
+            f"The rater's logits are not finite for {len(broken)} of {len(ratings.completions)} tasks"
+            f" ({OTHER_DTYPE.format('model.dtype')}): {some(broken)}."
+        )
     return remarks

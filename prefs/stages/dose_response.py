@@ -21,7 +21,7 @@ from prefs.results.result import Figure, Result, Table, View
 from prefs.results.tables import columns, numeric
 from prefs.results.terminal import MISSING, number, used, with_interval
 from prefs.stages.probe import ProbeReport
-from prefs.stages.records import Completion, Ratings
+from prefs.stages.records import OTHER_DTYPE, Completion, Ratings
 from prefs.stages.steer import Dose, Responses, SteeringVector, Tokens, steer
 from prefs.stages.steering_vectors import steering_vectors
 from prefs.statistics.dose import mean_of, slope
@@ -96,6 +96,9 @@ def steered(cell: CellContext) -> DoseResponse | str:
     responses = steered_along(config, vectors, ratings, job.roles.rater, job.store, job.models, job.counts)
     if not responses.asked.any():
         return "No steering: no task has a completion that the question fits behind."
+    if not responses.rated.any():
+        mend = OTHER_DTYPE.format("model.dtype")
+        return f"No steering: unsteered, the logits are not finite for any task ({mend})."
     return dose_response(
         ratings.completions,
         responses,
@@ -150,7 +153,7 @@ def dose_response(
     without: Sequence[str] = (),
 ) -> DoseResponse:
     """Doses, slopes and remarks of what a steered rater answered."""
-    tasks = np.flatnonzero(responses.asked)
+    tasks = np.flatnonzero(responses.rated)
     draws = Resamples.draw(len(tasks), bootstrap, seed)
     ratings = np.stack([exact_summary(mass[tasks], values).mean for mass in responses.mass])
     numbers = range(len(responses.doses))
@@ -174,7 +177,12 @@ def dose_response(
     per_task["valid_mass"] = responses.mass[:, tasks].sum(axis=-1).ravel()
     per_task["nll"] = responses.nll[:, tasks].ravel()
 
-    remarks = [*_remarks(doses, slopes, len(completions) - len(tasks), tokens), *without]
+    remarks = [*_remarks(doses, slopes, int((~responses.asked).sum()), tokens), *without]
+    if broken := int((responses.asked & ~responses.rated).sum()):
+        remarks.append(
+            f"Steering: {broken} tasks left out for which the unsteered model's logits are not finite"
+            f" ({OTHER_DTYPE.format('model.dtype')})."
+        )
     return DoseResponse(tokens, doses, slopes, numeric(per_task, words=WORDS), remarks)
 
 

@@ -6,8 +6,9 @@ A judge is a function `(config, completions, *, store, models) -> Judged`, found
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import pyarrow as pa
@@ -30,11 +31,13 @@ class Judged:
     """Verdicts on completions, in their order: whether each is a refusal, None where that is not known.
 
     ``by_phrases`` are the verdicts of the phrases beside a model's, for their agreement; None where no model was asked.
+    ``without`` are the reasons why completions have no verdict, with how many each.
     """
 
     refused: list[bool | None]
     by_phrases: list[bool | None] | None = None
     work: tuple[StageCounts, ...] = ()
+    without: Mapping[str, int] = field(default_factory=dict)
 
 
 def judge(config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models) -> Judged:
@@ -94,19 +97,24 @@ def judged_by_llm(config: JudgeConfig, completions: Sequence[Completion], *, sto
             units[row] = Unit(key, request, 0, (Wanted(request, (Record(kept, key),)),))
     fill(units.values(), partial(models.get, spec), spec.batch_tokens, store, label="Judging")
     refused: list[bool | None] = [None] * len(completions)
+    without: Counter[str] = Counter()
     for row, unit in units.items():
-        verdict = table.rows[unit.key]["verdict"]
-        refused[row] = None if verdict is None else verdict == config.refusal
+        judgement = table.rows[unit.key]
+        if judgement["verdict"] is None:
+            without[judgement["invalid"]] += 1
+        else:
+            refused[row] = judgement["verdict"] == config.refusal
     by_phrases = judged_by_phrases(config, completions, store=store, models=models) if config.phrases else None
     total = len({unit.key for unit in units.values()})
     work = StageCounts(f"verdicts, {config.name}", total - len(table.made), len(table.made))
-    return Judged(refused, by_phrases.refused if by_phrases else None, (work,))
+    return Judged(refused, by_phrases.refused if by_phrases else None, (work,), without)
 
 
 def _verdict(reply: Reply | None, _: None) -> dict[str, str | None]:
     if reply is None:
         return {"verdict": None, "invalid": Invalid.too_long.value}
-    return {"verdict": reply.choice, "invalid": Invalid.no_option.value if reply.choice is None else None}
+    reason = reply.invalid or Invalid.no_option.value
+    return {"verdict": reply.choice, "invalid": reason if reply.choice is None else None}
 
 
 def _asked(question: str, completion: Completion) -> str:

@@ -33,7 +33,7 @@ from prefs.results import figures
 from prefs.results.result import Figure, Result, Series, Table, View
 from prefs.results.tables import columns, numeric
 from prefs.results.terminal import number, spaced_layers, with_interval
-from prefs.stages.records import Residuals
+from prefs.stages.records import Residuals, not_finite
 from prefs.statistics.estimates import Resamples
 from prefs.statistics.measured import Measured
 from prefs.store.keys import digest
@@ -134,7 +134,11 @@ def probe(
         return NoProbe(f"{count} tasks cannot fill {config.folds} folds: give more tasks or fewer folds (probe.folds)")
     if len(rows) < needed:
         positions = ", ".join(captured.position for captured in subject.residuals)
-        return NoProbe(f"{len(rows)} tasks have a vector at {positions}; {config.folds} folds need {needed} or more")
+        broken = not_finite(subject.residuals)
+        return NoProbe(
+            f"{len(rows)} tasks have a vector at {positions}; {config.folds} folds need {needed} or more"
+            + (f" ({broken})" if broken else "")
+        )
     targets = targets_of(measured.only(rows), subject.sampling, tuple(config.targets), config.threshold)
     if not targets:
         return NoProbe(f"these ratings have none of the targets {', '.join(config.targets)}")
@@ -403,7 +407,9 @@ def _remarks(report: ProbeReport) -> list[str]:
     remarks += [f"No probe on {untrained.target.name}: {untrained.reason}." for untrained in report.nothing]
     if left_out := len(report.subject.measured.tasks) - len(report.rows):
         positions = ", ".join(captured.position for captured in report.subject.residuals)
-        remarks.append(f"{left_out} tasks lack a vector at {positions} (empty or too long) and are not probed.")
+        remarks.append(
+            f"{left_out} tasks lack a vector at {positions} (empty, too long or not finite) and are not probed."
+        )
     return [*remarks, *report.without]
 
 

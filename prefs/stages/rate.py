@@ -207,11 +207,13 @@ class _Cell:
     def ratings(self, completions: Sequence[Completion]) -> Ratings:
         """The ratings of all completions, read by the template."""
         thoughts = self._after_thoughts(completions) if self.thoughts else None
-        mass = None
+        mass, without = None, {}
         if thoughts is not None:
             ended = np.isfinite(thoughts.mass).all(axis=2).sum(axis=1)[:, None]
             total = np.nansum(thoughts.mass, axis=1)
             mass = np.divide(total, ended, out=np.full(total.shape, np.nan), where=ended > 0)
+            none = np.flatnonzero(ended[:, 0] == 0).tolist()
+            without = {row: next(filter(None, thoughts.invalid[row]), Invalid.not_finite) for row in none}
         return Ratings(
             template=self.template,
             question=self.question,
@@ -225,6 +227,7 @@ class _Cell:
             mass=mass,
             thinks=self.thinks,
             thoughts=thoughts if self.thinks else None,
+            without_mass=without,
         )
 
     def _after_thoughts(self, completions: Sequence[Completion]) -> Thoughts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from prefs.job import StageCounts
 from prefs.models.types import Conversation, Message, Question, Reply, Sample, Sampling, Score
 from prefs.statistics.measured import Measured
 from prefs.store.vectors import Vectors
+
+# What to do where numbers are not finite, with the key that it is about: in float16 those beyond 65,504 are not.
+OTHER_DTYPE = "{} must be bfloat16 or float32 for this model"
 
 
 def conversation(prompt: str, system_prompt: str | None, reply: str | None = None) -> Conversation:
@@ -84,8 +87,8 @@ class Ratings:
     """Everything one template brought for a list of completions, in their order.
 
     ``answers[t]`` runs over the rating seeds; ``mass`` is [tasks, options], the options' probabilities before
-    renormalising, NaN in the rows of tasks that were not asked, or None where exact ratings were not wanted. Of a rater
-    that ``thinks`` it is the mixture over its ``thoughts``.
+    renormalising, NaN in the rows of tasks that have none (``without_mass`` says why), or None where exact ratings were
+    not wanted. Of a rater that ``thinks`` it is the mixture over its ``thoughts``.
     """
 
     template: Template
@@ -97,6 +100,7 @@ class Ratings:
     mass: np.ndarray | None
     thinks: bool = False
     thoughts: Thoughts | None = None
+    without_mass: Mapping[int, Invalid] = field(default_factory=dict)
 
     def measured(self, refused: Sequence[bool | None]) -> Measured:
         """These ratings and the judge's verdicts as arrays."""
@@ -132,8 +136,33 @@ class Residuals:
     vectors: Vectors
 
     def present(self) -> np.ndarray:
-        """[tasks] bool: which tasks have a vector at this position."""
-        return np.array([key is not None and key not in self.vectors.absent for key in self.keys], dtype=bool)
+        """[tasks] bool: which tasks have a vector at this position, at all of the layers."""
+        absent = self.vectors.absent
+        return np.array([key is not None and key not in absent and not self.broken(key) for key in self.keys], bool)
+
+    def broken(self, key: str | None) -> set[int]:
+        """The layers at which a record is not finite."""
+        return set(self.layers) & self.vectors.not_finite.get(key or "", frozenset())
+
+
+def not_finite(residuals: Sequence[Residuals]) -> str | None:
+    """Of how many tasks some vectors are not finite, where, and what to do; None where all are."""
+    tasks, layers, positions = set[int](), set[int](), list[str]()
+    for captured in residuals:
+        broken = {task: own for task, key in enumerate(captured.keys) if (own := captured.broken(key))}
+        tasks |= broken.keys()
+        layers = layers.union(*broken.values())
+        positions += [captured.position] * bool(broken)
+    if not tasks:
+        return None
+    # Float16 has no numbers beyond 65,504. Where the model computes in it, they were infinite before they were stored.
+    spec = residuals[0].vectors.spec
+    model, stored = spec["model"]["dtype"], spec["dtype"]
+    key, dtype = ("capture.dtype", stored) if stored == "float16" != model else ("model.dtype", model)
+    return (
+        f"vectors of {len(tasks)} of {len(residuals[0].keys)} tasks are not finite in {dtype} ({', '.join(positions)};"
+        f" layers {', '.join(map(str, sorted(layers)))}), and are not used: {OTHER_DTYPE.format(key)}"
+    )
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,11 @@ class Responses:
     sampled: np.ndarray
     asked: np.ndarray
 
+    @property
+    def rated(self) -> np.ndarray:
+        """[T] which of those asked the unsteered model rates, so that doses can be compared with it."""
+        return self.asked & self.finite[0]
+
 
 def steer(
     completions: Sequence[Completion],

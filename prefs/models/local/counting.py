@@ -141,7 +141,7 @@ class _MakingUp(Decoder):
         self._counts.tally.drawn_tokens += length.run * thoughts
         self._counts.tally.thoughts += thoughts
         return [
-            {seed: Thought(self._made_up.text(length.drawn, row, seed), round(length.drawn), True) for seed in own}
+            {seed: Thought(self._made_up.text(length.drawn, row, seed), round(length.drawn)) for seed in own}
             for row, own in zip(turns, seeds, strict=True)
         ]
 

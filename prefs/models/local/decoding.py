@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from prefs.data.template import Invalid
 from prefs.models.local.passes import Passes, State
 from prefs.models.prompts import THOUGHT, Prompt, Thought, option_masses
-from prefs.models.sampling import Stops, draw, row_uniforms
+from prefs.models.sampling import NOT_FINITE, Stops, draw, row_uniforms
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Sample, Sampling
 
@@ -18,6 +20,14 @@ from prefs.models.types import Conversation, Sample, Sampling
 SEEDS_AT_ONCE = 4
 
 Stream = tuple[int, int]  # row, seed
+
+
+class Drawn(NamedTuple):
+    """Tokens drawn; the stop token after them, None where there was none; whether all logits were finite."""
+
+    ids: list[int]
+    stop: int | None
+    finite: bool
 
 
 class Decoder:
@@ -29,7 +39,7 @@ class Decoder:
         self.stops = stops
 
     def masses(self, state: State, logits: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Probability of each whole option string, [rows, options]."""
+        """Probability of each whole option string, [rows, options]; NaN where logits are not finite."""
         first = logits[:, -1].float().log_softmax(dim=-1)
         columns = []
         for option in range(len(prompts[0].tails)):
@@ -64,8 +74,11 @@ class Decoder:
         for start in range(0, max(map(len, seeds), default=0), SEEDS_AT_ONCE):
             some = [of_row[start : start + SEEDS_AT_ONCE] for of_row in seeds]
             drawn = self._draw(state.fork(), logits, some, turns, sampling, self.stops.tokens)
-            for ((row, seed), (ids, stop)), text in zip(drawn.items(), self._texts(drawn), strict=True):
-                samples[row][seed] = Sample(text, len(ids), stop is not None)
+            for ((row, seed), (ids, stop, finite)), text in zip(drawn.items(), self._texts(drawn), strict=True):
+                if finite:
+                    samples[row][seed] = Sample(text, len(ids), stop is not None)
+                else:
+                    samples[row][seed] = Sample(None, len(ids), True, invalid=Invalid.not_finite.value)
         return samples
 
     def thoughts(
@@ -84,12 +97,14 @@ class Decoder:
         # Other random numbers than the answer's.
         drawn = self._draw(state, logits, seeds, [(*row, THOUGHT) for row in turns], budget, {end, *self.stops.tokens})
         thoughts: list[dict[int, Thought]] = [{} for _ in seeds]
-        for ((row, seed), (ids, stop)), text in zip(drawn.items(), self._texts(drawn), strict=True):
-            thoughts[row][seed] = Thought(text, len(ids), stop == end or thinking.force_close)
+        for ((row, seed), (ids, stop, finite)), text in zip(drawn.items(), self._texts(drawn), strict=True):
+            ended = stop == end or thinking.force_close
+            reason = None if finite and ended else Invalid.thought_cut_off if finite else Invalid.not_finite
+            thoughts[row][seed] = Thought(text, len(ids), reason and reason.value)
         return thoughts
 
-    def _texts(self, drawn: dict[Stream, tuple[list[int], int | None]]) -> list[str]:
-        answers = [ids for ids, _ in drawn.values()]
+    def _texts(self, drawn: dict[Stream, Drawn]) -> list[str]:
+        answers = [own.ids for own in drawn.values()]
         texts = self._encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [self.stops.cut(text) for text in texts]
 
@@ -101,9 +116,9 @@ class Decoder:
         turns: Sequence[Conversation],
         sampling: Sampling,
         stops: Set[int],
-    ) -> dict[Stream, tuple[list[int], int | None]]:
-        """Sample tokens for every (row, seed), up to a stop token or through the text that stops; and the token that
-        stopped it, None where none did.
+    ) -> dict[Stream, Drawn]:
+        """Sample tokens for every (row, seed): up to a stop token, through the text that stops, or to logits that are
+        not finite.
 
         Seeds of a row that have drawn the same tokens so far are one branch and are run once; a finished branch leaves
         the batch.
@@ -115,6 +130,7 @@ class Decoder:
         }
         drawn: dict[Stream, list[int]] = {stream: [] for stream in uniforms}
         stopped: dict[Stream, int] = {}
+        broken: set[Stream] = set()
         branches = [[(row, seed) for seed in seeds[row]] for row in range(len(seeds))]
         for step in range(sampling.max_new_tokens):
             numbers = np.zeros((len(branches), max(map(len, branches))))
@@ -124,6 +140,9 @@ class Decoder:
             grown: dict[tuple[int, int], list[Stream]] = {}
             for branch, streams in enumerate(branches):
                 for stream, token in zip(streams, tokens[branch], strict=False):
+                    if token == NOT_FINITE:
+                        broken.add(stream)
+                        continue
                     if token in stops:
                         stopped[stream] = token
                         continue
@@ -137,4 +156,4 @@ class Decoder:
             parents = self._passes.tensor([branch for branch, _ in grown])
             state, logits = self._passes.extend(state.select(parents), [(token,) for _, token in grown], drawn=True)
             branches = list(grown.values())
-        return {stream: (ids, stopped.get(stream)) for stream, ids in drawn.items()}
+        return {stream: Drawn(ids, stopped.get(stream), stream not in broken) for stream, ids in drawn.items()}

@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 
-from prefs.data.template import Invalid
 from prefs.models.local.grouping import Steerings, by_beginning, cut, lowest, spans_of_answer
 from prefs.models.local.passes import Kept, Passes, State
 from prefs.models.local.residuals import Hook
 from prefs.models.local.steering import BatchSteering
 from prefs.models.prompts import Prompt
-from prefs.models.types import Reply, Request, Sample, Score
+from prefs.models.types import Reply, Request
 
 # Bounds the logits in memory while a completion's likelihood is read.
 TOKENS_AT_ONCE = 256
 
-# Replies of some rows (by number) from their state and the logits of their last tokens.
-Read = Callable[[State, torch.Tensor, Sequence[int]], list[Reply]]
+# Replies of all rows from their state and the logits of their last tokens.
+Read = Callable[[State, torch.Tensor], list[Reply]]
 
 
 class Likelihood:
@@ -94,24 +93,6 @@ def likelihood_alone(passes: Passes, prompt: Prompt, dose: Steerings) -> float |
     return mean_nll([prompt], -passes.nll(logits[0, : last - first], following, "sum")[None])[0]
 
 
-def finite_rows(logits: torch.Tensor) -> list[int]:
-    """The rows whose logits of the last token give probabilities. -inf for some tokens does."""
-    nan = logits[:, -1].float().log_softmax(dim=-1).isnan().any(dim=-1)
-    return (~nan).nonzero()[:, 0].tolist()
-
-
-def dosed(request: Request, reply: Reply | None, nll: float | None) -> Reply:
-    """A row's reply; with the reason in place of numbers where it has none, or one that is no number."""
-    masses = [score.mass for score in reply.scores.values() if score.mass is not None] if reply is not None else []
-    if reply is not None and all(mass == mass for option_masses in masses for mass in option_masses):
-        return replace(reply, nll=nll)
-    reason = Invalid.not_finite.value
-    return Reply(
-        dict.fromkeys(request.seeds, Sample(None, 0, True, invalid=reason)),
-        dict.fromkeys(request.scores, Score(None, invalid=reason)),
-    )
-
-
 @dataclass(frozen=True)
 class DosePasses:
     """The passes of a question put to a batch under doses; `read` reads the replies where it has been run to the end.
@@ -173,10 +154,8 @@ class DosePasses:
         return sum((watcher.sums() for watcher in watchers), sums)
 
     def _replies(self, state: State, logits: torch.Tensor, sums: torch.Tensor) -> list[Reply]:
-        rows = finite_rows(logits)
-        replies = {}
-        if rows:
-            read = self.read(state.select(self.passes.tensor(rows)), logits[rows], rows)
-            replies = dict(zip(rows, read, strict=True))
-        nll = mean_nll(self.prompts, sums) if self.request.likelihood else [None] * len(self.prompts)
-        return [dosed(self.request, replies.get(row), nll[row]) for row in range(len(self.prompts))]
+        replies = self.read(state, logits)
+        if not self.request.likelihood:
+            return replies
+        nll = mean_nll(self.prompts, sums)
+        return [replace(reply, nll=own) for reply, own in zip(replies, nll, strict=True)]

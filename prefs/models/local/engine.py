@@ -19,7 +19,7 @@ from prefs.models.architecture import context_length, written_context
 from prefs.models.loading import ModelSpec
 from prefs.models.local.bridge import load_bridge
 from prefs.models.local.decoding import Decoder
-from prefs.models.local.doses import DosePasses, dosed, finite_rows, likelihood_alone
+from prefs.models.local.doses import DosePasses, likelihood_alone
 from prefs.models.local.grouping import (
     Row,
     Steerings,
@@ -39,7 +39,7 @@ from prefs.models.local.sharing import tried
 from prefs.models.local.steering import BatchSteering, check
 from prefs.models.local.token_stream import TokenStream, owners, token_texts
 from prefs.models.positions import POSITIONS, token_ranges
-from prefs.models.prompts import Prompt, encode_prompt, request_tokens, shared_prefix
+from prefs.models.prompts import Prompt, Thought, chosen, encode_prompt, request_tokens, scored, shared_prefix
 from prefs.models.sampling import Stops
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Message, Question, Reply, Request, Sampling, Score, Usage
@@ -234,22 +234,22 @@ class LocalEngine:
     @torch.inference_mode()
     def _choose(self, rows: Sequence[Row]) -> Replies:
         """The likeliest option, after one thought of a model that thinks."""
-        thoughts: list[str | None] = [None] * len(rows)
+        thoughts: list[Thought | None] = [None] * len(rows)
         if self.encoder.thinking is not None:
             turns = [row.messages for row in rows]
             state, logits = self.passes.start([self.encoder.open_thought(row) for row in turns])
             drawn = self.decoder.thoughts(state, logits, [(0,)] * len(rows), turns, Sampling(0.0, 1.0, 1))
-            thoughts = [of_row[0].text for of_row in drawn]
+            thoughts = [of_row[0] for of_row in drawn]
         prompts = [
-            encode_prompt(self.encoder, row.request.messages, row.request.question, thought)
+            encode_prompt(self.encoder, row.request.messages, row.request.question, thought and thought.text)
             for row, thought in zip(rows, thoughts, strict=True)
         ]
         masses = self.decoder.masses(*self.passes.start([prompt.ids for prompt in prompts]), prompts)
         replies: Replies = []
-        for row, mass in zip(rows, masses, strict=True):
-            assert row.request.question is not None
-            choice = row.request.question.options[int(mass.argmax())]
-            replies.append(dict.fromkeys(row.requests, Reply(choice=choice)))
+        for row, mass, thought in zip(rows, masses.tolist(), thoughts, strict=True):
+            reply = Reply(scores={0: scored(mass)})
+            reply = chosen(row.request, reply if thought is None else thought.reply(reply))
+            replies.append(dict.fromkeys(row.requests, reply))
         return replies
 
     @torch.inference_mode()
@@ -334,7 +334,7 @@ class LocalEngine:
         scores: list[dict[int, Score]] = [{} for _ in range(rows)]
         if request.scores:
             masses = self.decoder.masses(state, logits, batch.prompts).tolist()
-            scores = [dict.fromkeys(request.scores, Score(tuple(mass))) for mass in masses]
+            scores = [dict.fromkeys(request.scores, scored(mass)) for mass in masses]
         samples = [{} for _ in range(rows)]
         if request.seeds:
             samples = self.decoder.samples(state, logits, [request.seeds] * rows, batch.turns, _sampling(request))
@@ -379,10 +379,9 @@ class LocalEngine:
         doses = list(dict.fromkeys(active(dosed.steering) for dosed in rows[0].requests.values()))
         prompts = [encode_prompt(self.encoder, row.messages, request.question) for row in rows]
 
-        def read(state: State, logits: torch.Tensor, numbers: Sequence[int]) -> list[Reply]:
-            own = [prompts[number] for number in numbers]
-            conversations = [rows[number].messages for number in numbers]
-            return self._read(state, logits, QuestionBatch(request, conversations, own, [len(p.ids) for p in own]))
+        def read(state: State, logits: torch.Tensor) -> list[Reply]:
+            conversations, done = [row.messages for row in rows], [len(prompt.ids) for prompt in prompts]
+            return self._read(state, logits, QuestionBatch(request, conversations, prompts, done))
 
         if self.encoder.thinking is None and self.passes.shares_blocks and not any(map(self._alone, rows)):
             by_dose = DosePasses(self.passes, request, prompts, read).run(doses)
@@ -400,17 +399,12 @@ class LocalEngine:
         stream."""
         if self.encoder.thinking is not None:
             prompts = self._thoughts_opened(prompts, [row.request.turns for row in rows])
-        _, logits = self.passes.start([prompt.ids for prompt in prompts], self._steering(dose, prompts), cached=False)
-        finite = finite_rows(logits)
         alone = replace(request, steering=dose)
-        observed = self._observe([Row(rows[row].messages, {0: alone}) for row in finite]) if finite else []
-        replies = {row: own[0] for row, own in zip(finite, observed, strict=True)}
-        return [
-            dosed(
-                request, replies.get(row), likelihood_alone(self.passes, prompt, dose) if request.likelihood else None
-            )
-            for row, prompt in enumerate(prompts)
-        ]
+        replies = [own[0] for own in self._observe([Row(row.messages, {0: alone}) for row in rows])]
+        if not request.likelihood:
+            return replies
+        nll = [likelihood_alone(self.passes, prompt, dose) for prompt in prompts]
+        return [replace(reply, nll=own) for reply, own in zip(replies, nll, strict=True)]
 
     def _thoughts_opened(self, prompts: Sequence[Prompt], turns: Sequence[Conversation]) -> list[Prompt]:
         ids = [self.encoder.open_thought(row) for row in turns]

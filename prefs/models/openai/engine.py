@@ -80,6 +80,7 @@ class _Part:
     score: Score | None = None
     top: Top | None = None
     choice: str | None = None
+    invalid: str | None = None
 
 
 class OpenAIEngine:
@@ -261,8 +262,8 @@ class OpenAIEngine:
                     " options as it stands",
                 )
                 answer = await self.server.ask(strict=False, **asked)
-        except RowRefused:
-            return _Part(0)
+        except RowRefused as refused:
+            return _Part(0, invalid=refused.reason)
         return _Part(0, choice=chosen(self._part(answer).text, options))
 
     async def _ask(
@@ -372,4 +373,5 @@ def _reply(parts: Sequence[_Part]) -> Reply:
         samples={one.seed: one.sample for one in parts if one.sample is not None},
         scores={one.seed: one.score for one in parts if one.score is not None},
         choice=next((one.choice for one in parts), None),
+        invalid=next((one.invalid for one in parts), None),
     )

@@ -41,6 +41,8 @@ _BLOCKED = re.compile(
     r"(?:flagged|blocked)|input was flagged|requires moderation|responsible ?ai ?policy",
     re.IGNORECASE,
 )
+# Python's words for a NaN, which vLLM's and SGLang's servers cannot send: log-probabilities of logits that are none.
+_NOT_FINITE = "Out of range float values are not JSON compliant"
 _BLOCKED_CODES = ("content_filter", "content_policy_violation", "invalid_prompt")
 
 
@@ -54,6 +56,8 @@ def refusal_of_row(status: int, code: str, message: str) -> str | None:
         return "too_long"
     if status in (400, 413, 422) and (code in _TOO_LONG_CODES or _TOO_LONG.search(message)):
         return "too_long"
+    if _NOT_FINITE in message:
+        return "not_finite"
     if status in (400, 403, 422) and (code in _BLOCKED_CODES or _BLOCKED.search(message)):
         return "blocked"
     return None

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Position:
-    """One token of an answer, and the likeliest tokens in its place with their probabilities.
+    """One token of an answer, and the likeliest tokens in its place with their probabilities: NaN where the server has
+    no number for one, as its logits were not finite (JSON has no NaN: some servers send null).
 
     Tokens are known by their text. Some that differ read the same (one with and one without a leading blank that a
     tokenizer drops), so the probabilities of a text are added up.
@@ -103,9 +104,10 @@ def _positions(choice: Choice) -> tuple[Position, ...] | None:
     for entry in content:
         top: dict[str, float] = {}
         for likely in entry.top_logprobs or ():
-            if not isinstance(likely.token, str) or math.isnan(likely.logprob):
+            log_prob = math.nan if likely.logprob is None else likely.logprob
+            if not isinstance(likely.token, str):
                 raise TypeError
-            top[likely.token] = top.get(likely.token, 0.0) + math.exp(min(likely.logprob, 0.0))
+            top[likely.token] = top.get(likely.token, 0.0) + math.exp(min(log_prob, 0.0))
         if not isinstance(entry.token, str):
             raise TypeError
         positions.append(Position(entry.token, top))

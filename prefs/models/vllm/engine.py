@@ -18,7 +18,16 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from prefs.data.template import Invalid
 from prefs.errors import UserError, explained
 from prefs.models.loading import ModelSpec
-from prefs.models.prompts import THOUGHT, Thought, branchings, encode_prompt, option_masses, request_tokens
+from prefs.models.prompts import (
+    THOUGHT,
+    Thought,
+    branchings,
+    chosen,
+    encode_prompt,
+    option_masses,
+    request_tokens,
+    scored,
+)
 from prefs.models.sampling import Stops, row_seed
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Reply, Request, Sample, Sampling, Score, Usage
@@ -142,7 +151,7 @@ class VllmEngine:
     def _encoded(self, opening: _Opening) -> _Opening:
         """With the tokens that it begins after, if anything can be asked there."""
         request, thought = opening.request, opening.thought
-        if thought is not None and not thought.ended:
+        if thought is not None and thought.invalid is not None:
             return opening
         text = None if thought is None else thought.text
         if request.question is None:
@@ -175,8 +184,9 @@ class VllmEngine:
         for output in outputs:
             assert output is not None
             sample = self._sample(output, stops)
-            ended = output.stopped and output.ids[-1] == end
-            thoughts.append(Thought(sample.text or "", sample.tokens, ended or thinking.force_close))
+            ended = thinking.force_close or (output.stopped and output.ids[-1] == end)
+            reason = sample.invalid or (None if ended else Invalid.thought_cut_off.value)
+            thoughts.append(Thought(sample.text or "", sample.tokens, reason))
         return thoughts
 
     def _calls(self, opening: _Opening) -> Iterator[tuple[Use, Call]]:
@@ -204,11 +214,13 @@ class VllmEngine:
             score = Score(None, invalid=reason)
         else:
             samples = {seed: self._sample(outputs[seed][0], self._stops) for seed in opening.seeds}
-            score = Score(_mass(opening.tails, outputs)) if opening.scores else None
+            score = scored(_mass(opening.tails, outputs)) if opening.scores else None
         reply = Reply(samples, dict.fromkeys(opening.scores, score) if score is not None else {})
         return reply if opening.thought is None else opening.thought.reply(reply)
 
     def _sample(self, output: Output, stops: Stops) -> Sample:
+        if not output.finite:
+            return Sample(None, 0, True, invalid=Invalid.not_finite.value)
         ids = output.ids[:-1] if output.ids and output.ids[-1] in stops.tokens else output.ids
         (text,) = self.encoder.tokenizer.batch_decode([list(ids)], skip_special_tokens=True)
         return Sample(stops.cut(text), len(ids), output.stopped)
@@ -258,11 +270,7 @@ def _merged(request: Request, parts: Sequence[Reply]) -> Reply:
         {seed: sample for part in parts for seed, sample in part.samples.items()},
         {seed: score for part in parts for seed, score in part.scores.items()},
     )
-    if not request.choose:
-        return reply
-    assert request.question is not None
-    mass = reply.scores[0].mass
-    return Reply(choice=None if mass is None else request.question.options[int(np.argmax(mass))])
+    return chosen(request, reply) if request.choose else reply
 
 
 def _sampling(request: Request) -> Sampling:
