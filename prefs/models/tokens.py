@@ -65,6 +65,8 @@ class ChatEncoder:
         self._plain = _without(tokenizer.backend_tokenizer, set(self._control))
         # Question texts and role headers recur in every row: encode each of them once.
         self._short_text = lru_cache(maxsize=8192)(lambda text: self._encode_text(text))
+        # What `prefs.models.prompts` has found out of a question's options, by what comes before the answer.
+        self.answers: dict[Any, Any] = {}
         self.thinking = thinking
         self.thought_end = self._one_token(thinking.close) if thinking is not None else None
         if thinking is not None and self.template.opened_turn().rstrip().endswith(thinking.close):

@@ -20,6 +20,7 @@ from prefs.models.local.engine import LocalEngine
 from prefs.models.local.memory import Halving
 from prefs.models.local.passes import Passes, State, Watcher, blocks_until_stopped
 from prefs.models.local.residuals import AllRecorded, Recorder
+from prefs.models.options import runs
 from prefs.models.positions import Span
 from prefs.models.prompts import Prompt, Thought
 from prefs.models.tokens import ChatEncoder
@@ -100,8 +101,7 @@ class _MakingUp(Decoder):
         self._counts, self._encoder, self._made_up = counts, encoder, MadeUp(counts, encoder)
 
     def masses(self, state: State, logits: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        # All of an option's tokens are run but the last.
-        self._counts.tally.prompt_tokens += sum(len(tail) - 1 for prompt in prompts for tail in prompt.tails)
+        self._counts.tally.prompt_tokens += sum(len(run) for prompt in prompts for run in runs(prompt.beginnings))
         options = len(prompts[0].tails)
         return np.full((len(prompts), options), 1 / options)
 
