@@ -68,7 +68,7 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 suffix = name_suffix(overrides, swept(sweep_folder))
             planning = plain.get("plan") is True  # of which nothing stays
             with nullcontext(JobCounts()) if planning else recorded(folder, plain, overrides, group) as counts:
-                check_words(cfg)
+                check_words(cfg, CONF)
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.
                 with _uncollected():

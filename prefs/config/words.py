@@ -16,29 +16,31 @@ from omegaconf import DictConfig, OmegaConf
 from prefs.errors import UserError
 
 
-def check_words(cfg: DictConfig) -> None:
+def check_words(cfg: DictConfig, shipped: Path) -> None:
     """Refuse text of the composed config that YAML, or the command line's grammar, has turned into other words.
 
-    What stays as it was written ("3", "0.5") may.
+    What stays as it was written ("3", "0.5") may. The files in the folder `shipped` are not looked at.
 
     Raises
     ------
     UserError
         Naming the key, what was written and what it became; in a file also its line.
     """
-    for place, key, written, read in (*_of_files(), *_of_overrides()):
+    for place, key, written, read in (*_of_files(shipped), *_of_overrides()):
         if str(read) != written and OmegaConf.select(cfg, key, throw_on_missing=False) == str(read):
             raise UserError(f'{key}: {place}{written} is read as {str(read)!r}; text goes in quotes ("{written}")')
 
 
-def _of_files() -> Iterator[tuple[str, str, str, Any]]:
-    """Of all in the composed files that is no text to YAML: where it stands, its key, as it is written and is read."""
+def _of_files(shipped: Path) -> Iterator[tuple[str, str, str, Any]]:
+    """Of all in the user's files that is no text to YAML: where it stands, its key, as it is written and is read."""
     if not GlobalHydra.instance().is_initialized():  # in a process of a launcher's: the one that started it has looked
         return
     hydra, loader = HydraConfig.get(), GlobalHydra.instance().config_loader()
-    composed = loader.compute_defaults_list(hydra.job.config_name, list(hydra.overrides.task), hydra.mode)
     folders = [Path(source.path) for source in loader.get_sources() if source.scheme() == "file"]
-    for default in composed.defaults:
+    folders = [folder for folder in folders if folder != shipped]
+    if not folders:
+        return
+    for default in loader.compute_defaults_list(hydra.job.config_name, list(hydra.overrides.task), hydra.mode).defaults:
         files = [folder / f"{default.config_path}.yaml" for folder in folders]
         file = next((file for file in files if file.is_file()), None)
         if file is None:

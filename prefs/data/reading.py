@@ -37,17 +37,17 @@ def _pattern(text: str) -> re.Pattern[str]:
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # Adds nothing to an option: a line or clause of this and an option states it.
 FILLER = _pattern(
-    r"(?:[\W_]|\b(?:i|i'd|i'll|i'm|would|will|could|have to|to|my|me|for|of|as|at|in|on|with|and|so|or|the|a|an|this|that"
-    r"|it|it's|its|is|was|be|been|feel|felt|think|guess|believe|say|said|go|going|give|gave|rate|rated|rating|score|scored"
-    r"|scale|grade|level|choose|chose|pick|picked|select|selected|answer|answered|option|choice|number|value|response"
-    r"|result|task|experience|overall|final|finally|here|here's|about|around|probably|perhaps|maybe|definitely|just"
-    r"|really|solid|wait|actually|rather|boxed|text|you|you'd|your|stars?|points?)\b)*"
+    r"(?:[\W_]|\b(?:i|i'd|i'll|i'm|would|will|could|have to|to|my|me|you|you'd|your|for|of|as|at|in|on|with|and|so|or"
+    r"|the|a|an|this|that|it|it's|its|is|was|be|been|feel|felt|think|guess|believe|say|said|go|going|give|gave|rate|rated"
+    r"|rating|score|scored|scale|grade|level|choose|chose|pick|picked|select|selected|answer|answered|option|choice"
+    r"|number|value|response|result|task|experience|overall|final|finally|here|here's|about|around|probably|perhaps"
+    r"|maybe|definitely|just|really|solid|wait|actually|rather|boxed|text|stars?|points?)\b)*"
 )
 # Ends what a denial reaches. A comma does so to a number; to a word ("not a great, or even good, experience") only
 # where another subject follows.
 STOP = _pattern(
     r"[.:;!?()\[\]\n—]|,(?= (?:i|i'd|it|it's|this|that|the|so|and|but|my|overall)\b)|(?<!\w)-(?= )"
-    r"|\b(?:but|because|since|although|though|however|yet|whereas)\b"
+    r"|\b(?:(?<!anything )but|because|since|although|though|however|yet|whereas)\b"
 )
 STOP_OR_COMMA = _pattern(STOP.pattern + "|,")
 DENIES = _pattern(
@@ -64,7 +64,8 @@ DENIED_AFTER = _pattern(
 )
 REFUSES = _pattern(
     r"\b(?:cannot|can't|can not|could not|couldn't|unable to|not able to|won't|will not|refuse to|decline to"
-    r"|not possible to|impossible to)\s+(?:\w+\s+){0,3}?(?:rate|rating|assign|give|provide|answer|say(?! (?:it|that|this)\b)|choose|express)\b"
+    r"|not possible to|impossible to)\s+(?:\w+\s+){0,3}?(?:rate|rating|assign|give|provide|answer|choose|express"
+    r"|say(?! (?:it|that|this)\b))\b"
     r"|\b(?:do not|don't|doesn't|does not) (?:actually |really )?(?:have|possess|experience|feel)\b"
     r"(?:\s+\w+){0,3}?\s+(?:feelings?|emotions?|experiences?|preferences?|opinions?|enjoyment)"
     r"|\bas an? (?:ai|language model)\b|\bi(?:'m| am) (?:just |only )?an? (?:ai|language model|machine)\b"
@@ -78,7 +79,7 @@ COUNT = (
 NAME = r"\b(?:gpt|claude|gemini|gemma|llama|qwen|mistral|phi|version|step|part)[ -]?\d+(?:\.\d+)*"
 SIGN = r"(?:(?P<{0}minus>-|minus |negative )|(?P<{0}dash>[-—] |—)|\+|plus )?"
 # A dash behind a word or a digit is no sign.
-NUMBER = rf"(?<![\w.])(?<![^\W\d]-){SIGN.format('')}(?P<digits>\d+(?:[.,]\d+)*)(?!\w|-[^\W\d])"
+NUMBER = rf"(?<![\w.])(?<![^\W\d]-){SIGN.format('')}(?P<digits>\d+(?:[.,]\d+)*)(?!\w|[.,]\d|-[^\W\d])"
 STARS = r"(?<!\d)(?<!\d )(?P<lit>(?:[★⭐🌟]\ufe0f? ?)+)(?P<unlit>(?:[☆✩] ?)*)"
 # Options that are read only where they stand alone.
 WORDS_OF_DENIAL = ("no", "none", "neither", "never", "not", "nothing")
@@ -144,6 +145,9 @@ class Reader:
             return values if len(values) == 1 and FILLER.fullmatch(_without(text, start, end, within)) else set()
 
         lines = _cut(text, re.compile("\n"))
+        # A line such as "My rating:" belongs to the one after it.
+        while len(lines) > 1 and FILLER.fullmatch(text, *lines[0]):
+            del lines[0]
         first = states(*lines[0])
         if not first:
             return self._read_clauses(text, places, states)
@@ -176,6 +180,8 @@ class Reader:
             else:
                 asserted.update(place.values)
                 asserted_in.add(clause)
+            if len(asserted) > 1:
+                break
         for place in places:
             if place.weak and not place.number:
                 asserted |= states(*clauses[bisect_right(starts, place.start) - 1])
@@ -256,7 +262,7 @@ def _word(word: str) -> str:
     if len(word) == 1 and word.isalpha():
         upper, lower = re.escape(word.upper()), re.escape(word)
         behind = "(?! ?[a-z'])(?!,)" if word in "ai" else ""
-        return rf"(?-i:(?<![\w']){upper}(?![\w']){behind}|(?:(?<=\n)|(?<![\s\S])){lower}(?=\W*(?:\n|\Z)|[).:]))"
+        return rf"(?-i:(?<![\w']){upper}(?![\w']){behind}|(?:(?<=\n)|(?<=\n\()|(?<![\s\S])|(?<=\A\()){lower}(?=\W*(?:\n|\Z)|[).:]))"
     parts = [re.escape(part) for part in word.split()]
     orders = [parts, parts[::-1]] if len(parts) == 2 else [parts]
     return "|".join(rf"(?<!\w){'(?: ?[,-] ?| )'.join(order)}(?!\w)" for order in orders)

@@ -41,18 +41,18 @@ class Template:
     ----------
     question
         Without blanks around it.
-    scale
-        ``[lowest, highest]``, in place of options: the whole numbers from one to the other.
     prefill
         Opens the assistant's answer (None: the model's own).
+    scale
+        ``[lowest, highest]``, in place of options: the whole numbers from one to the other.
     """
 
     name: str = MISSING
     question: str = MISSING
-    scale: list[int] | None = None
     options: list[Option] = field(default_factory=list)
     reading: Reading = Reading.number
     prefill: str | None = None
+    scale: list[int] | None = None
 
     def __post_init__(self) -> None:
         self.question = self.question.strip() or self.question  # what is blank is told as it was given
@@ -86,9 +86,7 @@ class Template:
                 allowed = "numbers worth themselves, or reading: option"
                 raise ConfigError(f"{at}.options", f"{option.say}: {option.value}", allowed)
         if len(set(self.values)) < len(says):
-            raise ConfigError(
-                f"{at}.options", list(self.values), "one value an option; more words for it go to `also`"
-            )
+            raise ConfigError(f"{at}.options", list(self.values), "one value an option; more words for it go to `also`")
         option_of_word: dict[str, str] = {}
         for option in self.options:
             for word in {key(word) for word in (option.say, *option.also)}:

@@ -37,7 +37,7 @@ def opened(question: Question) -> tuple[str, tuple[str, ...]]:
 
 
 def spelled(question: Question) -> dict[str, int]:
-    """What an answer may begin with after the opening given to a server, and the number of the option that it is then."""
+    """What an answer may begin with after the opening given to a server → the number of the option that it then is."""
     opening, options = opened(question)
     written = {option: number for number, option in enumerate(options)}
     return written | {
