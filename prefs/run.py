@@ -19,8 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefs.config import CONF, register, typed, with_prompts
+from prefs.config import CONF, register, typed, with_options, with_prompts
 from prefs.config.keys import check_hydra_keys
+from prefs.config.words import check_words
 from prefs.errors import UserError, explain, one_line_errors
 from prefs.folders import claiming_folders
 from prefs.job import JobCounts, recorded
@@ -70,6 +71,7 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 suffix = name_suffix(overrides, swept(sweep_folder))
             planning = True in (plain.get("plan"), plain.get("why"))  # of which nothing stays
             with nullcontext(JobCounts()) if planning else recorded(folder, plain, overrides, group) as counts:
+                check_words(cfg, CONF)
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.
                 with _uncollected():
@@ -107,7 +109,7 @@ def _plain(cfg: DictConfig) -> dict[str, object]:
     for group in ("probe", "judge"):
         for key in ("_target_", "binary"):
             (container.get(group) or {}).pop(key, None)
-    return with_prompts({str(key): value for key, value in container.items()})
+    return with_options(with_prompts({str(key): value for key, value in container.items()}))
 
 
 def _enter(folder: str) -> None:

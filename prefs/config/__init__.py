@@ -42,6 +42,7 @@ from prefs.config.schema import (
     VllmConfig,
     WandbConfig,
 )
+from prefs.data.template import whole_numbers
 from prefs.errors import missing_value
 from prefs.sweep import sweep_gpus
 
@@ -102,6 +103,16 @@ def filled(cfg: DictConfig, schema: type[Schema]) -> Schema:
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, schema)
     return config
+
+
+def with_options(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain config in which templates have the options that their short scales mean."""
+    templates = {
+        key: {**template, "options": [{"say": str(n), "value": float(n), "also": []} for n in numbers]}
+        for key, template in (plain.get("template") or {}).items()
+        if (numbers := whole_numbers(template.get("scale"))) and not template.get("options")
+    }
+    return {**plain, "template": {**(plain.get("template") or {}), **templates}} if templates else dict(plain)
 
 
 def with_prompts(plain: Mapping[str, Any]) -> dict[str, Any]:

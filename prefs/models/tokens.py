@@ -78,6 +78,8 @@ class ChatEncoder:
         self._border = _any_of(self._names[token] for token in self._names.keys() & _borders(tokenizer))
         # Question texts and role headers recur in every row: encode each of them once.
         self._short_text = lru_cache(maxsize=8192)(lambda text: self._encode_text(text))
+        # What `prefs.models.prompts` has found out of a question's options, by what comes before the answer.
+        self.answers: dict[Any, Any] = {}
         self._check_probe()
         self.thinking = thinking
         self.thought_end = self._one_token(thinking.close) if thinking is not None else None

@@ -48,11 +48,21 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked after a conversation: the user turn, the options scored, and the opening of the answer."""
+    """What is asked after a conversation: the user turn, the options scored, and the opening of the answer.
+
+    ``also`` are other words that are read as each option; none of any where it is empty.
+    """
 
     text: str
     options: tuple[str, ...]
     prefill: str = ""
+    also: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def words(self) -> list[tuple[str, ...]]:
+        """The words that are read as each option, first those that it says."""
+        also = self.also or ((),) * len(self.options)
+        return [(option, *words) for option, words in zip(self.options, also, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -154,8 +164,9 @@ class Sample:
 class Score:
     """The options' probabilities, or the reason why there are none (a value of `prefs.data.template.Invalid`).
 
-    ``mass[v]`` is the probability that the answer begins with option v and with no longer option that v opens; the
-    masses are disjoint, and their sum is the valid mass. ``thought`` is what a thinking model wrote before.
+    ``mass[v]`` is the probability that the answer begins with option v, with no longer option that v opens and with no
+    further digit; see `prefs.models.options`. The masses are disjoint, and their sum is the valid mass. ``thought`` is
+    what a thinking model wrote before.
     """
 
     mass: tuple[float, ...] | None

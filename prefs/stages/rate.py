@@ -19,6 +19,7 @@ import pyarrow as pa
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
 from prefs.models.loading import Models, ModelSpec, identity, scored_by
+from prefs.models.options import MASS
 from prefs.models.types import Capture, Conversation, Message, Question, Request, Sampling, as_dicts
 from prefs.stages.records import (
     Answer,
@@ -150,12 +151,13 @@ class _Cell:
     ) -> None:
         self.template, self.sampling, self.seeds = template, sampling, seeds
         prefill = rater.prefill if template.prefill is None else template.prefill
-        self.question = Question(template.question, template.says, prefill)
+        self.question = Question(template.question, template.says, prefill, template.also)
         self.thinks = rater.thinking is not None
         self.thoughts = thought_seeds(seeds, thoughts) if self.thinks else (0,) * bool(thoughts)
         asked = {"options": list(template.says), "prefill": prefill}
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if self.thinks else {}
-        scores = store.table("scores", {"model": spec["model"], **scored_by(rater), **asked, **drawn}, SCORES)
+        how = {**scored_by(rater), "also": list(map(list, template.also)), "mass": MASS}
+        scores = store.table("scores", {"model": spec["model"], **how, **asked, **drawn}, SCORES)
         answers = store.table("answers", {"model": spec["model"], **asked, "sampling": asdict(sampling)}, ANSWERS)
         self.scores, self.answers = ReplyTable(scores, "scores", score_row), ReplyTable(answers, "samples", sample_row)
         turns = {row: [*before, *as_dicts([Message("user", self.question.text)])] for row, before in messages.items()}

@@ -15,6 +15,7 @@ import torch
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
 from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.options import MASS
 from prefs.models.types import Message, Question, Reply, Request, Sampling, Steering, as_dicts
 from prefs.stages.rate import QUESTION_ALLOWANCE
 from prefs.stages.records import Completion, conversation
@@ -141,9 +142,8 @@ def steer(
     UserError
         If a vector does not fit the model.
     """
-    question = Question(
-        template.question, template.says, rater.prefill if template.prefill is None else template.prefill
-    )
+    prefill = rater.prefill if template.prefill is None else template.prefill
+    question = Question(template.question, template.says, prefill, template.also)
     given = [
         Dose(vector, coefficient)
         for vector in vectors
@@ -152,6 +152,7 @@ def steer(
     ]
     doses = (Dose(None), *given)
     spec = {"model": identity(rater), "options": list(question.options), "prefill": question.prefill}
+    spec |= {"also": list(map(list, template.also)), "mass": MASS}
     table = store.table("steered", {**spec, "sampling": asdict(sampling)}, STEERED)
     kept = ReplyTable(table, "reply", partial(_row, seeds=seeds))
     steerings = [dose.steering(tokens) for dose in doses]

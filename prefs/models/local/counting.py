@@ -22,6 +22,7 @@ from prefs.models.local.memory import Halving
 from prefs.models.local.passes import Passes, State, Watcher, blocks_until_stopped
 from prefs.models.local.residuals import AllRecorded, Recorder
 from prefs.models.local.sharing import Sharing
+from prefs.models.options import runs
 from prefs.models.positions import Span
 from prefs.models.prompts import Prompt, Thought
 from prefs.models.tokens import ChatEncoder
@@ -104,12 +105,11 @@ class _MakingUp(Decoder):
         self._counts, self._encoder, self._made_up, self._passes = counts, encoder, MadeUp(counts, encoder), passes
 
     def masses(self, state: State, logits: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
+        streams = [(row, run) for row, prompt in enumerate(prompts) for run in runs(prompt.beginnings)]
+        if streams:
+            rows = self._passes.tensor([row for row, _ in streams])
+            self._passes.extend(state.fork().select(rows), [run for _, run in streams])
         options = len(prompts[0].tails)
-        for option in range(options):
-            # All of an option's tokens are run but the last.
-            rest = [prompt.tails[option][:-1] for prompt in prompts]
-            if any(rest):
-                self._passes.extend(state.fork(), rest)
         return np.full((len(prompts), options), 1 / options)
 
     def samples(

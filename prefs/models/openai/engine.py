@@ -27,6 +27,7 @@ from prefs.models.openai.text_options import (
     one_of,
     opened,
     seen_beginnings,
+    spelled,
     whole_string_masses,
 )
 from prefs.models.sampling import row_seed
@@ -226,7 +227,7 @@ class OpenAIEngine:
     async def _score(self, request: Request) -> _Part:
         """The score of a model that answers at once."""
         assert request.question is not None
-        (seed, *_), (opening, options) = request.scores, opened(request.question)
+        (seed, *_), opening = request.scores, opened(request.question)[0]
 
         async def likeliest(beginning: str) -> Top:
             answer = await self._ask(request, 0, NEUTRAL, opening + beginning, self.spec.api.top_logprobs)
@@ -234,7 +235,7 @@ class OpenAIEngine:
 
         try:
             if self.spec.api.prefill:
-                return _Part(seed, score=Score(await whole_string_masses(options, likeliest)))
+                return _Part(seed, score=Score(await whole_string_masses(spelled(request.question), likeliest)))
             return _Part(seed, score=Score(None), top=await likeliest(""))
         except RowRefused as refused:
             return _Part(seed, score=Score(None, invalid=refused.reason))
@@ -324,7 +325,7 @@ class OpenAIEngine:
             question = questions[number]
             if question is None or one.top is None or one.score is None:
                 return one
-            masses = first_token_masses(opened(question)[1], one.top, self._seen[question])
+            masses = first_token_masses(opened(question)[1], one.top, self._seen[question], spelled(question))
             return replace(one, score=replace(one.score, mass=masses))
 
         try:

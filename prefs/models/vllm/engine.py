@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from prefs.data.template import Invalid
 from prefs.errors import UserError, explained
 from prefs.models.loading import ModelSpec
-from prefs.models.prompts import (
-    THOUGHT,
-    Thought,
-    branchings,
-    chosen,
-    encode_prompt,
-    option_masses,
-    request_tokens,
-    scored,
-)
+from prefs.models.options import Path, branchings, option_masses
+from prefs.models.prompts import THOUGHT, Thought, chosen, encode_prompt, request_tokens, scored
 from prefs.models.sampling import Stops, row_seed
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Reply, Request, Sample, Sampling, Score, Usage
@@ -58,7 +50,8 @@ class _Opening:
     scores: tuple[int, ...]
     thought: Thought | None = None
     ids: tuple[int, ...] | None = None
-    tails: tuple[tuple[int, ...], ...] = ()
+    options: int = 0
+    beginnings: Mapping[Path, int] = field(default_factory=dict)
 
 
 class VllmEngine:
@@ -155,14 +148,16 @@ class VllmEngine:
             return opening
         text = None if thought is None else thought.text
         if request.question is None:
-            ids, tails = self.encoder.encode(request.messages, answer="", thought=text).ids, ()
+            opening = replace(opening, ids=self.encoder.encode(request.messages, answer="", thought=text).ids)
         else:
             prompt = encode_prompt(self.encoder, request.messages, request.question, text)
-            ids, tails = prompt.ids, prompt.tails
+            beginnings = (prompt.as_said if request.choose else prompt).beginnings
+            opening = replace(opening, ids=prompt.ids, options=len(prompt.tails), beginnings=beginnings)
         # Callers see to that, but the text of a thought can have more tokens than were drawn for it.
         answer = [_sampling(request).max_new_tokens] if opening.seeds else []
-        fits = len(ids) + max([*answer, *map(len, tails)], default=0) <= self.max_context
-        return replace(opening, ids=ids if fits else None, tails=tails)
+        assert opening.ids is not None
+        fits = len(opening.ids) + max([*answer, *map(len, opening.beginnings)], default=0) <= self.max_context
+        return opening if fits else replace(opening, ids=None)
 
     def _think(self, requests: Sequence[Request], openings: Sequence[_Opening]) -> list[Thought]:
         """Draw the thought before each opening."""
@@ -194,7 +189,7 @@ class VllmEngine:
         if opening.ids is None:
             return
         if opening.scores:
-            for beginning, tokens in branchings(opening.tails).items():
+            for beginning, tokens in branchings(opening.beginnings).items():
                 for start in range(0, len(tokens), LOOKED_AT_ONCE):
                     looked = tokens[start : start + LOOKED_AT_ONCE]
                     yield beginning, Call(opening.ids + beginning, LIKELIEST, looked=looked)
@@ -214,7 +209,7 @@ class VllmEngine:
             score = Score(None, invalid=reason)
         else:
             samples = {seed: self._sample(outputs[seed][0], self._stops) for seed in opening.seeds}
-            score = scored(_mass(opening.tails, outputs)) if opening.scores else None
+            score = scored(_mass(opening, outputs)) if opening.scores else None
         reply = Reply(samples, dict.fromkeys(opening.scores, score) if score is not None else {})
         return reply if opening.thought is None else opening.thought.reply(reply)
 
@@ -251,17 +246,16 @@ class VllmEngine:
         return outputs, died
 
 
-def _mass(tails: tuple[tuple[int, ...], ...], outputs: Mapping[Use, Sequence[Output]]) -> tuple[float, ...]:
+def _mass(opening: _Opening, outputs: Mapping[Use, Sequence[Output]]) -> tuple[float, ...]:
     """The options' masses from the log-probabilities after each of their beginnings."""
-    looked: dict[tuple[int, ...], float] = {
+    looked = {
         (*beginning, token): log_prob
         for beginning, some in outputs.items()
         if isinstance(beginning, tuple)
         for output in some
         for token, log_prob in output.log_probs.items()
     }
-    log_probs = [sum(looked[tail[:end]] for end in range(1, len(tail) + 1)) for tail in tails]
-    return tuple(option_masses(np.array([log_probs]), tails)[0].tolist())
+    return tuple(option_masses(looked, opening.beginnings, opening.options).tolist())
 
 
 def _merged(request: Request, parts: Sequence[Reply]) -> Reply:
