@@ -13,8 +13,8 @@ from functools import cache
 
 from prefs.stages.refusal_wordings import ENGLISH, ENGLISH_OPENINGS, ENGLISH_PARTS, OTHER_LANGUAGES
 
-# The families whose refusals the patterns were tested on (tests/refusal_openings.tsv), as names of models hold them.
-FAMILIES = ("llama", "gemma", "qwen", "claude", "haiku", "sonnet", "opus", "gpt", "smollm")
+# Names of the families whose refusals the wordings were made for (tests/refusal_openings.tsv).
+_FAMILIES = re.compile(r"llama|gemma|qwen|claude|haiku|sonnet|opus|gpt-?(?:[345]|oss)|smollm", re.IGNORECASE)
 # Characters of a completion's plain text in which a refusal begins.
 OPENING = 500
 # Characters behind a refusal in which it may be taken back.
@@ -37,6 +37,11 @@ def refuses(text: str, phrases: Sequence[str] = (), window: int = OPENING) -> bo
         if any(part in words for part in parts)
         for match in refusal.finditer(words)
     )
+
+
+def made_for(model: str) -> bool:
+    """Whether the wordings were made for a model, by its name."""
+    return _FAMILIES.search(model) is not None
 
 
 def plain(text: str) -> str:
@@ -63,7 +68,7 @@ def own_words(text: str) -> str:
     taken out of its marks."""
     text = text.strip()
     whole = _QUOTED.match(text)
-    if whole is not None and not text[whole.end() :].strip(" .") and len(whole[0]) > 2:
+    if whole is not None and not text[whole.end() :].strip(" .") and re.search(r'.["”“»」]$', whole[0]):
         text = whole[0][1:].rstrip('"”“»」')
     return plain(_QUOTED.sub(" … ", _SPEAKER.sub("", text)))
 

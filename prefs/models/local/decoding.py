@@ -89,7 +89,7 @@ class Decoder:
         return thoughts
 
     def _texts(self, drawn: dict[Stream, tuple[list[int], int | None]]) -> list[str]:
-        return self._encoder.tokenizer.batch_decode([ids for ids, _ in drawn.values()], skip_special_tokens=True)
+        return self._encoder.texts([ids for ids, _ in drawn.values()])
 
     def _draw(
         self,

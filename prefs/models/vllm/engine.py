@@ -204,7 +204,7 @@ class VllmEngine:
 
     def _sample(self, output: Output) -> Sample:
         ids = output.ids[:-1] if output.stopped else output.ids
-        (text,) = self.encoder.tokenizer.batch_decode([list(ids)], skip_special_tokens=True)
+        (text,) = self.encoder.texts([ids])
         return Sample(text, len(ids), output.stopped)
 
     def _generate(
