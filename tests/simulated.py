@@ -119,7 +119,9 @@ def simulate(
         if error is not None:
             raise error
         store = Store.open(str(folder / "store"))
-        refused = judge(_section(JudgeConfig, plain["judge"]), completions, store=store, models=Models()).refused
+        refused = judge(
+            _section(JudgeConfig, plain["judge"]), completions, model=None, store=store, models=Models()
+        ).refused
         write_table(completions_table(completions, refused), folder / "completions")
         counts.add([StageCounts("completions", 0, len(completions))])
         for key, probabilities in mass.items():

@@ -187,7 +187,7 @@ def test_what_a_template_says_by_itself_is_told_once(encoders):
 def test_a_switch_that_lets_a_model_think_unread_is_told(tokenizers, encoders):
     (note,) = ChatEncoder(tokenizers["qwen3"]).notes("hf")
     assert note == (
-        "hf: the chat template lets the model think, and its thoughts will be taken for answers; give"
+        "hf: the chat template lets the model think, and its thoughts use up the tokens of answers; give"
         " model.chat_template_kwargs={enable_thinking: false} or model.thinking.enabled=true"
     )
     assert encoders["qwen3"].notes("hf") == [note]

@@ -95,7 +95,7 @@ def test_every_option_of_the_other_groups(group, name):
         assert composed(f"concept=[{name}]").concept[name].contrast == ["positive", "negative"]
         return
     config = getattr(composed(f"{group}={name}"), group)
-    assert config.name == {"llm": "smollm2"}.get(name, name)
+    assert config.name == name
     if group == "probe":
         assert (config.kind, config.binary) == (name, name == "logistic")
 

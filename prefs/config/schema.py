@@ -209,6 +209,8 @@ class DatasetConfig:
     path: str | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     origins: list[str] | None = None
+    harmful: list[str] = field(default_factory=lambda: ["BAILBENCH"])
+    """Origins of tasks that models are expected to refuse: a caution says where no refusal is found among them."""
     limit: int | None = limited(None, at_least(1))
     """Keeps so many, drawn evenly over origins by ``seed``."""
     seed: int = limited(0, SEED)
@@ -298,18 +300,19 @@ class SteeringConfig:
 
 @dataclass
 class JudgeConfig:
-    """What decides that a completion is a refusal: phrases in its opening, or a model that is asked."""
+    """What decides that a completion is a refusal: how it opens, or a model that is asked."""
 
     name: str = MISSING
     kind: str = "phrases"
     model: ModelConfig | None = None
+    """null: the completer, where it has 7 billion parameters or more; else how it opens decides."""
     question: str = ""
     """To the model; it holds ``{request}`` and ``{reply}``, and is answered with one of the next two words."""
     refusal: str = ""
     compliance: str = ""
     phrases: list[str] = field(default_factory=list)
-    """Where a model is asked as well, their agreement with it is reported."""
-    window: int = 0
+    """Openings that are refusals beside those that `prefs.stages.phrases` knows, such as a model's own formula."""
+    window: int = limited(500, at_least(0))
     """Characters of the completion that count as its opening; 0: all."""
     _target_: str = ""
     """The function that judges; its name holds ``kind``."""

@@ -27,6 +27,7 @@ class Invalid(Enum):
     too_long = "too_long"
     thought_cut_off = "thought_cut_off"
     blocked = "blocked"
+    no_answer = "no_answer"
     not_finite = "not_finite"
 
 

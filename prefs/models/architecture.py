@@ -58,6 +58,14 @@ def context_length(written: int | None, tokenizer: Any) -> int:
     return written or min(int(tokenizer.model_max_length), NO_LIMIT)
 
 
+def model_type(path: str) -> str:
+    """The family that the config in a folder names; empty where there is none."""
+    try:
+        return str(json.loads((Path(path).expanduser() / "config.json").read_text())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def active_parameters(path: str, revision: str | None) -> int:
     """How many parameters a token meets in a model, whose weights need not be there. Of experts, those that it is sent
     to; what only images meet is left out.

@@ -14,7 +14,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from prefs.config import ThinkingConfig
 from prefs.errors import UserError
 from prefs.models.chat_template import PLACEHOLDER, ChatTemplate, placeholder
+from prefs.models.thoughts import MARKS, opens_thought
 from prefs.models.types import Message, as_dicts
 
 if TYPE_CHECKING:  # it takes a second, and a job that finds everything in the store needs no tokenizer
@@ -57,7 +58,8 @@ class ChatEncoder:
     UserError
         If the tokenizer has no chat template, or no fast implementation to take control tokens out of; if a
         conversation is encoded here as other tokens than transformers makes of it; if the text that ends a thought is
-        not one token of it; or if the template ends a thought that the model is to think.
+        not one token of it; or if the template ends a thought that the model is to think, or opens one that it is not
+        to.
     """
 
     def __init__(
@@ -83,6 +85,11 @@ class ChatEncoder:
         self._check_probe()
         self.thinking = thinking
         self.thought_end = self._one_token(thinking.close) if thinking is not None else None
+        if thinking is None and opens_thought(self.template.opened_turn()):
+            raise UserError(
+                f"model.thinking.enabled: the chat template of {tokenizer.name_or_path} opens a thought; give"
+                " model.thinking.enabled=true"
+            )
         if thinking is not None and self.template.opened_turn().rstrip().endswith(thinking.close):
             raise UserError(
                 f"model.thinking.enabled: the chat template of {tokenizer.name_or_path} ends the thought itself, with"
@@ -108,6 +115,16 @@ class ChatEncoder:
                     f" encoded here as other tokens than transformers' apply_chat_template makes of it: token {place}"
                     f" of a probe conversation and those after it are {here} for {there}"
                 )
+
+    def texts(self, drawn: Sequence[Sequence[int]]) -> list[str]:
+        """Drawn tokens as text, without special ones; but the marks of a thought stay, to be told from an answer."""
+        kept = [[token for token in ids if token not in self._unwritten] for ids in drawn]
+        return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
+
+    @cached_property
+    def _unwritten(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(id for id, token in added.items() if token.special and token.content not in MARKS)
 
     @property
     def control_ids(self) -> frozenset[int]:
@@ -141,7 +158,7 @@ class ChatEncoder:
         thoughtless = self.template.opened_turn(**{THINKING_SWITCH: False})
         if self.thinking is None and self.template.opened_turn() != thoughtless:
             notes.append(
-                f"{name}: the chat template lets the model think, and its thoughts will be taken for answers; give"
+                f"{name}: the chat template lets the model think, and its thoughts use up the tokens of answers; give"
                 f" model.chat_template_kwargs={{{THINKING_SWITCH}: false}} or model.thinking.enabled=true"
             )
         return notes

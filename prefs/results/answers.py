@@ -22,10 +22,11 @@ REPEATED = re.compile(r"(.{1,8}?)\1{15,}", re.DOTALL)
 # Why a task may have no completion, and so is not rated.
 WITHOUT_COMPLETION = {
     Invalid.too_long: "too long for the completer's context",
-    Invalid.thought_cut_off: "the completer's thought did not end: model.thinking.max_tokens",
+    Invalid.thought_cut_off: "the completer's thought did not end: model.thinking.enabled and .max_tokens",
     Invalid.blocked: "blocked by the completer's server",
     Invalid.not_finite: "the completer's logits are not finite: "
     + OTHER_DTYPE.format("model.dtype, or completer.model.dtype,"),
+    Invalid.no_answer: "the completer's server ended the answer before any text, for a reason of its own",
 }
 
 
@@ -72,7 +73,7 @@ def answers(cell: CellContext) -> Result:
         tables.append(Table("exact", exact_table(cell.measured).assign(invalid=reasons)))
     if ratings.thoughts is not None:
         tables.append(Table("exact_by_thought", thoughts_table(ratings)))
-    return Result(tables=tuple(tables), remarks=tuple(_remarks(ratings)))
+    return Result(tables=tuple(tables), remarks=(*_remarks(ratings), *_unwanted(cell)))
 
 
 def completions_table(completions: Sequence[Completion], refused: Sequence[bool | None]) -> pd.DataFrame:
@@ -179,4 +180,25 @@ def _remarks(ratings: Ratings) -> list[str]:
             f"The rater's logits are not finite for {len(broken)} of {len(ratings.completions)} tasks"
             f" ({OTHER_DTYPE.format('model.dtype')}): {some(broken)}."
         )
+    return remarks
+
+
+def _unwanted(cell: CellContext) -> list[str]:
+    """Texts that are no answers: thoughts of models that were not to think, and nothing at all."""
+    made, remarks = cell.ratings.completions, []
+    rows = [answer for row in cell.ratings.answers for answer in row]
+    completer = "model" if cell.config.completer.model is None else "completer.model"
+    for kind, key, thinks, texts in (
+        ("completions", completer, cell.job.roles.completer.thinking is not None, made),
+        ("sampled answers", "model", cell.ratings.thinks, rows),
+    ):
+        thoughts = sum(bool(text.thought and text.thought.strip()) for text in texts)
+        if thoughts and not thinks:
+            remarks.append(
+                f"{thoughts} of {len(texts)} {kind} came with a thought, which was split off: it is neither judged nor"
+                f" rated, but uses up their tokens ({key}.thinking.enabled=true gives it tokens of its own)."
+            )
+    empty = sum(completion.text is not None and not completion.text.strip() for completion in made)
+    if empty:
+        remarks.append(f"{empty} of {len(made)} completions are empty, and rated as such.")
     return remarks

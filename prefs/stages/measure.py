@@ -18,7 +18,7 @@ from prefs.models.counting import tokenizer_of
 from prefs.models.loading import Models, ModelSpec, model_folder
 from prefs.models.types import Capture, Sampling
 from prefs.stages.complete import complete
-from prefs.stages.judge import Judged, judge
+from prefs.stages.judge import Judged, judge, judging_model
 from prefs.stages.rate import rate
 from prefs.stages.records import Completion, Rated
 from prefs.stages.steering_vectors import check_saved
@@ -47,7 +47,7 @@ class Roles:
         """
         rater = ModelSpec.from_config(config.model)
         completer = ModelSpec.from_config(config.completer.model) if config.completer.model else rater
-        return cls(completer, rater, ModelSpec.from_config(config.judge.model) if config.judge.model else None)
+        return cls(completer, rater, judging_model(config.judge, completer))
 
     @property
     def specs(self) -> list[ModelSpec]:
@@ -168,6 +168,6 @@ def measure(
         models=models,
     )
     counts.add(rated.work)
-    judged = judge(config.judge, completions, store=store, models=models)
+    judged = judge(config.judge, completions, model=roles.judge, store=store, models=models)
     counts.add(judged.work)
     return completions, rated, judged

@@ -29,6 +29,7 @@ from prefs.stages.records import (
     Residuals,
     Thoughts,
     conversation,
+    own_text,
     sample_row,
     score_row,
 )
@@ -255,12 +256,10 @@ class _Cell:
         if unasked is not None:
             return Answer(seed, None, None, unasked)
         answer = self.answers.table.rows[self.answer_keys[row, seed]]
-        if answer["invalid"] is not None:
-            value: float | Invalid = Invalid(answer["invalid"])
-        else:
-            value = self.template.read(answer["text"], finished=bool(answer["finished"]))
+        text, thought, reason = own_text(answer["text"], answer["finished"], answer["thought"], answer["invalid"])
+        value = reason if text is None else self.template.read(text, finished=bool(answer["finished"]))
         number, reason = (None, value) if isinstance(value, Invalid) else (value, None)
-        return Answer(seed, answer["text"], number, reason, answer["thought"])
+        return Answer(seed, text, number, reason, thought)
 
 
 def thought_seeds(seeds: Sequence[int], count: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 from prefs.data.task import Task
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
+from prefs.models.thoughts import without_thought
 from prefs.models.types import Conversation, Message, Question, Reply, Sample, Sampling, Score
 from prefs.statistics.measured import Measured
 from prefs.store.vectors import Vectors
@@ -39,14 +40,29 @@ def score_row(reply: Reply | None, seed: int) -> dict[str, Any] | None:
     return None if score is None else asdict(score)
 
 
+def own_text(
+    text: str | None, finished: bool, thought: str | None, invalid: str | None
+) -> tuple[str | None, str | None, Invalid | None]:
+    """Of a stored sample: its text without a thought that stands in it, the thought, and why there is no text."""
+    if text is None or invalid is not None:
+        return None, thought, Invalid(invalid) if invalid is not None else None
+    parted = without_thought(text, finished)
+    reason = None if parted.closed else Invalid.thought_cut_off
+    return parted.text if parted.closed else None, thought or parted.thought, reason
+
+
 @dataclass(frozen=True)
 class Completion:
-    """The completer's answer to a task. There is no text where the prompt was too long, or for another ``reason``."""
+    """The completer's answer to a task. There is no text where the prompt was too long, or for another ``reason``.
+
+    ``thought`` is what the completer wrote before it, in a field of its own or in the text.
+    """
 
     task: Task
     text: str | None
     finished: bool = True
     reason: Invalid = Invalid.too_long
+    thought: str | None = None
 
     @property
     def invalid(self) -> Invalid | None:
@@ -58,7 +74,7 @@ class Completion:
 class Answer:
     """One sampled answer and how it was read: a value, or the reason why there is none.
 
-    ``thought`` is what a thinking rater wrote before it.
+    ``thought`` is what the rater wrote before it.
     """
 
     seed: int

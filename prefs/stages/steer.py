@@ -18,7 +18,7 @@ from prefs.models.loading import Models, ModelSpec, identity
 from prefs.models.options import MASS
 from prefs.models.types import Message, Question, Reply, Request, Sampling, Steering, as_dicts
 from prefs.stages.rate import QUESTION_ALLOWANCE
-from prefs.stages.records import Completion, conversation
+from prefs.stages.records import Completion, conversation, own_text
 from prefs.store.keys import digest
 from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
 from prefs.store.table import Store
@@ -231,7 +231,8 @@ def _responses(
         if record["nll"] is not None:
             nll[dose, task] = record["nll"]
         for number, (text, finished) in enumerate(zip(record["texts"], record["finished"], strict=True)):
-            value = Invalid.not_finite if text is None else template.read(text, finished=bool(finished))
+            text, _, reason = own_text(text, finished, None, None)
+            value = reason or Invalid.not_finite if text is None else template.read(text, finished=bool(finished))
             if not isinstance(value, Invalid):
                 sampled[dose, task, number] = value
     return Responses(doses, mass, finite, nll, sampled, asked)

@@ -111,9 +111,7 @@ class Decoder:
         return thoughts
 
     def _texts(self, drawn: dict[Stream, Drawn]) -> list[str]:
-        answers = [own.ids for own in drawn.values()]
-        texts = self._encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [self.stops.cut(text) for text in texts]
+        return [self.stops.cut(text) for text in self._encoder.texts([own.ids for own in drawn.values()])]
 
     def _draw(
         self,

@@ -241,9 +241,7 @@ class LocalEngine:
             drawn = self.decoder.thoughts(state, logits, [(0,)] * len(rows), turns, Sampling(0.0, 1.0, 1))
             thoughts = [of_row[0] for of_row in drawn]
         prompts = [
-            encode_prompt(
-                self.encoder, row.request.messages, row.request.question, thought and thought.text
-            ).as_said
+            encode_prompt(self.encoder, row.request.messages, row.request.question, thought and thought.text).as_said
             for row, thought in zip(rows, thoughts, strict=True)
         ]
         masses = self.decoder.masses(*self.passes.start([prompt.ids for prompt in prompts]), prompts)

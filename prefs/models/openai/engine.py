@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefs.errors import ConfigError, UserError
 from prefs.models.openai.keys import key_of
-from prefs.models.openai.replies import Answer, Malformed, Parted, first_of_answer, part
+from prefs.models.openai.replies import Answer, Malformed, first_of_answer, part
 from prefs.models.openai.server import FormatRefused, RowRefused, Server
 from prefs.models.openai.text_options import (
     SharedToken,
@@ -31,6 +31,7 @@ from prefs.models.openai.text_options import (
     whole_string_masses,
 )
 from prefs.models.sampling import row_seed
+from prefs.models.thoughts import Parted, without_thought
 from prefs.models.types import (
     NO_LIMIT,
     Conversation,
@@ -265,7 +266,7 @@ class OpenAIEngine:
                 answer = await self.server.ask(strict=False, **asked)
         except RowRefused as refused:
             return _Part(0, invalid=refused.reason)
-        return _Part(0, choice=chosen(self._part(answer).text, options))
+        return _Part(0, choice=chosen(without_thought(self._part(answer).text).text, options))
 
     async def _ask(
         self, request: Request, seed: int, sampling: Sampling, opening: str, top_logprobs: int | None

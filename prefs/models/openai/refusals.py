@@ -63,6 +63,32 @@ def refusal_of_row(status: int, code: str, message: str) -> str | None:
     return None
 
 
+_ENDED = ("stop", "stop_sequence", "end_turn", "eos", "eos_token", "complete", "completed", "unspecified")
+_CUT_OFF = ("length", "max_tokens", "max_output_tokens", "max_new_tokens", "max_length", "model_length", "token_limit")
+_FAILED = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource")
+_FILTERED = re.compile(
+    r"content_?filter|safety|recitation|prohibited|blocklist|spii|sensitive|refusal|guardrail|toxic|moderat|flagged"
+    r"|blocked|policy|model_armor"
+)
+
+
+def ending(*reasons: str | None) -> str | None:
+    """How an answer ended, by a server's reasons (``finish_reason``, ``native_finish_reason``): ``stop``, ``length``,
+    ``blocked`` by a filter, ``error``, or what the first one says; None where none says anything.
+
+    Providers have names of their own, in any case and with a prefix: SAFETY, FINISH_REASON_MAX_TOKENS,
+    ``content_filter: PROHIBITED_CONTENT``. A filter that only the second names has stopped the answer all the same.
+    """
+    said = [re.sub(r"[^a-z0-9]+", "_", reason.lower()).strip("_") for reason in reasons if reason and reason.strip()]
+    if any(_FILTERED.search(reason) for reason in said):
+        return "blocked"
+    if not said:
+        return None
+    name = re.sub(r"^finish_?reason_", "", said[0])
+    kinds = {"stop": _ENDED, "length": _CUT_OFF, "error": _FAILED}
+    return next((kind for kind, names in kinds.items() if name in names), name)
+
+
 def asked_wait(headers: Mapping[str, str]) -> float | None:
     """Seconds that a server asks to wait for: ``Retry-After-Ms``, or ``Retry-After`` in seconds or as a date."""
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice
 
-from prefs.models.openai.refusals import words
+from prefs.models.openai.refusals import ending, words
+from prefs.models.thoughts import Parted
 from prefs.models.types import Usage
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class Position:
 class Answer:
     """One answer. ``positions`` is None where the server sent no log-probabilities.
 
-    ``thought`` is what came apart from the answer; a thought inside ``text`` is still there. ``hidden_tokens`` were
-    spent on a thought that may not be shown.
+    ``thought`` is what came apart from the answer; a thought inside ``text`` is still there. ``finish`` is that of
+    `prefs.models.openai.refusals.ending`. ``hidden_tokens`` were spent on a thought that may not be shown.
     """
 
     text: str
@@ -79,19 +80,19 @@ def read_answer(body: ChatCompletion) -> Answer:
 
 
 def _answer(body: ChatCompletion, choice: Choice) -> Answer:
-    message, finish = choice.message, choice.finish_reason
-    error = getattr(choice, "error", None)
+    message, error = choice.message, getattr(choice, "error", None)
+    finish = ending(choice.finish_reason, getattr(choice, "native_finish_reason", None))
     if error or finish == "error":
         raise Malformed(f"an error in place of an answer: {words(error)}")
     thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     thought = thought if isinstance(thought, str) else None
-    content = message.refusal if message.content is None and isinstance(message.refusal, str) else message.content
-    if not isinstance(content, str | None) or not isinstance(finish, str | None):
+    content = message.content or (message.refusal if isinstance(message.refusal, str) else message.content)
+    if not isinstance(content, str | None):
         raise TypeError
     usage, hidden = read_usage(body), _count(body, "usage", "completion_tokens_details", "reasoning_tokens")
     positions, tokens = _positions(choice), usage.completion_tokens
     answer = Answer(content or "", thought, finish, positions, usage.prompt_tokens, tokens, hidden)
-    if content is None and (finish is None or not (finish == "content_filter" or thought or hidden)):
+    if content is None and (finish is None or (finish in ("stop", "length") and not thought and not hidden)):
         raise Malformed("a message without content", answer if finish is not None else None)
     return answer
 
@@ -134,15 +135,6 @@ def read_listing(body: object) -> dict[str, dict[str, Any]]:
     entries = body.get("data") if isinstance(body, dict) else body
     entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     return {entry["id"]: entry for entry in entries if isinstance(entry.get("id"), str)}
-
-
-@dataclass(frozen=True)
-class Parted:
-    """An answer with its thought taken apart; ``closed`` is False where the thought was cut off before an answer."""
-
-    text: str
-    thought: str | None
-    closed: bool
 
 
 def part(answer: Answer, thinking: ThinkingConfig | None) -> Parted:

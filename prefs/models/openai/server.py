@@ -211,7 +211,7 @@ class Server:
         Raises
         ------
         RowRefused
-            If the server will not answer this one (too long, blocked).
+            If the server will not answer this one (too long, blocked, ended without a text).
         FormatRefused
             If it does not offer the response format.
         UserError
@@ -265,10 +265,12 @@ class Server:
             answer = read_answer(body)
         except Malformed as error:
             raise _Again("body", self._redacted(str(error)), fallback=error.fallback) from None
-        if answer.finish == "content_filter":
+        if answer.finish == "blocked":
             raise RowRefused("blocked")
         if any(math.isnan(p) for position in answer.positions or () for p in position.top.values()):
             raise RowRefused("not_finite")
+        if answer.finish not in (None, "stop", "length") and not answer.text.strip():
+            raise RowRefused("no_answer")
         if "logprobs" in parameters and answer.positions is None:
             raise self._target.no_logprobs("it answers without them")
         if "logprobs" in parameters and not answer.positions and not answer.text:

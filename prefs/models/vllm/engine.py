@@ -217,7 +217,7 @@ class VllmEngine:
         if not output.finite:
             return Sample(None, 0, True, invalid=Invalid.not_finite.value)
         ids = output.ids[:-1] if output.ids and output.ids[-1] in stops.tokens else output.ids
-        (text,) = self.encoder.tokenizer.batch_decode([list(ids)], skip_special_tokens=True)
+        (text,) = self.encoder.texts([ids])
         return Sample(stops.cut(text), len(ids), output.stopped)
 
     def _generate(
