@@ -29,8 +29,8 @@ from prefs.comparison.stability import stability_of_cells
 from prefs.comparison.steering import steering
 from prefs.comparison.variance import variance
 from prefs.config import WandbConfig
+from prefs.config.folders import new_folder
 from prefs.errors import UserError
-from prefs.folders import new_folder
 from prefs.results import files, terminal
 from prefs.results.html import Report, write_report
 from prefs.results.result import Result, joined

@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prefs.config import CONF, register, typed, with_options, with_prompts
+from prefs.config.folders import claiming_folders
 from prefs.config.keys import check_hydra_keys
 from prefs.config.words import check_words
 from prefs.errors import UserError, explain, one_line_errors
-from prefs.folders import claiming_folders
 from prefs.job import JobCounts, recorded
 from prefs.sweep import comparing_sweeps, name_suffix, sweep_name, swept
 

@@ -25,9 +25,9 @@ from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig
 
 from prefs.config import filled
+from prefs.config.folders import claiming_folders
 from prefs.config.limits import DEVICE, SHARE, TEMPERATURE, at_least, check_limits, limited
 from prefs.errors import ConfigError, UserError, one_line_errors
-from prefs.folders import claiming_folders
 from prefs.store.files import write_durably
 
 if TYPE_CHECKING:

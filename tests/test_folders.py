@@ -11,7 +11,7 @@ from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 from sweeps import environment, job
 
-from prefs.folders import BY_THE_SECOND, ClaimFolder, claiming_folders
+from prefs.config.folders import BY_THE_SECOND, ClaimFolder, claiming_folders
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:

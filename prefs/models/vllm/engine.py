@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from prefs.data.template import Invalid
