@@ -35,9 +35,9 @@ from prefs.models.local.grouping import (
 from prefs.models.local.memory import Halving
 from prefs.models.local.passes import Passes, State
 from prefs.models.local.residuals import Recorder
-from prefs.models.local.sharing import tried
 from prefs.models.local.steering import BatchSteering, check
 from prefs.models.local.token_stream import TokenStream, owners, token_texts
+from prefs.models.local.trial import tried
 from prefs.models.positions import POSITIONS, token_ranges
 from prefs.models.prompts import Prompt, Thought, chosen, encode_prompt, request_tokens, scored, shared_prefix
 from prefs.models.sampling import Stops

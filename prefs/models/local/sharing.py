@@ -8,31 +8,13 @@ not at all. What the config does not tell is tried out when the model is loaded.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from prefs.models.local.memory import out_of_memory
-
-if TYPE_CHECKING:
-    from prefs.models.local.passes import Passes, State
-
-log = logging.getLogger(__name__)
-
 Tokens = Sequence[int]
-
-# Of the trial: tokens of a row, of what then goes on, and how many more the row beside it has.
-START, MORE, LONGER = 6, 3, 5
-# The longest window that the trial passes; it would cost too much with others.
-REACH = 64
-# Steps of its dtype by which rounding may put a model's logits off, relative to their norm: about 5 for SmolLM2 in
-# bfloat16, while what cannot be shared puts them off by half of it.
-ROUNDING = 16
 
 
 @dataclass(frozen=True)
@@ -93,67 +75,3 @@ class Sharing:
         if not self.single:
             notes.append("so is every row for each token that is drawn")
         return "; ".join(notes) or None
-
-
-def tried(passes: Passes, config: Any, text: Tokens) -> Sharing:
-    """What may be shared, by the config and by a few short passes over the tokens of a text.
-
-    What differs from a whole pass over the row alone by more than rounding does, or cannot be run, is not shared.
-    """
-    known, passes.sharing = passes.sharing, Sharing()
-    _, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    windows = [option["sliding_window"] for option in options if option.get("sliding_window", REACH + 1) <= REACH]
-    length = max(START, *windows, 0) + MORE
-    row, beside = tuple(text[:length]), (text[0], *text[1 - length - LONGER :])
-    trial = _Trial(passes, (row, beside))
-    rows = trial.holds(trial.side_by_side)
-    if not rows:
-        trial = _Trial(passes, (row,))
-    gaps = known.gaps and rows and trial.holds(trial.going_on, MORE - 1, MORE)
-    several = gaps or trial.holds(trial.going_on, *[MORE] * len(trial.rows))
-    single = trial.holds(trial.going_on, *[1] * len(trial.rows))
-    return Sharing(rows, gaps, several, single, known.switch)
-
-
-class _Trial:
-    """Passes over rows, the first of which is held against a whole pass over it alone."""
-
-    def __init__(self, passes: Passes, rows: Sequence[tuple[int, ...]]):
-        self.rows = rows
-        self._passes = passes
-        self._whole = passes.start([rows[0]], cached=False, keep=len(rows[0]))[1][0]
-
-    def holds(self, error: Callable[..., float], *lengths: int) -> bool:
-        """Whether an error is one of rounding; it is not where the pass fails, being of a kind that a family lacks."""
-        try:
-            off = error(*lengths)
-        except Exception as failure:
-            if out_of_memory(failure):
-                raise
-            log.debug("%s%s fails: %s", error.__name__, lengths, failure)
-            return False
-        log.debug("%s%s is off by %.1e", error.__name__, lengths, off)
-        # What is not finite says nothing of how it came about.
-        return not off > max(1e-3, ROUNDING * torch.finfo(self._passes.dtype).eps)
-
-    def side_by_side(self) -> float:
-        """The error of rows beside each other."""
-        return self._error(self._begun[1][0], -MORE - START)
-
-    def going_on(self, *lengths: int) -> float:
-        """The error of rows that go on by so many tokens, in another order than they began in."""
-        more = [row[len(row) - MORE :][:length] for row, length in zip(self.rows, lengths, strict=True)]
-        order = self._passes.tensor(range(len(more))[::-1])
-        _, logits = self._passes.extend(self._begun[0].fork().select(order), more[::-1], keep=lengths[0])
-        return self._error(logits[-1], -MORE)
-
-    @cached_property
-    def _begun(self) -> tuple[State, torch.Tensor]:
-        return self._passes.start([row[:-MORE] for row in self.rows], keep=START)
-
-    def _error(self, logits: torch.Tensor, first: int) -> float:
-        """Of logits [tokens, vocabulary] of the first row from a token on: the norm of their error, relative to
-        their own."""
-        start = len(self._whole) + first
-        whole = self._whole[start : start + len(logits)].float()
-        return float((logits.float() - whole).norm() / (whole - whole.mean(dim=-1, keepdim=True)).norm())
