@@ -42,7 +42,7 @@ class CountingLocal(LocalEngine):
         self.passes = _CountingPasses(shape, counts, Sharing.of_config(config))
         self.device, self.recorder = self.passes.device, partial(_Unread, shape.d_model)
         self.decoder = _MakingUp(counts, self.encoder, self.passes)
-        self._halving, self._requests = Halving(spec.name), 0
+        self._halving, self._requests, self.proof = Halving(spec.name), 0, None
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         self.counts.role, before = role_of(requests[0]), self._requests  # of a stage, and so the same for all

@@ -34,6 +34,7 @@ from prefs.models.local.grouping import (
 )
 from prefs.models.local.memory import Halving
 from prefs.models.local.passes import Passes, State
+from prefs.models.local.proof import Proof
 from prefs.models.local.residuals import Recorder
 from prefs.models.local.steering import BatchSteering, check
 from prefs.models.local.token_stream import TokenStream, owners, token_texts
@@ -97,6 +98,7 @@ class LocalEngine:
         self.passes = Passes(bridge, pad, spec.name)
         self.decoder = Decoder(self.passes, self.encoder, stops)
         self.device, self.n_layers = self.passes.device, self.passes.n_layers
+        self.proof: Proof | None = Proof(self)
         self._halving = Halving(spec.name)
         self._requests = 0
 
@@ -127,6 +129,8 @@ class LocalEngine:
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         for request in requests:
             check(request.steering, self.n_layers, self.d_model)
+        if self.proof is not None:
+            self.proof.before(requests)
         kinds = {"complete": self._complete, "choose": self._choose, "doses": self._doses, "observe": self._observe}
         for group in grouped(requests):
             self._requests += group.count
@@ -326,7 +330,10 @@ class LocalEngine:
         replies = self._read(state, logits, batch)
         if recorder is None:
             return replies
-        return [replace(reply, residuals=own) for reply, own in zip(replies, recorder.vectors(), strict=True)]
+        vectors = recorder.vectors()
+        if self.proof is not None and capture is not None and reads_logits(request):
+            self.proof.rating(batch.conversations, capture, vectors, logits)
+        return [replace(reply, residuals=own) for reply, own in zip(replies, vectors, strict=True)]
 
     def _read(self, state: State, logits: torch.Tensor, batch: QuestionBatch) -> list[Reply]:
         """What a batch answers that has been run to the end of the question."""

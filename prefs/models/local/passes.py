@@ -152,6 +152,15 @@ class Passes:
         """Tokens that were drawn and then run, counted as those of prompts."""
         return round(self._ran_of_answers / self.n_layers)
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Passes in here, which nobody asked for, are not counted."""
+        counts = self._ran_of_prompts, self._ran_of_answers
+        try:
+            yield
+        finally:
+            self._ran_of_prompts, self._ran_of_answers = counts
+
     def nothing(self, rows: int, cached: bool = True) -> State:
         """The state of rows with no tokens yet; with a cache, so that it can be forked, or without."""
         empty = torch.zeros((rows, 0), dtype=torch.long, device=self.device)
