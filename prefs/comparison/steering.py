@@ -23,7 +23,9 @@ CONCEPT = "concept"
 # Vectors of the same norm that mean nothing.
 EMPTY = ("random", "shuffled")
 ESTIMATES = [
-    f"{name}{part}" for name in ("slope", "delta_minus", "delta_plus") for part in ("", "_low", "_high", "_reason")
+    f"{name}{part}"
+    for name in ("slope", "delta_minus", "delta_plus")
+    for part in ("", "_low", "_high", "_n", "_reason")
 ]
 WORDS = ("cell", "rater", "template", "completing", "rating", "vector", "control")
 NOTE = (
@@ -69,6 +71,11 @@ def steering(sweep: Sweep) -> Result | None:
         for count, (title, rows) in enumerate(curves)
     ]
     tables = (table("steering", slopes, "Slopes and changes", TABLE_NOTE),)
+    remarks += [
+        f"{row['cell']}: the slope along {row['vector']} at layer {row['layer']} is of {used(row)} tasks; the others"
+        " have no rating at some of its doses."
+        for row in slopes.loc[(slopes["control"] == CONCEPT) & (slopes["left_out"] > 0), :].to_dict("records")
+    ]
     return Result("Steering", NOTE, tables, (_view(slopes),), tuple(drawn), tuple(remarks))
 
 
