@@ -468,13 +468,13 @@ def test_what_a_server_does_not_do_is_one_line_before_anything_is_asked(changes,
 
 
 def test_a_score_is_the_probability_of_each_options_token(prefs_log):
-    # Some servers tell apart tokens that read the same; what else there is does not count.
+    # Some servers tell apart tokens that read the same; a blank before it changes nothing; what else there is is none.
     top = likeliest(("4", {"4": 0.5, "5": 0.25, "The": 0.125, " 4": 0.0625}))
     top["content"][0]["top_logprobs"].append({"token": "4", "logprob": float(np.log(0.03125))})
     with serving_engine(lambda asked: Say(chat("4", logprobs=top))) as (engine, server):
         (scored,) = scores(engine, "p")
         body = server.asked[0].body
-    assert scored.mass == pytest.approx((0, 0, 0, 0.53125, 0.25))
+    assert scored.mass == pytest.approx((0, 0, 0, 0.59375, 0.25))
     assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
     # At these, a server's probabilities are the model's whether it reports them before or after it applies them.
     assert (body["temperature"], body["top_p"]) == (1.0, 1.0)
