@@ -36,6 +36,9 @@ ENGINES = {
     "vllm": "prefs.models.vllm.engine.VllmEngine",
     "openai": "prefs.models.openai.engine.OpenAIEngine",
 }
+# Raised when answers and vectors of models from folders and hubs mean something else than those stored before. 2: text
+# is encoded whole, and answers end at what the chat template writes after a turn.
+RECORDS = 2
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
@@ -168,7 +171,7 @@ def model_folder(spec: ModelSpec) -> str:
 
 
 def identity(spec: ModelSpec) -> dict[str, Any]:
-    """What of a model goes into store keys: id, revision, precision, and how it thinks. Loads no weights.
+    """Which model it is: id, revision, precision, and how it thinks. Loads no weights.
 
     An embedded model is its package and hash, a hub model its name and commit, and a local folder a fingerprint of
     its files, so that a folder that is moved is the same model and one that is trained on is another. A served model
@@ -203,6 +206,12 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
     if Path(folder).is_dir():
         return {"id": "folder", "revision": _fingerprint(Path(folder)), **known}
     return {"id": spec.path, "revision": _commit(spec), **known}
+
+
+def recorded(spec: ModelSpec) -> dict[str, Any]:
+    """What of a model goes into store keys: its `identity`, and what its records mean. Raises as that does."""
+    changed = spec.backend != "openai" and not spec.path.startswith(EMBEDDED)
+    return {**identity(spec), **({"records": RECORDS} if changed else {})}
 
 
 def _fingerprint(folder: Path) -> str:

@@ -16,7 +16,7 @@ from hydra.utils import get_method
 from prefs.config import JudgeConfig
 from prefs.data.template import Invalid
 from prefs.job import StageCounts
-from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.loading import Models, ModelSpec, recorded
 from prefs.models.types import Question, Reply, Request, as_dicts
 from prefs.stages.records import Completion
 from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
@@ -84,7 +84,7 @@ def judged_by_llm(config: JudgeConfig, completions: Sequence[Completion], *, sto
     assert config.model is not None
     spec = ModelSpec.from_config(config.model)
     options = (config.refusal, config.compliance)
-    table = store.table("verdicts", {"model": identity(spec), "options": list(options)}, VERDICTS)
+    table = store.table("verdicts", {"model": recorded(spec), "options": list(options)}, VERDICTS)
     kept = ReplyTable(table, "choice", _verdict)
     units: dict[int, Unit] = {}
     for row, completion in enumerate(completions):

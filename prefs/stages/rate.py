@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
-from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.loading import Models, ModelSpec, recorded
 from prefs.models.types import Capture, Conversation, Message, Question, Request, Sampling, as_dicts
 from prefs.stages.records import (
     Answer,
@@ -82,7 +82,7 @@ def rate(
         if completion.text is not None
     }
     messages = {row: as_dicts(conversed) for row, conversed in turns.items()}
-    spec = {"model": identity(rater), "dtype": dtype}
+    spec = {"model": recorded(rater), "dtype": dtype}
     # The vectors at positions that lie before any question.
     early = capture and replace(capture, positions=tuple(name for name in capture.positions if name != "rating"))
     positions = {

@@ -68,10 +68,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Output:
-    """Tokens drawn, those that stop among them; whether these ended them; log-probabilities of the first.
-
-    ``cached`` tokens of the prompt had been run before.
-    """
+    """Tokens drawn, those that stop among them; whether these ended them; log-probabilities of the first; and how many
+    tokens of the prompt had been run before."""
 
     ids: tuple[int, ...]
     stopped: bool
