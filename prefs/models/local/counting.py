@@ -57,7 +57,7 @@ class CountingLocal(LocalEngine):
 class _CountingPasses(Passes):
     """Runs nothing. A pass counts as its share of the blocks; its residual stream and its logits have no numbers."""
 
-    shares_blocks = True  # pyright: ignore[reportAssignmentType]
+    _begins_above = True  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, shape: Architecture, counts: Counts, sharing: Sharing):
         self.device, self.n_layers, self.sharing = torch.device("cpu"), shape.layers, sharing
