@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from batches import pool, thinking, worst_of_batches
 from families import errors
 from zoo import FAMILIES, zoo_model
 
+from prefs.errors import UserError
 from prefs.models.loading import Models
 from prefs.models.local.engine import LocalEngine
+from prefs.models.local.residuals import Recorder
 
 # By default: windows, a state that takes up padding and is gone on from token by token, positions that change.
 SAMPLE = ("gemma3_text", "jamba", "phi3_longrope")
@@ -31,3 +34,10 @@ def test_a_row_does_not_depend_on_the_batch_it_is_in(tmp_path, thinks):
     assert worst.padding > 32
     assert worst.texts == 0
     assert max(worst.scores, worst.vectors) < ROUNDING
+
+
+def test_several_residual_streams_are_refused_in_one_line():
+    """DeepSeek-V4's blocks hand over four."""
+    ((_, keep),) = Recorder([0], [{"rating": (0, 1)}], [1], stops=False).hooks()
+    with pytest.raises(UserError, match="4 residual streams, which can be neither captured nor steered; .*capture=none"):
+        keep(torch.zeros(1, 1, 4, 8), None)
