@@ -36,8 +36,7 @@ class CountingLocal(LocalEngine):
         self.spec, self.counts = spec, counts
         self.encoder = ChatEncoder(tokenizer_of(spec), spec.chat_template_kwargs, spec.thinking)
         self.d_model, self.n_layers, self.max_context = shape.d_model, shape.layers, spec.max_context or shape.context
-        config = AutoConfig.from_pretrained(model_folder(spec), revision=spec.revision, trust_remote_code=False)
-        self.passes = _CountingPasses(shape, counts, Sharing.of_config(config))
+        self.passes = _CountingPasses(shape, counts, _sharing(spec))
         self.device, self.recorder = self.passes.device, partial(_Unread, shape.d_model)
         self.decoder = _MakingUp(counts, self.encoder, self.passes)
         self._halving, self._requests = Halving(spec.name), 0
@@ -52,6 +51,16 @@ class CountingLocal(LocalEngine):
 
     def close(self) -> None:
         pass
+
+
+def _sharing(spec: ModelSpec) -> Sharing:
+    """What passes may share by the config, which `architecture` has brought here; all, of a family that is not known.
+    What is only found out with the weights is not counted."""
+    try:
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        return Sharing.of_config(AutoConfig.from_pretrained(model_folder(spec), revision=spec.revision, **options))
+    except (OSError, ValueError, KeyError):
+        return Sharing()
 
 
 class _CountingPasses(Passes):
