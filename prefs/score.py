@@ -83,12 +83,7 @@ def main() -> None:
 
     with one_line(), claiming_folders():
         sys.argv[1:] = literal(sys.argv[1:])
-        try:
-            hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="score")(job)()
-        except OSError as error:  # of Hydra, which makes the folder `out`
-            if error.filename is None or wants_traceback:
-                raise
-            raise UserError(f"{error.filename}: {error.strerror}") from error
+        hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="score")(job)()
 
 
 def literal(arguments: Sequence[str]) -> list[str]:

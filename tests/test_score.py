@@ -314,7 +314,7 @@ def test_the_command(folder):
             "prefs: no probe in none: give a folder with probe.json",
             marks=pytest.mark.slow,  # after torch is loaded
         ),
-        (["probe=none", "text=Hi", "out=file/below"], "prefs: file/below: Not a directory"),
+        (["probe=none", "text=Hi", "out=file/below"], "prefs: out: cannot write to file/below: Not a directory"),
         (["probe=none", "text=Hi", "max_new_tokens=0"], "prefs: max_new_tokens: got 0; allowed: 1 or more"),
     ],
 )
