@@ -92,7 +92,8 @@ def why(config: Config) -> list[Missing]:
     config = anywhere(_resolved(config))
     asked, now = _plain(config), made_with(config, Roles.of(config), job_tasks(config))
     served = remembered(Store(store_root(config.store.dir)))
-    nearest = sorted((_differences(now["config"], content["config"]) for content in served), key=len)[:MOST_TRIED]
+    differing = [_differences(now["config"], content["config"]) for content in served]
+    nearest = sorted((fields for fields in differing if all(one.path for one in fields)), key=len)[:MOST_TRIED]
     counts = cache(partial(_counts, json.dumps(asked)))
     told = []
     for kind, (_, missing) in counts((), whole=True).items():
@@ -231,8 +232,7 @@ def why_result(told: Sequence[Missing], config: Config) -> Result:
     rows = []
     for one in told:
         begin = [one.kind, f"{one.count:,}", f"{one.stored:,}" if one.differences else MISSING]
-        fields = [f"{_name(d.path)}={_short(d.stored)}, not {_short(d.asked)}" for d in one.differences or ()]
-        for number, text in enumerate(fields or [MISSING]):
+        for number, text in enumerate([_told(difference) for difference in one.differences or ()] or [MISSING]):
             rows.append([*(["", "", ""] if number else begin), text])
     remarks = []
     if not told:
@@ -249,12 +249,14 @@ def why_result(told: Sequence[Missing], config: Config) -> Result:
     )
 
 
-def _name(path: tuple[str, ...]) -> str:
-    """A field's key; of what a config only names, what it is."""
-    whole = ".".join(path)
-    if path[0] == "models":
-        return f"files of {whole.removeprefix('models.')}"
-    return "tasks of dataset" if path[0] == "tasks" else whole.removeprefix("config.")
+def _told(difference: Difference) -> str:
+    """A field's key and its two values; of what a config only names, what that is, and the beginnings of digests."""
+    group, *names = difference.path
+    key, values = ".".join(difference.path), [_short(value) for value in (difference.stored, difference.asked)]
+    if group in ("models", "tasks"):
+        key = f"files of {'.'.join(names)}" if names else "tasks of dataset"
+        values = [value[:8] for value in values]
+    return f"{key.removeprefix('config.')}={values[0]}, not {values[1]}"
 
 
 def _short(value: Any) -> str:
