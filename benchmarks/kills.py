@@ -52,17 +52,13 @@ from prefs.pipeline import RunFolder, run_job
 from prefs.results import files
 from prefs.store import leases
 
-JOB = [
-    *("dataset.limit=16", "completer.max_new_tokens=6", "rating.seeds=[0,1]", "rating.max_new_tokens=3"),
-    *("capture.layers=[0,1]", "model.batch_tokens=900", "template=[likert]", "model.dtype=float32"),
-    *(
-        "probe.folds=3",
-        "probe.penalties=[1,100]",
-        "probe.controls.permutations=2",
-        "probe.controls.random_directions=2",
-    ),
-    *("probe.controls.texts=false", "stats.bootstrap=20", "wandb.mode=disabled", "model=hf"),
-]
+JOB = (
+    *("dataset.limit=12", "completer.max_new_tokens=4", "rating.seeds=[0]", "rating.max_new_tokens=2"),
+    *("template=[likert]", "capture.layers=[1]", "capture.positions=[rating]", "probe.positions=[rating]"),
+    *("model=hf", "model.batch_tokens=900", "model.dtype=float32", "stats.bootstrap=20", "wandb.mode=disabled"),
+    *("probe.folds=3", "probe.penalties=[1,100]", "probe.controls.texts=false"),
+    *("probe.controls.permutations=2", "probe.controls.random_directions=2"),
+)
 KINDS = ("kill", "torn part", "full disk", "no locks")
 AGAIN = 0.5
 ROOM, MORE_ROOM = "128k", "64m"
@@ -82,15 +78,17 @@ class Counts:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    drawn, counts = random.Random(given.seed), {kind: Counts() for kind in KINDS}
+    drawn, counts = random.Random(given.seed), {kind: Counts() for kind in given.kinds}
     with tempfile.TemporaryDirectory(prefix="prefs-kills-") as name:
         job = Job.prepared(Path(name))
-        for number in range(given.trials):
-            kind = KINDS[number % len(KINDS)]
-            _trial(kind, job, Path(name) / str(number), drawn, counts[kind])
-            print(f"{number + 1} of {given.trials}", end="\r", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C tells what there is
+            for number in range(given.trials):
+                kind = given.kinds[number % len(given.kinds)]
+                _trial(kind, job, Path(name) / str(number), drawn, counts[kind])
+                print(f"{number + 1} of {given.trials}", end="\r", file=sys.stderr)
     print(f"A job that nobody kills takes {job.whole_s:.1f} s and writes {job.parts} parts.\n")
     print("| trial | trials | kills | most in a row | tables that differ |\n|---|---|---|---|---|")
     for kind, count in counts.items():
