@@ -14,8 +14,9 @@ from rich.console import Console
 from prefs.config import Config, typed
 from prefs.job import JobCounts
 from prefs.models.types import Reply, Request
-from prefs.plan.why import MadeUp, Missing, made_with, why, why_result
+from prefs.plan.why import MadeUp, Missing, why, why_result
 from prefs.results.terminal import show
+from prefs.stages.made_with import made_with
 from prefs.stages.measure import Roles, job_tasks, measure, sites
 from prefs.store.configs import FOLDER, remember
 from prefs.store.table import Store
