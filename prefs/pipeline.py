@@ -14,7 +14,6 @@ from hydra.utils import instantiate
 from prefs.config import Config
 from prefs.job import JobCounts
 from prefs.models.loading import Models, identity, served_nearby
-from prefs.plan.why import made_with, why, why_result
 from prefs.probes.outcome import AUC
 from prefs.results.answers import answers, completions
 from prefs.results.distribution import cell_distribution
@@ -28,6 +27,7 @@ from prefs.results.wandb import tracker
 from prefs.stages.concept import compare_concepts, extract_concepts
 from prefs.stages.context import CellContext, JobContext, RunFolder, Stage
 from prefs.stages.dose_response import steer_cell
+from prefs.stages.made_with import made_with
 from prefs.stages.measure import Roles, job_tasks, measure, sites
 from prefs.stages.probe import ProbeReport, Subject, features_digest, probe, probe_result
 from prefs.stages.records import Residuals
@@ -55,6 +55,8 @@ def run_job(
         show(console(), planned, title=planned.title)
         return
     if config.why:
+        from prefs.plan.why import why, why_result
+
         told = why_result(why(config), config)
         show(console(), told, title=told.title)
         return
@@ -63,9 +65,9 @@ def run_job(
     roles = Roles.of(config)
     models.check(roles.specs)
     captured = sites(config, roles.rater)
-    remember(store, made_with(config, roles, tasks))
     config = replace(config, probe=replace(config.probe, layers=list(captured.probed)))
     models.keep_only(roles.specs)
+    remember(store, made_with(config, roles, tasks))
     job = JobContext(config, plain_config, folder.path, tasks, roles, config.template, captured, store, models, counts)
     with job.noting_usage():
         results = _run(job, config, by_cell=False)

@@ -289,9 +289,9 @@ def test_digits_are_tokens_of_their_own_even_after_blanks(tokenizer):
 
 
 @pytest.mark.slow
-def test_ten_megabytes(encoders):
-    encoded = encoders["smollm2"].encode([Message("user", "word <|im_end|> " * 640_000)], answer="")
-    assert len(encoded.ids) > 1_000_000
+def test_two_megabytes(encoders):
+    encoded = encoders["smollm2"].encode([Message("user", "word <|im_end|> " * 128_000)], answer="")
+    assert len(encoded.ids) > 200_000
     assert [token for token in encoded.ids if token < 17] == [1, 2, 1, 2, 1]
 
 

@@ -39,9 +39,10 @@ def test_the_examples_run_as_they_stand(tmp_path):
         path.write_text(text)
     (tmp_path / "driver.py").write_text(DRIVER.format(line=python[4].strip()))
     overrides = ("+experiment=smoke", "dataset.limit=8", "probe=sign_difference", "judge=length", "hydra.run.dir=run")
+    few = ("completer.max_new_tokens=8", "rating.seeds=[0]", "stats.bootstrap=20")
     positions = ("capture.positions=[middle_completion,rating]", "probe.positions=null", "capture.layers=[10,20]")
     done = subprocess.run(
-        [sys.executable, "driver.py", "--config-dir", "my_conf", *overrides, *positions],
+        [sys.executable, "driver.py", "--config-dir", "my_conf", *overrides, *few, *positions],
         cwd=tmp_path,
         env={**os.environ, "PREFS_STORE": str(tmp_path / "store"), "WANDB_MODE": "disabled"},
         capture_output=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from enum import Enum
 from functools import cache, partial
 from typing import Any, get_args, get_origin, get_type_hints
@@ -17,22 +17,20 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from rich.table import Column
 
-from prefs.config import Config, ModelDType
-from prefs.data.task import Task
+from prefs.config import Config
 from prefs.errors import UserError
-from prefs.models.loading import SERVED, Models, ModelSpec, identity
+from prefs.models.loading import Models, ModelSpec
 from prefs.models.types import Reply, Request, Sample, Score, Usage, as_dicts
 from prefs.plan import anywhere, kind_of, run_stages
 from prefs.results.result import Result, View
 from prefs.results.terminal import MISSING
+from prefs.stages.made_with import made_with, plain, resolved
 from prefs.stages.measure import Roles, job_tasks, sites
 from prefs.store.configs import remembered
 from prefs.store.keys import digest
 from prefs.store.planned import PlannedStore
 from prefs.store.table import Store, store_root
 
-# What determines the records that models are asked for.
-DETERMINING = ("model", "completer", "template", "dataset", "rating", "judge", "capture", "concept", "steering")
 # Of the configs that a store has served, so many of the nearest are tried.
 MOST_TRIED = 16
 ENOUGH_TASKS = 32
@@ -71,16 +69,6 @@ class Missing:
     differences: tuple[Difference, ...] | None
 
 
-def made_with(config: Config, roles: Roles, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What `prefs.store.configs` keeps of a job: its config, and which models and tasks that meant."""
-    specs = {"model": roles.rater, "completer.model": roles.completer, "judge.model": roles.judge}
-    return {
-        "config": {name: part for name, part in _plain(_resolved(config)).items() if name in DETERMINING},
-        "models": {role: identity(spec)["revision"] for role, spec in specs.items() if spec is not None},
-        "tasks": digest([asdict(task) for task in tasks]),
-    }
-
-
 def why(config: Config) -> list[Missing]:
     """What is missing in the store, by kind of record, and what differs. Nothing is loaded, and nothing written.
 
@@ -89,10 +77,11 @@ def why(config: Config) -> list[Missing]:
     UserError
         For what would stop the run before it asks a model.
     """
-    config = anywhere(_resolved(config))
-    asked, now = _plain(config), made_with(config, Roles.of(config), job_tasks(config))
+    config = anywhere(resolved(config))
+    asked, now = plain(config), made_with(config, Roles.of(config), job_tasks(config))
     served = remembered(Store(store_root(config.store.dir)))
-    nearest = sorted((_differences(now["config"], content["config"]) for content in served), key=len)[:MOST_TRIED]
+    differing = [_differences(now["config"], content["config"]) for content in served]
+    nearest = sorted((fields for fields in differing if all(one.path for one in fields)), key=len)[:MOST_TRIED]
     counts = cache(partial(_counts, json.dumps(asked)))
     told = []
     for kind, (_, missing) in counts((), whole=True).items():
@@ -128,22 +117,6 @@ def _fewest(
     return differences
 
 
-def _resolved(config: Config) -> Config:
-    """A config whose models have the precision that they get on this machine, as records have."""
-
-    def resolved(role: Any) -> Any:
-        if role.model is None:
-            return role
-        dtype = ModelSpec.from_config(role.model).dtype
-        return role if dtype == SERVED else replace(role, model=replace(role.model, dtype=ModelDType(dtype)))
-
-    return replace(resolved(config), completer=resolved(config.completer), judge=resolved(config.judge))
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(config), default=lambda member: member.name))
-
-
 def _built(kind: Any, plain: Any) -> Any:
     """A value of a structured config's type from its plain form."""
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(plain, dict):
@@ -170,15 +143,15 @@ def _counts(asked: str, differences: tuple[Difference, ...], *, whole: bool = Fa
 
     None where these values cannot be together, or are of a version of the program that has other fields.
     """
-    plain = json.loads(asked)
+    changed = json.loads(asked)
     for difference in differences:
         *groups, name = difference.path
-        part = plain
+        part = changed
         for group in groups:
             part = part[group]
         part[name] = difference.stored
     try:
-        config = _built(Config, plain)
+        config = _built(Config, changed)
         tasks, roles = job_tasks(config), Roles.of(config)
         captured = sites(config, roles.rater)
     except (UserError, TypeError, KeyError):
@@ -231,8 +204,7 @@ def why_result(told: Sequence[Missing], config: Config) -> Result:
     rows = []
     for one in told:
         begin = [one.kind, f"{one.count:,}", f"{one.stored:,}" if one.differences else MISSING]
-        fields = [f"{_name(d.path)}={_short(d.stored)}, not {_short(d.asked)}" for d in one.differences or ()]
-        for number, text in enumerate(fields or [MISSING]):
+        for number, text in enumerate([_told(difference) for difference in one.differences or ()] or [MISSING]):
             rows.append([*(["", "", ""] if number else begin), text])
     remarks = []
     if not told:
@@ -249,12 +221,14 @@ def why_result(told: Sequence[Missing], config: Config) -> Result:
     )
 
 
-def _name(path: tuple[str, ...]) -> str:
-    """A field's key; of what a config only names, what it is."""
-    whole = ".".join(path)
-    if path[0] == "models":
-        return f"files of {whole.removeprefix('models.')}"
-    return "tasks of dataset" if path[0] == "tasks" else whole.removeprefix("config.")
+def _told(difference: Difference) -> str:
+    """A field's key and its two values; of what a config only names, what that is, and the beginnings of digests."""
+    group, *names = difference.path
+    key, values = ".".join(difference.path), [_short(value) for value in (difference.stored, difference.asked)]
+    if group in ("models", "tasks"):
+        key = f"files of {'.'.join(names)}" if names else "tasks of dataset"
+        values = [value[:8] for value in values]
+    return f"{key.removeprefix('config.')}={values[0]}, not {values[1]}"
 
 
 def _short(value: Any) -> str:
