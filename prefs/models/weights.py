@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # What wrappers put into the names of what they wrap, and is not there when it is loaded: torch.compile and FSDP at any
 # place, PEFT (merged weights, saved with the wrapper on) and DDP at the beginning.
 WRAPPERS = {
-    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": r"\1",
+    r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": r"\1",
     r"^base_model\.model\.": "",
     r"^module\.": "",
 }
