@@ -20,6 +20,7 @@ from prefs.models.architecture import architecture, context_length, written_cont
 from prefs.models.loading import Models, ModelSpec
 from prefs.models.local import bridge as local_bridge
 from prefs.models.local.bridge import load_bridge
+from prefs.models.vllm.engine import VllmEngine
 from prefs.models.weights import check_file
 
 FEW = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
@@ -69,7 +70,11 @@ def more(**shapes: tuple[int, ...]):
 def lora(weights):
     """As PEFT names them before they are merged."""
     inside = {re.sub(r"(q_proj|v_proj)\.weight", r"\1.base_layer.weight", name): t for name, t in weights.items()}
-    pairs = {name.replace("base_layer", "lora_A.default"): t[:2] for name, t in inside.items() if "base_layer" in name}
+    pairs = {
+        name.replace("base_layer", "lora_A.default"): t[:2].clone()
+        for name, t in inside.items()
+        if "base_layer" in name
+    }
     return {f"base_model.model.{name}": tensor for name, tensor in (inside | pairs).items()}
 
 
@@ -102,8 +107,8 @@ LACKING = {
     ),
     "one norm": (without(r"^model\.norm"), "lack model.norm.weight, which"),
     "the output layer": (without("lm_head"), "lack lm_head.weight, which"),
-    "unknown prefix": (named("my.{}".format), "lack .* 44 more, which .* there are my.lm_head.weight, .* and 44 more"),
-    "an unmerged adapter": (lora, r"lack .*k_proj|lack .*q_proj.weight.*lora_A.default"),
+    "unknown prefix": (named("my.{}".format), "lack .* 45 more, which .* there are my.lm_head.weight, .* and 45 more"),
+    "an unmerged adapter": (lora, r"lack .*q_proj.weight, .* there are .*lora_A.default"),
     "both with and without a wrapper": (
         lambda weights: weights | {f"_orig_mod.{name}": t + 1 for name, t in weights.items()},
         "have .* twice, once in a wrapper",
@@ -128,9 +133,9 @@ def test_weights_of_another_model_are_refused_by_what_was_loaded_and_by_the_head
     with pytest.raises(UserError, match=f"^model.path: .*{message}") as caught:
         load_bridge(spec, spec.path)
     assert "\n" not in str(caught.value)
-    if "wrapper" not in why:
+    if "wrapper" not in why and "adapter" not in why:  # whose names only the first of them reads
         with pytest.raises(UserError) as by_header:
-            check_file(spec.path, None)
+            VllmEngine.load(spec, spec.path)
         assert str(by_header.value) == str(caught.value)
 
 
@@ -166,7 +171,7 @@ def test_a_model_in_several_files_that_also_sees_is_whole(tmp_path):
         Models().get(spec)
     (tmp_path / "model.safetensors").unlink()
     next(tmp_path.glob("*.safetensors")).unlink()
-    with pytest.raises(UserError, match=r"cannot load tiny-gemma3 .*model-0000"):
+    with pytest.raises(UserError, match=r"has no model-0000"):
         Models().get(spec)
 
 
@@ -189,7 +194,7 @@ QUANTISED = {
     "compressed-tensors": ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
     "hqq": ({"quant_method": "hqq"}, "hqq"),
     "torchao": ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "torchao"),
-    "unknown": ({"quant_method": "mine"}, "mine"),
+    "unknown": ({"quant_method": "mine"}, "is quantised by mine, which transformers does not know"),
 }
 
 
@@ -197,7 +202,7 @@ QUANTISED = {
 def test_a_quantised_model_without_its_package_says_what_is_missing(tiny, tmp_path, method):
     quantization, names = QUANTISED[method]
     spec = with_config(tiny, tmp_path / "quantised", quantization_config=quantization)
-    with pytest.raises(UserError, match=f"cannot load tiny-llama from .*({names})") as caught:
+    with pytest.raises(UserError, match=f"({names})") as caught:
         load_bridge(spec, spec.path)
     assert "\n" not in str(caught.value)
 
@@ -247,6 +252,8 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_embeddings(tiny, tmp_path
     tokenizer.save_pretrained(spec.path)
     with pytest.raises(UserError, match=r"writes <\|user\|>, <\|end\|>, with ids up to 49154, and .* 49,152 embed"):
         Models().get(spec)
+    with pytest.raises(UserError, match=r"writes <\|user\|>"):
+        VllmEngine.load(spec, spec.path)
 
 
 CONTEXTS = {

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # What wrappers put into the names of what they wrap, and is not there when it is loaded: torch.compile and FSDP at any
 # place, PEFT (merged weights, saved with the wrapper on) and DDP at the beginning.
 WRAPPERS = {
-    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": r"\1",
+    r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+": r"\1",
     r"^base_model\.model\.": "",
     r"^module\.": "",
 }
@@ -73,8 +73,14 @@ def check_loaded(report: Mapping[str, Any], model: nn.Module, path: str) -> None
     Raises
     ------
     UserError
-        If a parameter is missing, has another size, or goes with others that the model has no place for.
+        If a parameter is missing, has another size, or goes with others that the model has no place for; or if they
+        are quantised in a way that nobody here reads.
     """
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    quantised = hasattr(model, "hf_quantizer")
+    if quantization is not None and not quantised:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(f"model.path: {path} is quantised by {method}, which transformers does not know")
     unexpected = sorted(report["unexpected_keys"])
     if missing := sorted(report["missing_keys"]):
         beside = f"; instead there are {_some(unexpected)}" if unexpected else ""
@@ -86,7 +92,7 @@ def check_loaded(report: Mapping[str, Any], model: nn.Module, path: str) -> None
             f" {list(in_model)}" + (f"; so are {len(other_sizes) - 1} more" if other_sizes[1:] else "")
         )
     modules = dict(model.named_modules())
-    if (stray := [name for name in unexpected if _goes_with(name, modules)]) and not hasattr(model, "hf_quantizer"):
+    if (stray := [name for name in unexpected if _goes_with(name, modules)]) and not quantised:
         raise UserError(
             f"model.path: the weights in {path} have {_some(stray)}, for which the model that config.json describes has"
             " no place: the two do not fit together"

@@ -103,7 +103,7 @@ def wrap(model: Any, tokenizer: Any, spec: ModelSpec, path: str) -> Any:
         with contextlib.suppress(ValueError):  # a family without it
             model.set_attn_implementation("sdpa")
     with explained(f"{spec.name} does not run here"), torch.inference_mode():
-        bridge(torch.zeros((1, 2), dtype=torch.long, device=device), return_type="logits")
+        bridge(torch.zeros((1, 2), dtype=torch.long, device=device), use_cache=False, return_type="logits")
     return bridge
 
 
