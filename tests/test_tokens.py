@@ -108,7 +108,6 @@ MAKES = {
     "metaspace, never": lambda: tokenizer_of(sentencepiece("never"), lstrip=True),
     "unigram, first": lambda: tokenizer_of(sentencepiece("first", unigram=True), rstrip=True),
     "dummy prefix": lambda: tokenizer_of(sentencepiece()),
-    "dummy prefix, normalized": lambda: tokenizer_of(sentencepiece(), normalized=True),
     "lower case, normalized": lambda: tokenizer_of(word_piece(), normalized=True),
 }
 
@@ -188,12 +187,21 @@ def test_spans_hold_the_tokens_that_end_in_their_text(encoders):
             assert list(range(start, end)) == inside != []
 
 
+SHOUTED = PHI3.replace("m['content']", "m['content'] | upper")
+
+
 @pytest.mark.parametrize(
-    ("template", "flags"), [(PHI3.replace("m['content']", "m['content'] | upper"), {}), (PHI3, {"single_word": True})]
+    "make",
+    [
+        lambda: tokenizer_of(byte_level(), SHOUTED),
+        # Whether these find the control tokens at all depends on what stands beside them.
+        lambda: tokenizer_of(byte_level(), single_word=True),
+        lambda: tokenizer_of(sentencepiece(), normalized=True),
+    ],
 )
-def test_a_tokenizer_that_transformers_gets_other_ids_from_is_refused(template, flags):
+def test_a_tokenizer_that_transformers_gets_other_ids_from_is_refused(make):
     with pytest.raises(UserError, match=r"tokens than transformers' apply_chat_template makes.*: token \d+ .* for \["):
-        ChatEncoder(tokenizer_of(byte_level(), template, **flags))
+        ChatEncoder(make())
 
 
 HARMONY = """{% for m in messages %}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}

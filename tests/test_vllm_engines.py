@@ -83,6 +83,15 @@ def test_scores_samples_and_choices_equal_those_of_transformer_lens(tiny):
         observe(engine, CONVERSATIONS, [None], capture=Capture((0,), ("last_prompt",)))
 
 
+def test_an_answer_is_cut_at_the_text_that_ends_a_turn(tiny):
+    make, _ = tiny
+    engine, greedy, prompts = make(), Sampling(0.0, 1.0, 12), [row[:1] for row in CONVERSATIONS]
+    texts = [sample.text for sample in complete(engine, prompts, 0, greedy)]
+    end = texts[0][len(texts[0]) // 2 :][:3]
+    engine._stops = dataclasses.replace(engine._stops, text=end)
+    assert [sample.text for sample in complete(engine, prompts, 0, greedy)] == [t.partition(end)[0] for t in texts]
+
+
 def test_requests_that_were_answered_before_the_workers_died_are_given(tiny):
     make, _ = tiny
     requests = [Request(row, QUESTIONS[0], Sampling(0.0, 1.0, 1), seeds=(0,)) for row in CONVERSATIONS]

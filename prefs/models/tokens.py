@@ -33,12 +33,15 @@ if TYPE_CHECKING:  # it takes a second, and a job that finds everything in the s
 # The variable that turns thinking off in chat templates that know it (Qwen3's, SmolLM3's, GLM's).
 THINKING_SWITCH = "enable_thinking"
 
-# What tokenizers and templates treat in ways of their own: blanks at the borders of texts, digits, scripts, emoji.
+# What tokenizers and templates treat in ways of their own: digits, scripts, emoji; and texts with blanks at their
+# borders, and with none, by either role.
 PROBE = (
     Message("system", " Be brief: 3 lines.\n"),
     Message("user", "\n  What is 12,345.67 × 8 − 0.5?\n\n\tif x == 1:  # naïve\n\t\tpass\r\n 你好, мир 🙂👩‍🚀!  "),
     Message("assistant", "  It's 98,764.86…\n\n\n- one\n-  two\n"),
-    Message("user", " Why?\t"),
+    Message("user", "Why"),
+    Message("assistant", "Because"),
+    Message("user", " Rate it: 1\t"),
 )
 
 
@@ -101,7 +104,7 @@ class ChatEncoder:
 
         A conversation that the template refuses is none that could be got wrong.
         """
-        for turns in (PROBE, PROBE[1:], PROBE[1:2]):
+        for turns in (PROBE, PROBE[1:], PROBE[1:2], PROBE[3:4]):
             try:
                 ours = self.encode(turns, answer="").ids
             except UserError:
