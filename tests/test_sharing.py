@@ -9,6 +9,7 @@ from engine_calls import observe
 from families import QUESTION, SAMPLING
 from zoo import family, zoo_model
 
+from prefs.errors import UserError
 from prefs.models.loading import Models
 from prefs.models.local.engine import LocalEngine
 from prefs.models.local.sharing import Sharing
@@ -25,7 +26,7 @@ from prefs.models.types import Capture
         ("qwen3_5_text", Sharing(gaps=False)),
         ("llama4_text", Sharing(gaps=False)),
         ("phi3_longrope", Sharing(switch=64)),
-        ("glm_moe_dsa", Sharing(gaps=False, switch=16, indexed=True)),
+        ("glm_moe_dsa", Sharing(gaps=False, switch=512, indexed=True)),
     ],
 )
 def test_what_a_config_tells(name, sharing):
@@ -46,7 +47,6 @@ def test_what_a_config_tells(name, sharing):
         (Sharing(switch=8), [3, 5], [1, 3], True),
         (Sharing(switch=8), [3, 5], [1, 4], False),
         (Sharing(switch=8), [9, 9], [1, 4], True),
-        (Sharing(switch=8, indexed=True), [9, 9], [1, 1], False),
     ],
 )
 def test_where_a_pass_goes_on_from_what_was_kept(sharing, done, rows, goes_on):
@@ -105,6 +105,12 @@ def test_a_family_that_cannot_share_is_told_and_run_right(llama, monkeypatch, pr
         assert reply.samples == right.samples
         assert reply.scores[0].mass == pytest.approx(right.scores[0].mass, rel=1e-4)
         torch.testing.assert_close(reply.residuals["rating"], right.residuals["rating"], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_beyond_which_a_family_is_not_causal_are_refused(llama, monkeypatch):
+    monkeypatch.setattr(llama.passes, "sharing", Sharing(switch=50, indexed=True))
+    with pytest.raises(UserError, match=r"over 50 tokens, .* later ones; give model\.max_context=50"):
+        observe(llama, pool(4, seed=3), [QUESTION])
 
 
 def test_the_trial_is_not_counted_as_spent(llama):

@@ -196,7 +196,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **EXPERTS,
         **MLA,
         "num_key_value_heads": 4,
-        "index_topk": 16,
+        "index_topk": 512,
         "index_head_dim": 16,
         "index_n_heads": 2,
     },

@@ -150,12 +150,24 @@ class LocalEngine:
         return [rows for rows in [together, *([row] for row in alone)] if rows]
 
     def _alone(self, row: Row) -> bool:
-        """Whether a row is run alone: with all that may be drawn after it."""
+        """Whether a row is run alone: with all that may be drawn after it.
+
+        Raises
+        ------
+        UserError
+            If it is too long for what the family computes to be right.
+        """
         sharing = self.passes.sharing
         if sharing.switch is None:
             return not sharing.rows
         drawn = [request.sampling.max_new_tokens if request.sampling else 0 for request in row.requests.values()]
-        return not sharing.rows or max(map(self.tokens, row.requests.values())) + max(drawn) > sharing.switch
+        over = max(map(self.tokens, row.requests.values())) + max(drawn) > sharing.switch
+        if over and sharing.indexed:
+            raise UserError(
+                f"{self.spec.name}: in conversations of over {sharing.switch:,} tokens, tokens of this family would see"
+                f" later ones; give model.max_context={sharing.switch}, so that such are left out as too long"
+            )
+        return over or not sharing.rows
 
     def usage(self) -> Usage:
         return Usage(self._requests, self.passes.prompt_tokens, self.passes.drawn_tokens)

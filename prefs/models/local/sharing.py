@@ -32,8 +32,8 @@ class Sharing:
     switch
         Rows of more tokens than this have other positions (longrope): they are run alone, and no pass goes on across.
     indexed
-        Whether they choose what they attend to instead (DeepSeek's sparse attention): then no pass goes on beyond,
-        where transformers 5.19 chooses otherwise than in a whole pass.
+        Whether they choose what they attend to instead (DeepSeek's sparse attention), where transformers 5.19 lets them
+        see later tokens: they cannot be run.
     """
 
     rows: bool = True
@@ -63,7 +63,7 @@ class Sharing:
         width = max(map(len, rows))
         gap = any(before and len(row) < width for before, row in zip(done, rows, strict=True))
         ends = [len(before) + len(row) for before, row in zip(done, rows, strict=True)]
-        crosses = self.switch is not None and max(ends) > self.switch >= (0 if self.indexed else max(map(len, done)))
+        crosses = self.switch is not None and max(map(len, done)) <= self.switch < max(ends)
         return (self.several if width > 1 else self.single) and (self.gaps or not gap) and not crosses
 
     def note(self) -> str | None:
