@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import TEMPLATES, template
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefs.data.template import Invalid, Option, Reading, Template
@@ -159,6 +159,7 @@ def test_surroundings_that_say_nothing_do_not_matter(question: Template, data: s
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_an_option_on_a_line_of_its_own_stands_whatever_explanation_follows(name: str, data: st.DataObject):
     question = template(name)

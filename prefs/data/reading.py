@@ -233,9 +233,9 @@ class Reader:
 
 def _grammar(words: Mapping[str, float], numbers: Mapping[float, float]) -> Iterator[str]:
     """What of a text is looked at, in the order in which it is tried at each place."""
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
+    top = "|".join([f"{high:g}", *([NUMBER_WORDS[int(high)]] if high in range(len(NUMBER_WORDS)) else [])])
     if numbers:
-        low, high = min(numbers), max(numbers)
-        top = "|".join([f"{high:g}", *([NUMBER_WORDS[int(high)]] if high in range(len(NUMBER_WORDS)) else [])])
         of_top = rf"(?:a (?:possible |maximum of |total of )?)?(?:{top})\b(?! ?/|[.,]\d)"
         first, last = (rf"{'(?:-|minus |negative )' if end < 0 else '[+]?'}{abs(end):g}" for end in (low, high))
         aside = r"(?: ?\([^()\n]{0,60}\))?"
@@ -291,10 +291,7 @@ def _cut(text: str, at: re.Pattern[str]) -> list[tuple[int, int]]:
 
 def as_number(text: str) -> float | None:
     """A text as a number; None if it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d+)?", text.strip()) else None
 
 
 def key(word: str) -> str:
