@@ -134,7 +134,9 @@ COUNTING = [
 
 @pytest.fixture(scope="module")
 def engine(tiny_llama):
-    return Models().get(tiny_llama)
+    engine = Models().get(tiny_llama)
+    engine.proof = None  # tests count passes
+    return engine
 
 
 @pytest.fixture

@@ -195,3 +195,12 @@ def test_a_generated_token_that_is_not_steered_and_a_lost_layer_are_noticed(engi
         with pytest.raises(UserError, match="after layer 3, token 0 of"):
             observe(engine, ROWS, [QUESTION], SAMPLING, steering=two)
     observe(engine, ROWS, [QUESTION], SAMPLING, steering=two)
+
+
+def test_a_family_whose_log_probabilities_cannot_be_rebuilt_runs_and_says_so(engine, monkeypatch, prefs_log):
+    def refuse(hidden):
+        raise ValueError("hidden states of another kind")
+
+    monkeypatch.setattr(engine.passes, "logits", refuse)
+    captured(engine)
+    assert "no log-probabilities can be rebuilt from its vectors (hidden states of another kind)" in prefs_log.text

@@ -5,6 +5,7 @@ It is seen from the model's own blocks, by hooks of PyTorch that are none of tho
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefs.errors import UserError
+from prefs.errors import UserError, first_line
 from prefs.models.local.grouping import OPEN
+from prefs.models.local.memory import out_of_memory
 from prefs.models.local.passes import Kept, State
 from prefs.models.local.steering import BatchSteering
 from prefs.models.positions import Span
@@ -23,6 +25,8 @@ from prefs.models.types import Capture, Conversation, Message, Question, Request
 
 if TYPE_CHECKING:
     from prefs.models.local.engine import LocalEngine
+
+log = logging.getLogger(__name__)
 
 # Of other lengths, so that one is padded.
 CONVERSATIONS = (
@@ -128,15 +132,22 @@ class Proof:
     def _off(self, vectors: torch.Tensor, logits: torch.Tensor) -> list[float]:
         """[rows] largest difference of log-probabilities, relative where they are below -1; 0 where the pass has none,
         since its logits are not finite."""
-        passes = self._engine.passes
+        passes, name = self._engine.passes, self._engine.spec.name
         expected = logits.float().log_softmax(dim=-1)
-        rebuilt = passes.logits(vectors.to(passes.device, self._dtype)).to(expected.device).float().log_softmax(dim=-1)
+        try:
+            rebuilt = passes.logits(vectors.to(passes.device, self._dtype)).to(expected.device)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            log.warning("%s: no log-probabilities can be rebuilt from its vectors (%s)", name, first_line(error))
+            return [0.0] * len(vectors)
+        rebuilt = rebuilt.float().log_softmax(dim=-1)
         gaps = (rebuilt - expected).abs() / expected.abs().clamp(min=1)
         known = expected.isfinite() | (rebuilt != expected)  # a token that cannot be has -inf in both
         return gaps.where(known, 0).amax(dim=-1).where(~expected.isnan().any(dim=-1), 0).tolist()
 
     def _not_captured(self, conversations: Sequence[Conversation], layer: int, why: str) -> UserError:
-        rows = ", ".join(repr(next(m.content for m in turns if m.role == "user")[:40]) for turns in conversations)
+        rows = ", ".join(repr(next((m.content for m in turns if m.role == "user"), "")[:40]) for turns in conversations)
         return UserError(
             f"{self._engine.spec.name}: captured vectors at layer {layer} cannot be trusted: of the conversations that"
             f" begin with {rows}, {why}. This model runs with capture=none only; please report it"
@@ -152,8 +163,8 @@ class Proof:
         plain, layers = self._run(()), {change.layer for change in changes}
         scale = {layer: float(plain.out[layer][1].float().square().mean().sqrt()) for layer in layers}
         changes = [replace(change, vector=change.vector * scale[change.layer]) for change in changes]
-        if not all(bool(logits.isfinite().all()) for logits in plain.logits):
-            return  # nor will any row's be, which is its reason
+        if any(bool(logits.isnan().any()) for logits in plain.logits):
+            return  # as of any row then, whose reason it is
         none = self._run([replace(change, coefficient=0.0) for change in changes])
         for before, after in ((plain.kept, none.kept), (plain.out, none.out)):
             for layer, of_passes in before.items():
@@ -165,7 +176,8 @@ class Proof:
         numbers, last = self._numbers(), self._engine.n_layers - 1
         for layer in layers:
             # What reaches the next block; where a family does more between blocks, what the hooks saw.
-            flows = layer < last and all(map(torch.equal, plain.out[layer], plain.into[layer + 1]))
+            given = plain.into.get(layer + 1, ())
+            flows = len(given) == len(plain.out[layer]) and all(map(torch.equal, plain.out[layer], given))
             reached = steered.into[layer + 1] if flows else steered.kept[layer]
             for tokens, before, after in zip(numbers, steered.out[layer], reached, strict=True):
                 own = [change for change in changes if change.layer == layer]
@@ -285,7 +297,9 @@ def _watched(
     for layer, block in enumerate(bridge.blocks):
 
         def give(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-            into.setdefault(layer, []).append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            hidden = kwargs.get("hidden_states", args[0] if args else None)
+            if isinstance(hidden, torch.Tensor):
+                into.setdefault(layer, []).append(hidden)
 
         def given(module: Any, args: tuple[Any, ...], output: Any, layer: int = layer) -> None:
             out.setdefault(layer, []).append(output[0] if isinstance(output, tuple) else output)
