@@ -27,7 +27,7 @@ from prefs.probes.controls import BLIND
 from prefs.probes.features import Captured, Features
 from prefs.probes.outcome import AUC, MIN_TASKS, CrossValidated, NoProbe, Outcome, put_together, taken_apart
 from prefs.probes.scores import score
-from prefs.probes.targets import Target, targets_of
+from prefs.probes.targets import Target, TaskUtilities, targets_of
 from prefs.results import figures
 from prefs.results.result import Figure, Result, Series, Table, View
 from prefs.results.tables import columns, numeric
@@ -60,6 +60,8 @@ class Subject:
         [T] texts; what a reader could have predicted the rating from.
     residuals
         One for each position.
+    utilities
+        Of the T tasks, where they were chosen between.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Subject:
     prompts: Sequence[str]
     completions: Sequence[str]
     residuals: Sequence[Residuals]
+    utilities: TaskUtilities | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +137,8 @@ def probe(
     if len(rows) < needed:
         positions = ", ".join(captured.position for captured in subject.residuals)
         return NoProbe(f"{len(rows)} tasks have a vector at {positions}; {config.folds} folds need {needed} or more")
-    targets = targets_of(measured.only(rows), subject.sampling, tuple(config.targets), config.threshold)
+    utilities = subject.utilities and replace(subject.utilities, values=subject.utilities.values[rows])
+    targets = targets_of(measured.only(rows), subject.sampling, tuple(config.targets), config.threshold, utilities)
     if not targets:
         return NoProbe(f"these ratings have none of the targets {', '.join(config.targets)}")
     key, features = _key(subject, rows, config, bootstrap), Captured(subject.residuals, rows.tolist())
@@ -199,8 +203,11 @@ def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int
     settings = {**asdict(config), "penalties": config.penalties or []}
     measured = subject.measured
     arrays = (measured.sampled, measured.mass, measured.refused, measured.by_thought, rows)
+    utilities = subject.utilities
+    chosen = {} if utilities is None else {"utilities": [_digest(utilities.values), asdict(utilities.reliability)]}
     return digest(
         {
+            **chosen,
             "format": FORMAT,
             "vectors": features_digest(subject.residuals),
             "sites": [[captured.position, list(captured.layers)] for captured in subject.residuals],

@@ -49,20 +49,28 @@ Replies = list[dict[int, Reply]]
 
 @dataclass(frozen=True, eq=False)
 class QuestionBatch:
-    """One question put to some conversations; ``request`` says what is wanted of it.
+    """Questions put to some conversations, of all of which the same is wanted.
 
     ``done`` are the tokens of each row's prompt that have been run.
     """
 
-    request: Request
-    conversations: Sequence[Conversation]
+    requests: Sequence[Request]
     prompts: Sequence[Prompt]
     done: Sequence[int]
 
     @property
+    def request(self) -> Request:
+        """The first: what is wanted of all."""
+        return self.requests[0]
+
+    @property
     def turns(self) -> list[Conversation]:
-        """The conversations, with the question."""
-        return [replace(self.request, messages=messages).turns for messages in self.conversations]
+        """The conversations, with the questions."""
+        return [request.turns for request in self.requests]
+
+    def wanting(self, **wanted: Any) -> QuestionBatch:
+        """The same questions, of which something else is wanted."""
+        return replace(self, requests=[replace(request, **wanted) for request in self.requests])
 
     @property
     def rest(self) -> list[tuple[int, ...]]:
@@ -106,10 +114,16 @@ class LocalEngine:
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         for request in requests:
             check(request.steering, self.n_layers, self.d_model)
-        kinds = {"complete": self._complete, "choose": self._choose, "doses": self._doses, "observe": self._observe}
+        kinds = {
+            "complete": self._complete,
+            "choose": self._choose,
+            "open": self._open,
+            "doses": self._doses,
+            "observe": self._observe,
+        }
         for group in grouped(requests):
             self._requests += group.count
-            whole = group.kind in ("complete", "choose")
+            whole = group.kind in ("complete", "choose", "open")
             for replies in self._halving.run(
                 kinds[group.kind],
                 group.rows,
@@ -217,6 +231,15 @@ class LocalEngine:
         return replies
 
     @torch.inference_mode()
+    def _open(self, rows: Sequence[Row]) -> Replies:
+        """Questions that open a conversation, each a prompt of its own."""
+        requests = [row.request for row in rows]
+        prompts = [encode_prompt(self.encoder, request.messages, request.question) for request in requests]
+        answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
+        replies = answer(self.passes.nothing(len(rows)), QuestionBatch(requests, prompts, [0] * len(rows)))
+        return [dict.fromkeys(row.requests, reply) for row, reply in zip(rows, replies, strict=True)]
+
+    @torch.inference_mode()
     def _observe(self, rows: Sequence[Row]) -> Replies:
         """Run each conversation once; capture as it goes by, and let every question go on from it."""
         replies: Replies = [dict.fromkeys(row.requests, Reply()) for row in rows]
@@ -248,11 +271,10 @@ class LocalEngine:
         answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
         for alike in asked:
             numbers = [row for row, _ in alike]
-            request = rows[alike[0][0]].requests[alike[0][1]]
+            own = [rows[row].requests[number] for row, number in alike]
             batch = QuestionBatch(
-                request,
-                [rows[row].messages for row in numbers],
-                [prompts[row][request.question] for row in numbers],
+                own,
+                [prompts[row][request.question] for row, request in zip(numbers, own, strict=True)],
                 [len(prefixes[row]) for row in numbers],
             )
             begun = state.fork()
@@ -314,16 +336,15 @@ class LocalEngine:
         replies = [Reply() for _ in turns]
         for seed in seeds:
             prompts = [
-                encode_prompt(self.encoder, messages, request.question, own[seed].text)
-                for messages, own in zip(batch.conversations, thoughts, strict=True)
+                encode_prompt(self.encoder, asked.messages, asked.question, own[seed].text)
+                for asked, own in zip(batch.requests, thoughts, strict=True)
             ]
-            once = replace(
-                request,
+            once = replace(batch, prompts=prompts).wanting(
                 seeds=(seed,) * (seed in request.seeds),
                 scores=(seed,) * (seed in request.scores),
                 capture=request.capture if seed == seeds[0] else None,
             )
-            brought = self._answer(state.fork(), replace(batch, request=once, prompts=prompts))
+            brought = self._answer(state.fork(), once)
             for row, (own, reply) in enumerate(zip(thoughts, brought, strict=True)):
                 reply, before = own[seed].reply(reply), replies[row]
                 replies[row] = Reply(
@@ -343,8 +364,8 @@ class LocalEngine:
 
         def read(state: State, logits: torch.Tensor, numbers: Sequence[int]) -> list[Reply]:
             own = [prompts[number] for number in numbers]
-            conversations = [rows[number].messages for number in numbers]
-            return self._read(state, logits, QuestionBatch(request, conversations, own, [len(p.ids) for p in own]))
+            asked = [rows[number].request for number in numbers]
+            return self._read(state, logits, QuestionBatch(asked, own, [len(p.ids) for p in own]))
 
         if self.encoder.thinking is None and self.passes.shares_blocks:
             by_dose = DosePasses(self.passes, request, prompts, read).run(doses)

@@ -34,11 +34,12 @@ class Row:
 class Group:
     """Rows that are run together, in the order in which their conversations first appear.
 
-    ``complete``: generated, under one sampling and steering. ``choose``: the same options. ``doses``: the same
-    question under the same steerings. ``observe``: captured and asked, each row what its requests want.
+    ``complete``: generated, under one sampling and steering. ``choose``: the same options. ``open``: questions with the
+    same options and wishes, which no turn of the user stands before. ``doses``: the same question under the same
+    steerings. ``observe``: captured and asked, each row what its requests want.
     """
 
-    kind: Literal["complete", "choose", "doses", "observe"]
+    kind: Literal["complete", "choose", "open", "doses", "observe"]
     rows: list[Row]
 
     @property
@@ -60,9 +61,12 @@ def grouped(requests: Sequence[Request]) -> list[Group]:
             key = ("complete", request.sampling, request.steering)
         elif request.question is not None and request.capture is None and (request.likelihood or request.steering):
             key = ("doses", request.question, request.sampling, request.seeds, request.scores, request.likelihood)
+        elif request.question is not None and all(message.role == "system" for message in request.messages):
+            asked = request.question
+            key = ("open", asked.options, asked.prefill, request.sampling, request.seeds, request.scores)
         else:
             key = ("observe", request.steering)
-        messages = request.turns if request.choose else request.messages
+        messages = request.turns if key[0] in ("choose", "open") else request.messages
         groups.setdefault(key, {}).setdefault(messages, {})[number] = request
     split: dict[tuple, list[Row]] = {}
     for key, conversations in groups.items():
