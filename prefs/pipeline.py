@@ -14,8 +14,8 @@ from prefs.config import Config
 from prefs.job import JobCounts
 from prefs.models.loading import Models, check_weights, identity
 from prefs.probes.outcome import AUC
-from prefs.results.answers import answers, completions
 from prefs.probes.targets import UTILITY
+from prefs.results.answers import answers, completions
 from prefs.results.choices import choices, pairs_by_probe, utility_and_rating
 from prefs.results.distribution import cell_distribution
 from prefs.results.files import Written, write

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -74,9 +74,7 @@ class Revealed:
     def of_tasks(self, tasks: Sequence[str]) -> TaskUtilities:
         """Utilities of tasks by their ids, NaN where there is none, and the reliability of all."""
         known = dict(zip([c.task.id for c in self.chosen.completions], self.u.tolist(), strict=True))
-        return TaskUtilities(
-            np.array([known.get(task, np.nan) for task in tasks]), self.reliability(self.groups[0])
-        )
+        return TaskUtilities(np.array([known.get(task, np.nan) for task in tasks]), self.reliability(self.groups[0]))
 
     def reliability(self, group: Group) -> Estimate:
         """Of the utilities of a group of tasks: over disjoint halves of the pairs."""
@@ -132,7 +130,7 @@ def pairs_table(revealed: Revealed) -> pd.DataFrame:
     chosen = revealed.chosen
     choices = chosen.choices
     ids = np.array([completion.task.id for completion in chosen.completions], dtype=object)
-    p = expit(choices.logits)
+    p = choices.p
     return pd.DataFrame(
         {
             "task_a": ids[choices.pairs[:, 0]],

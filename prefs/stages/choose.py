@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
+from scipy.special import expit
 
 from prefs.config.choice import ChoiceConfig
 from prefs.data.template import Invalid, Template
@@ -230,16 +231,24 @@ class _Asking:
         """What was answered, as log odds of each pair's first task, averaged over pairs of labels."""
         mass = self.mass(asked)
         logits = exact_logits if self.exact else sampled_logits
-        first = logits(mass[..., 0], mass[..., 1])
+        if not self.exact:
+            mass = mass.sum(axis=2, keepdims=True)  # answers under several labels are answers
+        first = logits(mass[..., 0], mass[..., 1]).mean(axis=2)
         # In the second order it is the pair's second task that is shown first.
-        odds = np.stack([first[:, 0], -first[:, 1]], axis=1).mean(axis=2)
-        answers = 1 if self.exact else len(self.seeds)
+        odds = np.stack([first[:, 0], -first[:, 1]], axis=1)
+        shares = expit(odds)
+        if not self.exact:
+            total = mass.sum(axis=3)[..., 0]
+            share = np.divide(mass[..., 0, 0], total, out=np.full(total.shape, np.nan), where=total > 0)
+            shares = np.stack([share[:, 0], 1 - share[:, 1]], axis=1)
+        answers = 1 if self.exact else len(self.seeds) * len(self.labels)
         return Choices(
             tasks=len(self.completions),
             pairs=np.array(asked, dtype=np.int64).reshape(-1, 2),
+            p=shares,
             logits=odds,
             valid=mass.sum(axis=3).mean(axis=2) / answers,
-            answers=answers * len(self.labels),
+            answers=answers,
             held_out=np.arange(len(asked)) < held_out,
             rounds=np.array(rounds, dtype=np.int64),
         )

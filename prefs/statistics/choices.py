@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,11 @@ class Choices:
         T.
     pairs
         [P, 2] numbers of the tasks: a and b.
+    p
+        [P, 2], how much of the choice is a: where a is shown first, and where it is shown second. NaN: not asked, or
+        not answered with either.
     logits
-        [P, 2], log odds of a against b: where a is shown first, and where it is shown second. NaN: not asked, or not
-        answered with either.
+        [P, 2], the log odds of the same, always finite: of sampled choices those of `sampled_logits`.
     valid
         [P, 2], how much of the answer was a choice at all: the mass of both labels, or the share of sampled answers.
         What is not, refusals among it, is never a win of either.
@@ -44,6 +46,7 @@ class Choices:
 
     tasks: int
     pairs: Integers
+    p: Floats
     logits: Floats
     valid: Floats
     answers: int
@@ -55,6 +58,7 @@ class Choices:
         return Choices(
             self.tasks,
             self.pairs[rows],
+            self.p[rows],
             self.logits[rows],
             self.valid[rows],
             self.answers,
@@ -74,6 +78,11 @@ class Choices:
         order is missing."""
         return (self.logits[:, 0] - self.logits[:, 1]) / 2
 
+    def without_order(self) -> Choices:
+        """As if each pair's task had been preferred by as much in either order."""
+        logits = np.repeat(self.preference[:, None], 2, axis=1)
+        return replace(self, p=expit(logits), logits=logits)
+
     @property
     def weight(self) -> Floats:
         """[P, 2] valid answers that a choice stands for, 0 where there is none.
@@ -81,7 +90,7 @@ class Choices:
         Of a pair asked in both orders the mean of both: else a refusal in one order would let the other, and with it
         the position, count for more.
         """
-        known = np.isfinite(self.logits)
+        known = np.isfinite(self.p)
         weight = np.where(known, self.answers * np.nan_to_num(self.valid), 0.0)
         both = known.all(axis=1, keepdims=True)
         return np.where(both, weight.mean(axis=1, keepdims=True), weight)
@@ -118,9 +127,9 @@ def consistency(choices: Choices, draws: Resamples | None = None) -> Consistency
     count = len(choices.pairs)
     draws = resampling(draws, count)
     x, y = choices.logits.T
-    both = np.isfinite(choices.logits).all(axis=1)
+    both = np.isfinite(choices.p).all(axis=1)
     same = np.where(both, (np.sign(x) == np.sign(y)) & (x != 0), np.nan)
-    shown = np.column_stack([expit(x), expit(-y)])
+    shown = np.column_stack([choices.p[:, 0], 1 - choices.p[:, 1]])
     answered = np.isfinite(shown)
     first = np.divide(
         np.nansum(shown, axis=1), answered.sum(axis=1), out=np.full(count, np.nan), where=answered.any(axis=1)

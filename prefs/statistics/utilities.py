@@ -79,6 +79,9 @@ class BradleyTerry:
     """The model P(a) = σ(u_a - u_b + s·position), s = 1 where a is shown first and -1 where second: Bradley and Terry
     (1952), with the order effect of Davidson and Beaver (1977), fitted to soft targets by penalised likelihood.
 
+    Of exact choices in both orders every pair's own bias is known. They are fitted by their preferences, which no
+    position, of whatever size and on whichever pairs, can move; the position is then the mean bias.
+
     Attributes
     ----------
     position
@@ -97,8 +100,15 @@ class BradleyTerry:
     def fit(self, choices: Choices, penalty: float | None = None) -> Utilities:
         """Fit to the pairs that are not held out; by a penalty, or the one that predicts left-out folds best."""
         choices = choices.only(~choices.held_out)
+        if choices.answers == 1 and np.isfinite(choices.preference[choices.weight.any(axis=1)]).all():
+            position = float(np.nanmean(choices.bias)) if self.position != "none" and choices.weight.any() else 0.0
+            alike = replace(self, position="none")._fit(choices.without_order(), penalty)
+            return replace(alike, position=position)
+        return self._fit(choices, penalty)
+
+    def _fit(self, choices: Choices, penalty: float | None) -> Utilities:
         weight, design = choices.weight, _design(choices, self.position)
-        targets = np.nan_to_num(expit(choices.logits))
+        targets = np.nan_to_num(choices.p)
         if penalty is None:
             penalty = self._chosen(design, targets, weight)
         beta = _fitted(design, targets, weight, penalty, np.zeros(design.tasks + design.terms))
@@ -136,7 +146,7 @@ class Thurstone:
         choices = choices.only(~choices.held_out)
         weight, penalty = choices.weight, self.penalty if penalty is None else penalty
         design = _design(choices, "none" if self.position == "none" else "shared")
-        targets = np.nan_to_num(expit(choices.logits))
+        targets = np.nan_to_num(choices.p)
         a, b = choices.pairs.T
         size = design.tasks + design.terms
 
