@@ -219,7 +219,7 @@ def _mean(values: Floats) -> float | None:
 
 def _view(table: pd.DataFrame) -> View:
     return View.of(
-        "Choices between tasks, in both orders",
+        "Choices between tasks",
         all_last(table),
         {
             "origin": lambda row: row["origin"],
@@ -227,8 +227,8 @@ def _view(table: pd.DataFrame) -> View:
             "pairs": lambda row: str(row["pairs"]),
             "valid mass": lambda row: number(row["valid_mass"]),
             "P(first)": lambda row: number(row["p_first"]),
-            "same in both orders": lambda row: number(row["order_consistency"]),
-            "r between orders": lambda row: with_interval(row, "r_between_orders"),
+            "same in both": lambda row: number(row["order_consistency"]),
+            "r between orders": lambda row: number(row["r_between_orders"]),
         },
         bold=is_all,
     )
@@ -242,13 +242,13 @@ def _scale(table: pd.DataFrame) -> View:
         return f"{number(row['accuracy'])}{most}"
 
     return View.of(
-        "Utilities, in log odds: reliability is over disjoint halves of the pairs, accuracy that on pairs held out",
+        "Utilities, in log odds: reliability over halves of the pairs, accuracy on held-out pairs",
         all_last(table),
         {
             "origin": lambda row: row["origin"],
             "mean": lambda row: number(row["mean_utility"]),
             "SD": lambda row: number(row["sd_utility"]),
-            "reliability": lambda row: with_interval(row, "reliability"),
+            "reliability": lambda row: number(row["reliability"]),
             "accuracy": held,
             "residual SD": lambda row: number(row["residual"]),
             "cyclic": lambda row: MISSING if pd.isna(row["cyclic"]) else f"{row['cyclic']:.0%}",

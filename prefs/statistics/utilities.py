@@ -344,7 +344,8 @@ def reliability(halves: Sequence[tuple[Floats, Floats]], tasks: np.ndarray, draw
 
 
 def _stepped_up(r: float) -> float:
-    return 2 * r / (1 + r) if r > -1 else -np.inf
+    """To twice the length. What disagrees would not do so more with more of it."""
+    return 2 * r / (1 + r) if r > 0 else r
 
 
 @dataclass(frozen=True)
