@@ -152,9 +152,14 @@ def job(folder: Path, *, simulated: bool) -> dict[str, Any]:
 
     register()
     overrides = ["model=hf", f"model.path={folder / 'model'}", "model.dtype=float32", "model.device=cpu", "probe=none"]
-    overrides += ["dataset=file", f"dataset.path={folder / 'tasks.jsonl'}", "judge=llm", "judge.phrases=[]"]
+    overrides += ["completer.max_new_tokens=64", "dataset=file", f"dataset.path={folder / 'tasks.jsonl'}", "judge=llm"]
     overrides += ["model@judge.model=hf", f"judge.model.path={folder / 'model'}", "judge.model.dtype=float32"]
-    overrides += ["judge.model.device=cpu", "wandb.mode=disabled", f"store.dir={folder / 'store'}"]
+    overrides += [
+        "judge.model.device=cpu",
+        "completer.max_new_tokens=64",
+        "wandb.mode=disabled",
+        f"store.dir={folder / 'store'}",
+    ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", overrides=overrides)
     plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)

@@ -29,6 +29,7 @@ from prefs.comparison.stability import stability_of_cells
 from prefs.comparison.steering import steering
 from prefs.comparison.variance import variance
 from prefs.config import WandbConfig
+from prefs.config.folders import new_folder
 from prefs.errors import UserError
 from prefs.results import files, terminal
 from prefs.results.html import Report, write_report
@@ -80,8 +81,14 @@ def compare(folders: Sequence[Path], out: Path | None = None, wandb_mode: str | 
         if any(job.is_shard for job in sweep.jobs):
             why = "these jobs made shards; the same command without shard= finds them in the store and shows the whole"
         raise UserError(f"nothing to compare: {unfinished(sweep) or why}")
-    if out is None:
-        out = folders[0] / FOLDER if len(folders) == 1 else Path("comparisons") / now.strftime("%Y-%m-%d/%H-%M-%S")
+    if out is None and len(folders) == 1:
+        out = folders[0] / FOLDER
+    elif out is None:
+        named = Path("comparisons") / now.strftime("%Y-%m-%d/%H-%M-%S")
+        try:
+            out = new_folder(named)
+        except OSError as error:
+            raise UserError(f"cannot write to {named}: {error.strerror}") from None
     results = [result for comparison in COMPARISONS if (result := comparison(sweep)) is not None]
     whole = joined(results)
     written = files.write(whole, out)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
@@ -37,8 +38,22 @@ def missing_value(key: str) -> ConfigError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error of a library says, in one line: its first, and what a heading stands over."""
+    text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = " ".join(text[:2]) if text[0].endswith(":") else text[0]
+    return f"{type(error).__name__}: {line}" if isinstance(error, LookupError) else line
+
+
+@contextmanager
+def explained(failed: str) -> Iterator[None]:
+    """Turn what a library raises into one line that begins with what failed. Only its code on the user's files may run
+    inside: errors of our own are to keep their traceback."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{failed}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -95,21 +110,46 @@ def explain(error: Exception) -> str:
         return str(ConfigError(group, option, f"{known}, or a file of your own (--config-dir)"))
     if needed := re.search(r"Missing mandatory value: (\S+)", str(error)):
         return str(missing_value(needed[1]))
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    below = (error.__cause__, error.__context__)
+    cause = next((other for other in below if isinstance(other, OmegaConfBaseException)), error)
+    file = re.match(r"In '(.+?)': ", str(error))  # of the user's; what an override says has none
+    where = f"{file[1]}.yaml: " if file else ""
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-        return _unknown_key(cause)
+        return where + _unknown_key(cause)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return f"{cause.full_key}: {_one_line(str(cause.msg or cause).splitlines()[0])}"
+        return f"{where}{cause.full_key}: {_one_line(str(cause.msg or cause).splitlines()[0])}"
     return _one_line(str(error))
 
 
 def _unknown_key(error: OmegaConfBaseException) -> str:
-    beside = error.parent_node  # of a part of the config that has no class, such as Hydra's launchers
-    keys = getattr(error.object_type, "__dataclass_fields__", beside if isinstance(beside, DictConfig) else {})
-    known = sorted(str(key) for key in keys if key != "_target_")
-    close = difflib.get_close_matches(str(error.full_key).rpartition(".")[2], known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "." if known else ""
-    return f"{error.full_key}: there is no such key{hint}" + (f" Known here: {', '.join(known)}" if known else "")
+    part = error.parent_node  # the part of the config that has no such key
+    schema = getattr(error.object_type, "__dataclass_fields__", None)
+    if schema is None and isinstance(part, DictConfig) and part._metadata.element_type is Any and not part:
+        return f"{error.full_key}: there is no such key yet; to add it, write +{error.full_key}=..."
+    keys = schema or (part if isinstance(part, DictConfig) else {})
+    whole = part._get_root() if part is not None else None
+    return unknown_key(str(error.full_key), map(str, keys), dotted(whole))
+
+
+def unknown_key(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """One line for a key that nothing reads, with the nearest one that something does.
+
+    `known` are the names beside it, `elsewhere` the whole config's keys.
+    """
+    name, known = key.rpartition(".")[2], sorted(set(known) - {"_target_"})
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    near = near or [other for other in elsewhere if other.rpartition(".")[2] == name and other != key]
+    near = near or difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    return f"{key}: there is no such key{hint}" + (f" Known here: {', '.join(known)}" if known else "")
+
+
+def dotted(part: object, prefix: str = "") -> Iterator[str]:
+    """All keys of a config, as an override names them."""
+    for name, value in part.items_ex(resolve=False) if isinstance(part, DictConfig) else ():
+        yield f"{prefix}{name}"
+        if isinstance(value, DictConfig) and not (value._is_none() or value._is_missing()):
+            yield from dotted(value, f"{prefix}{name}.")
 
 
 def _one_line(text: str) -> str:

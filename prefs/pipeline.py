@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hydra.utils import instantiate
 
 from prefs.config import Config
 from prefs.job import JobCounts
-from prefs.models.loading import Models, check_weights, identity
+from prefs.models.loading import Models, identity, served_nearby
+from prefs.plan.why import made_with, why, why_result
 from prefs.probes.outcome import AUC
 from prefs.probes.targets import UTILITY
 from prefs.results.answers import answers, completions
@@ -31,14 +33,17 @@ from prefs.stages.dose_response import steer_cell
 from prefs.stages.measure import Roles, job_tasks, measure, sites
 from prefs.stages.probe import ProbeReport, Subject, features_digest, probe, probe_result
 from prefs.stages.records import Residuals
+from prefs.store.configs import remember
 from prefs.store.table import Store
+
+log = logging.getLogger("prefs")
 
 
 def run_job(
     config: Config, folder: RunFolder, models: Models, counts: JobCounts, *, plain_config: Mapping[str, Any]
 ) -> None:
     """Run one job, write everything it found to its folder, and note in `counts` what it did and spent; or, with
-    `Config.plan`, print what that would cost and do nothing.
+    `Config.plan`, print what that would cost and do nothing; with `Config.why`, what keeps records from being found.
 
     Raises
     ------
@@ -51,13 +56,17 @@ def run_job(
         planned = plan_result(plan(config), config, sweep=folder.group is not None)
         show(console(), planned, title=planned.title)
         return
+    if config.why:
+        told = why_result(why(config), config)
+        show(console(), told, title=told.title)
+        return
     tasks = job_tasks(config)
     store = Store.open(config.store.dir, config.store.lease_s)
     roles = Roles.of(config)
+    models.check(roles.specs)
     captured = sites(config, roles.rater)
+    remember(store, made_with(config, roles, tasks))
     config = replace(config, probe=replace(config.probe, layers=list(captured.probed)))
-    for spec in roles.specs:
-        check_weights(spec)
     models.keep_only(roles.specs)
     job = JobContext(config, plain_config, folder.path, tasks, roles, config.template, captured, store, models, counts)
     with job.noting_usage():
@@ -109,9 +118,19 @@ def _usage(counts: JobCounts) -> dict[str, float]:
 
 
 def _measure(job: JobContext) -> Result:
+    before = job.models.usage()
     job.completions, job.rated, job.judged = measure(
         job.config, job.tasks, job.roles, job.templates, job.sites.capture, job.store, job.models, job.counts
     )
+    after = job.models.usage()
+    for engine, spec in {spec.engine: spec for spec in job.roles.specs}.items():
+        if served_nearby(spec) and after.get(engine) == before.get(engine):
+            log.warning(
+                "%s was not asked: all that is said to be from %s was in the store. If another model stands under that"
+                " name now, say which: model.revision=NAME",
+                spec.api.base_url,
+                spec.path,
+            )
     return Result()
 
 
@@ -133,8 +152,12 @@ def _probe(cell: CellContext) -> Result:
         residuals=residuals,
         utilities=None if job.revealed is None else job.revealed.of_tasks(cell.measured.tasks),
     )
-    # Loggers and callbacks of Lightning's Trainer come by `_target_`, as everywhere in Hydra.
-    trainer = partial(instantiate, config.probe.trainer, _convert_="all")
+
+    def trainer() -> dict[str, Any]:
+        # Loggers and callbacks come by `_target_`, as everywhere in Hydra; what they write is the job's.
+        made = instantiate(config.probe.trainer, _convert_="all")
+        return {"default_root_dir": str(job.folder), **made}
+
     cell.probed = probe(subject, config.probe, config.stats.bootstrap, job.probes, job.store, trainer)
     result = probe_result(cell.probed, cell.title)
     if not isinstance(cell.probed, ProbeReport):

@@ -19,7 +19,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefs.config import CONF, register, typed, with_prompts
+from prefs.config import CONF, register, typed, with_options, with_prompts
+from prefs.config.folders import claiming_folders
+from prefs.config.keys import check_hydra_keys
+from prefs.config.words import check_words
 from prefs.errors import UserError, explain, one_line_errors
 from prefs.job import JobCounts, recorded
 from prefs.sweep import comparing_sweeps, name_suffix, sweep_name, swept
@@ -40,7 +43,7 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     # Hydra prints errors in its own way unless this is set; then they come up to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED), comparing_sweeps():
+    with one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED), claiming_folders(), comparing_sweeps():
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job(wants_traceback))()
 
 
@@ -57,6 +60,7 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         with _named_failure() if sweep else one_line_errors(enabled=not wants_traceback, interrupted=INTERRUPTED):
             hydra_config, plain = HydraConfig.get(), _plain(cfg)
+            check_hydra_keys(hydra_config)  # type: ignore[arg-type]
             if not hydra_config.job.chdir:
                 _enter(hydra_config.runtime.cwd)
             folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
@@ -65,8 +69,9 @@ def _job(wants_traceback: bool) -> Callable[[DictConfig], None]:
                 sweep_folder = Path(hydra_config.sweep.dir)
                 group = sweep_name(sweep_folder, hydra_config.runtime.choices.get("experiment"))
                 suffix = name_suffix(overrides, swept(sweep_folder))
-            planning = plain.get("plan") is True  # of which nothing stays
+            planning = True in (plain.get("plan"), plain.get("why"))  # of which nothing stays
             with nullcontext(JobCounts()) if planning else recorded(folder, plain, overrides, group) as counts:
+                check_words(cfg, CONF)
                 config = typed(cfg)
                 # Imported only now: help, completion and a wrong config should not wait for torch.
                 with _uncollected():
@@ -104,7 +109,7 @@ def _plain(cfg: DictConfig) -> dict[str, object]:
     for group in ("probe", "judge"):
         for key in ("_target_", "binary"):
             (container.get(group) or {}).pop(key, None)
-    return with_prompts({str(key): value for key, value in container.items()})
+    return with_options(with_prompts({str(key): value for key, value in container.items()}))
 
 
 def _enter(folder: str) -> None:

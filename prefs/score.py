@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig
 
 from prefs.config import filled
+from prefs.config.folders import claiming_folders
 from prefs.config.limits import DEVICE, SHARE, TEMPERATURE, at_least, check_limits, limited
 from prefs.errors import ConfigError, UserError, one_line_errors
 from prefs.store.files import write_durably
@@ -80,7 +81,7 @@ def main() -> None:
                 loaded.append(Models())
             score(config, text, completion, Path(HydraConfig.get().runtime.output_dir), loaded[0])
 
-    with one_line():
+    with one_line(), claiming_folders():
         sys.argv[1:] = literal(sys.argv[1:])
         try:
             hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="score")(job)()

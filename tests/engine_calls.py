@@ -36,7 +36,7 @@ PROMPTS = [conversation[:-1] for conversation in CONVERSATIONS]
 def question(name: str) -> Question:
     """Of a shipped template, with an opening."""
     shipped = template(name)
-    return Question(shipped.question, shipped.says, "Answer: ")
+    return Question(shipped.question, shipped.says, "Answer: ", shipped.also)
 
 
 def replies(engine: Engine, requests: Sequence[Request]) -> list[Reply]:

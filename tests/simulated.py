@@ -119,7 +119,9 @@ def simulate(
         if error is not None:
             raise error
         store = Store.open(str(folder / "store"))
-        refused = judge(_section(JudgeConfig, plain["judge"]), completions, store=store, models=Models()).refused
+        refused = judge(
+            _section(JudgeConfig, plain["judge"]), completions, model=None, store=store, models=Models()
+        ).refused
         write_table(completions_table(completions, refused), folder / "completions")
         counts.add([StageCounts("completions", 0, len(completions))])
         for key, probabilities in mass.items():
@@ -210,10 +212,10 @@ def _ratings(
     )
 
 
-def steer(folder: Path, doses: Sequence[Mapping[str, Any]]) -> None:
+def steer(folder: Path, doses: Sequence[Mapping[str, Any]], left_out: int = 0) -> None:
     """Write the tables of a template's steered ratings (`folder`), from doses as dictionaries of their columns.
 
-    What is not given of a dose is as of one that went well; slopes are fitted to the coherent doses.
+    What is not given of a dose is as of one that went well; slopes are fitted to the coherent doses, of 8 tasks.
     """
     usual = {"vector": "liking_math", "control": "concept", "layer": 15, "n": 8, "coherent": True, "reason": None}
     usual |= {"valid_mass": 1.0, "perplexity_ratio": 1.0, "invalid": 0.0, "delta_reason": None}
@@ -228,10 +230,18 @@ def steer(folder: Path, doses: Sequence[Mapping[str, Any]]) -> None:
         coherent = of_vector.loc[of_vector["coherent"], :].sort_values(by="coefficient")
         slope = float(np.polyfit(coherent["coefficient"], coherent["mean"], 1)[0])
         at_none = float(np.interp(0, coherent["coefficient"], coherent["mean"]))
-        row = {"vector": vector, "control": control, "layer": layer, "n": 8, "doses": len(coherent)}
+        row = {
+            "vector": vector,
+            "control": control,
+            "layer": layer,
+            "n": 8,
+            "left_out": left_out,
+            "doses": len(coherent),
+        }
         deltas = {"delta_minus": coherent["mean"].iloc[0] - at_none, "delta_plus": coherent["mean"].iloc[-1] - at_none}
         for name, value in ({"slope": slope} | deltas).items():
-            row |= {name: value, f"{name}_low": value - 0.01, f"{name}_high": value + 0.01, f"{name}_reason": None}
+            row |= {name: value, f"{name}_low": value - 0.01, f"{name}_high": value + 0.01, f"{name}_n": 8}
+            row |= {f"{name}_reason": None}
         slopes.append(row)
     write_table(table, folder / "steering_doses")
     write_table(pd.DataFrame(slopes), folder / "steering_slopes")

@@ -187,7 +187,7 @@ def test_what_a_template_says_by_itself_is_told_once(encoders):
 def test_a_switch_that_lets_a_model_think_unread_is_told(tokenizers, encoders):
     (note,) = ChatEncoder(tokenizers["qwen3"]).notes("hf")
     assert note == (
-        "hf: the chat template lets the model think, and its thoughts will be taken for answers; give"
+        "hf: the chat template lets the model think, and its thoughts use up the tokens of answers; give"
         " model.chat_template_kwargs={enable_thinking: false} or model.thinking.enabled=true"
     )
     assert encoders["qwen3"].notes("hf") == [note]
@@ -310,3 +310,10 @@ def test_shipped_models_think_as_their_template_does(tokenizers, model, template
     assert ("<think>" in opened) == (model in ("qwen32b_nothink", "qwen1_7b"))
     if spec.thinking is not None:
         assert written(encoder, encoder.open_thought(CONVERSATION[:1])).endswith(opened + "<think>")
+
+
+def test_an_argument_that_the_template_does_not_read_is_refused(tokenizer, tokenizers):
+    with pytest.raises(UserError, match=r"^model\.chat_template_kwargs\.nosuch: the chat template of .* knows nothing"):
+        ChatEncoder(tokenizer, {"nosuch": 1})
+    thinking = next(known for known in tokenizers.values() if "enable_thinking" in known.chat_template)
+    ChatEncoder(thinking, {"enable_thinking": False})

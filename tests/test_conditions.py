@@ -230,7 +230,9 @@ def test_one_kind_of_ratings_alone(tmp_path, override, kind):
 DOSES = (-4, -2, 0, 2, 4)
 
 
-def steered(folder: Path, pair: tuple[str, str], slope: float, layers: Sequence[int] = (15,)) -> None:
+def steered(
+    folder: Path, pair: tuple[str, str], slope: float, layers: Sequence[int] = (15,), left_out: int = 0
+) -> None:
     """Ratings that a vector moves by `slope` a unit, up to doses of 2; a random one moves them by a tenth of it."""
     vectors = (("liking_math", "concept", 1.0), ("random 0", "random", -0.1), ("random 1", "random", 0.05))
     doses: list[Mapping[str, object]] = []
@@ -238,7 +240,7 @@ def steered(folder: Path, pair: tuple[str, str], slope: float, layers: Sequence[
         mean = float(means(*pair).mean()) + times * slope * dose
         row = {"vector": name, "control": control, "layer": layer, "coefficient": dose, "mean": mean}
         doses.append(row | {"coherent": abs(dose) <= 2})
-    steer(folder / KEY, doses)
+    steer(folder / KEY, doses, left_out)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +248,9 @@ def steered_sweep(tmp_path_factory) -> Compared:
     folder = tmp_path_factory.mktemp("multirun") / "10-00-00"
     for number, pair in enumerate(PAIRS):
         cell(folder / f"{number}", *pair)
-        steered(folder / f"{number}", pair, slope=0.2 if pair[1] == "neutral" else 0.1)
+        steered(
+            folder / f"{number}", pair, slope=0.2 if pair[1] == "neutral" else 0.1, left_out=3 if number == 0 else 0
+        )
     return compared(folder, drawn=True)
 
 
@@ -260,6 +264,10 @@ def test_the_table_of_steering_has_conditions_and_slopes(steered_sweep):
     assert row["null_slope"] == pytest.approx(0.02)
     assert "Steering: rating points a unit of the coefficient" in steered_sweep.printed
     assert ".20 [.19, .21]" in steered_sweep.printed
+    (remark,) = [line for line in steered_sweep.remarks if "no rating at some of its doses" in line]
+    assert remark.endswith(
+        "the slope along liking_math at layer 15 is of 8/11 tasks; the others have no rating at some of its doses."
+    )
     assert "Slopes and changes" in steered_sweep.page
     assert (steered_sweep.out / "figures" / "steering.png").exists()
 

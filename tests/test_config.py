@@ -17,6 +17,7 @@ from hydra_app import shipped_configs
 from omegaconf.errors import OmegaConfBaseException
 
 from prefs.config import CONF, Config, typed
+from prefs.config.keys import check_hydra_keys
 from prefs.errors import UserError, explain
 from prefs.models.loading import ModelSpec
 from prefs.results.stability import stability, stability_table
@@ -94,7 +95,7 @@ def test_every_option_of_the_other_groups(group, name):
         assert composed(f"concept=[{name}]").concept[name].contrast == ["positive", "negative"]
         return
     config = getattr(composed(f"{group}={name}"), group)
-    assert config.name == {"llm": "smollm2"}.get(name, name)
+    assert config.name == name
     if group == "probe":
         assert (config.kind, config.binary) == (name, name == "logistic")
 
@@ -200,6 +201,13 @@ def test_conditions_are_the_first_concept_s_system_prompts():
         ([*API, "model.thinking={enabled: true, force_close: true}"], "thinking.force_close: got True; allowed: false"),
         ([*API, "model.prefill=Answer"], "model.prefill: got 'Answer'; allowed: '' unless the server can go on"),
         (["template=[a"], "no viable alternative at input '[a'"),
+        (["+model.nosuch=1"], "model.nosuch: there is no such key. Known here: api, attn_implementation"),
+        (["+rating.sedes=[0]"], "rating.sedes: there is no such key; did you mean 'seeds'? Known here: condition"),
+        (["+model.seeds=[0]"], "model.seeds: there is no such key; did you mean 'steering.seeds' or 'rating.seeds'?"),
+        ([f"+{OPTIONS}.0.worth=3"], "options.0.worth: there is no such key. Known here: also, say, value"),
+        ([*CONCEPT, f"++{LIKING}.fold=3"], f"{LIKING}.fold: there is no such key; did you mean 'folds'?"),
+        (["model.vllm.engine.seed=1"], "there is no such key yet; to add it, write +model.vllm.engine.seed=..."),
+        (["+probe.trainer.precision=bf16-mixed"], "probe.trainer: got 'precision'; allowed: one of accelerator, dev"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(overrides, expected):
@@ -218,6 +226,47 @@ def own_folder(tmp_path):
     (tmp_path / "main.yaml").write_text(f"defaults:\n  - config\n  - _self_\nhydra:\n  searchpath: [file://{CONF}]\n")
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         yield tmp_path
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "expected"),
+    [
+        ("model", "name: mine\npath: a/b\nnosuch: 1\n", "model.nosuch: there is no such key"),
+        (
+            "completer",
+            "defaults: [self, _self_]\nsead: 1\n",
+            "completer.sead: there is no such key; did you mean 'seed'",
+        ),
+        ("probe", "defaults: [ridge, _self_]\ntrainer: {fast_dev_run: true}\n", "probe.trainer: got 'fast_dev_run'"),
+        ("template", "mine: {name: mine, scal: 3}\n", "template.mine.scal: there is no such key"),
+        ("experiment", "# @package _global_\nrating: {sedes: [0]}\n", "rating.sedes: there is no such key; did you me"),
+    ],
+)
+def test_a_key_that_nothing_reads_in_a_users_own_file(own_folder, group, text, expected):
+    (own_folder / group).mkdir()
+    (own_folder / group / "mine.yaml").write_text(text)
+    with pytest.raises((UserError, HydraException, OmegaConfBaseException)) as caught:
+        typed(compose("main", overrides=[f"{'+' * (group == 'experiment')}{group}=mine"]))
+    assert expected in explain(caught.value)
+
+
+def test_keys_that_hydra_does_not_read():
+    def check(*overrides: str) -> None:
+        check_hydra_keys(compose("config", overrides=list(overrides), return_hydra_config=True).hydra)
+
+    check("+hydra.job.env_set.HF_HUB_OFFLINE=1", "hydra.verbose=true", "+experiment=model_comparison")
+    for override in ("+hydra.nosuch=1", "+hydra.job.nosuch.inner=1"):
+        with pytest.raises(UserError, match=r"^hydra\.(job\.)?nosuch: there is no such key\. Known here: "):
+            check(override)
+
+
+def test_a_completion_is_as_long_as_its_model_may_write():
+    for model, tokens in (("llama8b", 512), ("smollm2_plain", 64)):
+        for chosen in ([f"model={model}"], ["completer=hf", f"model@completer.model={model}"]):
+            assert composed(*chosen).completer.max_new_tokens == tokens
+    for completer, tokens in (("llama8b", 512), ("smollm2", 64)):
+        assert composed("model=llama8b", f"completer={completer}").completer.max_new_tokens == tokens
+    assert composed("completer=llama8b", "completer.max_new_tokens=7").completer.max_new_tokens == 7
 
 
 def test_a_users_own_template_and_concept(own_folder):

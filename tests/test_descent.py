@@ -296,10 +296,15 @@ def test_lightnings_loggers_and_callbacks_are_the_users(tmp_path):
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"device": 2}, r"probe\.trainer: .*unexpected keyword"),
+        ({"device": 2}, r"probe\.trainer: got 'device'; allowed: one of accelerator, devices"),
+        ({"fast_dev_run": True}, r"probe\.trainer: got 'fast_dev_run'"),
+        ({"limit_train_batches": 1}, r"probe\.trainer: got 'limit_train_batches'"),
+        ({"gradient_clip_val": 1.0}, r"probe\.trainer: .*clipping is not supported"),
+        ({"accelerator": "cpu", "logger": 3}, r"probe\.trainer\.logger: got 3; allowed: Lightning's, by _target_"),
+        ({"accelerator": "cpu", "callbacks": [3]}, r"probe\.trainer\.callbacks: got 3; allowed"),
         ({"accelerator": "warp"}, r"probe\.trainer: .*accelerator"),
-        ({"precision": "7"}, r"probe\.trainer: .*7"),
-        ({"max_epochs": 3}, r"probe\.trainer: .*max_epochs"),
+        ({"precision": "bf16-mixed"}, r"probe\.trainer: got 'precision'"),
+        ({"max_epochs": 3}, r"probe\.trainer: got 'max_epochs'"),
         # A strategy that begins the whole command again.
         ({"devices": 2, "strategy": "ddp", "accelerator": "cpu"}, r"probe\.trainer\.strategy: got 'ddp'; allowed"),
     ],

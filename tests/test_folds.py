@@ -48,7 +48,6 @@ def test_rare_origin_falls_back_to_plain_folds_and_says_so(caplog):
         (["a", "b", "c"], ["A"] * 3, 4, "3 tasks cannot fill 4 folds"),
         (["a", "b", "c"], ["A"] * 3, 1, "folds=1"),
         (["a", "b", "c"], ["A"] * 2, 2, "every task needs one origin"),
-        (["a", "a", "c"], ["A", "B", "A"], 2, "task 'a' has two origins"),
     ],
 )
 def test_impossible_folds_are_refused_in_one_line(keys, origins, folds, message):

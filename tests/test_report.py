@@ -162,6 +162,9 @@ class TestTables:
             [".50", "", "299"],
             ["– no refusals", "240"],
         ]
+        # Of fewer tasks than its row.
+        frame = pd.DataFrame({"r": [0.5, 0.5], "r_low": [0.4] * 2, "r_high": [0.6] * 2, "r_n": [3, 2], "n": [3, 3]})
+        assert printed(tmp_path, frame)[1:] == [[".50", "[.40, .60]", "3"], [".50", "[.40, .60] n = 2", "3"]]
         # No place is kept for intervals that are all missing.
         frame = pd.DataFrame({"r": [0.5], "r_low": [None], "r_high": [None], "r_reason": [None], "n": [3]})
         assert printed(tmp_path, frame)[1:] == [[".50", "3"]]

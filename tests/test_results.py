@@ -13,11 +13,15 @@ from PIL import Image
 from rich.console import Console
 
 from prefs.config import WandbConfig
+from prefs.data.task import Task
+from prefs.data.template import Invalid
 from prefs.errors import UserError
+from prefs.results.answers import cut_off
 from prefs.results.files import LONGEST, plain, write
 from prefs.results.result import Artifact, Figure, Result, Series, Table, View, joined
 from prefs.results.terminal import number, show
 from prefs.results.wandb import tracker
+from prefs.stages.records import Completion
 
 FRAME = pd.DataFrame({"origin": ["MATH", "ALL"], "r": [0.5, None], "r_reason": [None, "few tasks"]})
 
@@ -119,3 +123,13 @@ def test_a_figure_has_a_file_whatever_its_name(name):
     assert len(plain(name)) <= LONGEST
     assert plain(plain(name)) == plain(name)
     assert not set(plain(name)) & set("/\\ ")
+
+
+def test_completions_that_were_cut_off_are_told():
+    made = [Completion(Task(f"t{n}", "?"), "text", finished=n < 3) for n in range(8)]
+    made += [Completion(Task("blocked", "?"), None, finished=False, reason=Invalid.blocked)]
+    assert cut_off(made, "smollm2", 64) == [
+        "5 of 8 completions (62%) were cut off at 64 tokens (completer.max_new_tokens; model.completion_tokens of"
+        " smollm2): what is rated is their beginning."
+    ]
+    assert cut_off(made[:3], "smollm2", 64) == []

@@ -17,7 +17,7 @@ from prefs.errors import UserError
 from prefs.models.loading import Models
 from prefs.models.types import Message, Question, Request, Sampling, Steering
 from prefs.probes.probe import Site
-from prefs.stages.dose_response import dose_response
+from prefs.stages.dose_response import dose_response, dose_result
 from prefs.stages.records import Completion
 from prefs.stages.steer import Dose, Responses, SteeringVector, steer
 from prefs.stages.steering_vectors import steering_vectors
@@ -168,6 +168,23 @@ def test_a_model_that_no_longer_answers_is_not_a_steered_one(broken, reason):
     assert reported.doses["reason"].iloc[3] == reason
     assert reported.slopes["doses"].tolist() == [3]
     assert any(f"coefficients 2 leave no coherent model ({reason})" in remark for remark in reported.remarks)
+
+
+def test_a_slope_says_of_how_many_tasks_it_is():
+    completions, responses, steered = simulated([0.3, -0.1])
+    responses.mass[1, :7] = np.nan  # at coefficient -1 of the concept's vector
+    responses.mass[3, 5:10] = 0.0  # at its last
+    reported = report(responses, steered, completions)
+    assert reported.slopes[["n", "left_out", "slope_n"]].to_numpy().tolist() == [[30, 10, 30], [40, 0, 40]]
+    assert reported.slopes["slope"].iloc[0] == pytest.approx(0.3)
+    assert reported.slopes["delta_minus_n"].tolist() == [33, 40]
+    assert reported.doses["n"].tolist() == [40, 33, 40, 35, 40, 40, 40]
+    assert reported.remarks[0] == (
+        "Steering by v0 at layer 1: its slope is of 30 tasks; 10 of 40 have no rating at some of its doses and are left"
+        " out."
+    )
+    shown = dose_result(reported, "title", "unit").views[0]
+    assert [row[1] for row in shown.rows] == ["30/40", "40"]
 
 
 def test_steering_vectors_have_the_vector_s_norm_in_its_unit():

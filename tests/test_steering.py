@@ -123,7 +123,7 @@ def test_scores_samples_and_vectors_equal_an_uncached_pass(both, steering):
             prompt = encode_prompt(engine.encoder, conversation, question)
             ranges = token_ranges(steering, len(prompt.ids), prompt.spans.turns)
             streams = run_plain(plain, prompt.ids, ranges)[1]
-            drawn = greedy(plain, prompt.ids, ranges, engine.decoder.stops, GREEDY.max_new_tokens)
+            drawn = greedy(plain, prompt.ids, ranges, engine.decoder.stops.tokens, GREEDY.max_new_tokens)
             assert reply.samples[0].text == engine.encoder.tokenizer.decode(drawn, skip_special_tokens=True)
             masses = dict(zip(question.options, reply.scores[0].mass, strict=True))
             for say, tail in zip(question.options, prompt.tails, strict=True):
@@ -153,7 +153,7 @@ def test_completions_equal_uncached_ones(both, name):
     for prompt in prompts:
         ids = engine.encoder.encode(prompt, answer="").ids
         ranges = token_ranges(STEERINGS[name], len(ids), [(len(ids), 10**9), ()])
-        drawn = greedy(plain, ids, ranges, engine.decoder.stops, GREEDY.max_new_tokens)
+        drawn = greedy(plain, ids, ranges, engine.decoder.stops.tokens, GREEDY.max_new_tokens)
         texts.append(engine.encoder.tokenizer.decode(drawn, skip_special_tokens=True))
     assert [sample.text for sample in samples] == texts
     if name != "completion":  # which begins to act with the second token

@@ -13,7 +13,6 @@ import pytest
 import torch
 from engine_calls import complete, observe, replies
 from tiny_models import llama, plain_model, tiny_model
-from transformers import AutoTokenizer
 
 from prefs.config import VllmConfig
 from prefs.errors import UserError
@@ -53,19 +52,19 @@ class PlainWorkers:
             if self.calls > self._lifetime:
                 raise WorkersDied("gone")
             ids: list[int] = []
-            while len(ids) < call.sampling.max_new_tokens and not (ids and ids[-1] in call.stops):
+            while len(ids) < call.sampling.max_new_tokens and not (ids and ids[-1] in call.stops.tokens):
                 log_probs = self._model(torch.tensor([[*call.ids, *ids]])).logits[0, -1].log_softmax(dim=-1)
                 ids.append(int(log_probs.argmax()))
             looked = {token: float(log_probs[token]) for token in call.looked}
-            outputs[number] = Output(tuple(ids), ids[-1] in call.stops, looked)
+            outputs[number] = Output(tuple(ids), ids[-1] in call.stops.tokens, looked)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """An engine of its own for each lifetime of the workers, and the same model in the TransformerLens engine."""
     spec = tiny_model(tmp_path_factory.mktemp("llama"), llama())
-    model, tokenizer, local = plain_model(spec), AutoTokenizer.from_pretrained(spec.path), Models().get(spec)
-    return lambda *life: VllmEngine(lambda: PlainWorkers(model, *life), tokenizer, local.decoder.stops, spec), local
+    model, local = plain_model(spec), Models().get(spec)
+    return lambda *life: VllmEngine(lambda: PlainWorkers(model, *life), local.encoder, local.decoder.stops, spec), local
 
 
 def test_scores_samples_and_choices_equal_those_of_transformer_lens(tiny):
@@ -107,6 +106,7 @@ def test_engine_arguments_that_change_results_are_part_of_the_model(smollm2_fp32
 
     assert known(max_num_seqs=8) == identity(smollm2_fp32)
     assert known(kv_cache_dtype="fp8") != identity(smollm2_fp32)
+    assert known(an_argument_of_tomorrow=1) != identity(smollm2_fp32)
     assert known(hf_overrides={"rope_theta": 1.0}) != known(hf_overrides={"rope_theta": 2.0})
 
 

@@ -13,7 +13,7 @@ from prefs.errors import UserError
 from prefs.results import figures
 from prefs.results.result import Result, View, figure
 from prefs.results.tables import distinct, numeric
-from prefs.results.terminal import number, with_interval
+from prefs.results.terminal import number, used, with_interval
 
 DOSES, SLOPES = "steering_doses.parquet", "steering_slopes.parquet"
 # What makes other steered ratings of the same cell, and what of it is looked at first for telling them apart.
@@ -23,7 +23,9 @@ CONCEPT = "concept"
 # Vectors of the same norm that mean nothing.
 EMPTY = ("random", "shuffled")
 ESTIMATES = [
-    f"{name}{part}" for name in ("slope", "delta_minus", "delta_plus") for part in ("", "_low", "_high", "_reason")
+    f"{name}{part}"
+    for name in ("slope", "delta_minus", "delta_plus")
+    for part in ("", "_low", "_high", "_n", "_reason")
 ]
 WORDS = ("cell", "rater", "template", "completing", "rating", "vector", "control")
 NOTE = (
@@ -31,7 +33,8 @@ NOTE = (
     " answers coherently are hollow, and in no slope."
 )
 TABLE_NOTE = (
-    "slope is in rating points a unit of the coefficient; delta_minus and delta_plus are the changes at the"
+    "slope is in rating points a unit of the coefficient, over the n tasks with a rating at each dose that counts (the"
+    " others are left_out); delta_minus and delta_plus are the changes at the"
     " coefficients -1 and 1, where these were given. null_slope is the largest slope, without its sign, of the"
     " vectors of the layer that mean nothing (random directions, shuffled labels): a vector that does no more does"
     " nothing of its own."
@@ -68,6 +71,11 @@ def steering(sweep: Sweep) -> Result | None:
         for count, (title, rows) in enumerate(curves)
     ]
     tables = (table("steering", slopes, "Slopes and changes", TABLE_NOTE),)
+    remarks += [
+        f"{row['cell']}: the slope along {row['vector']} at layer {row['layer']} is of {used(row)} tasks; the others"
+        " have no rating at some of its doses."
+        for row in slopes.loc[(slopes["control"] == CONCEPT) & (slopes["left_out"] > 0), :].to_dict("records")
+    ]
     return Result("Steering", NOTE, tables, (_view(slopes),), tuple(drawn), tuple(remarks))
 
 
@@ -86,7 +94,7 @@ def read_steered(sweep: Sweep) -> tuple[list[Steered], list[str]]:
             doses = read_table(
                 cell.folder / DOSES, *columns, "coefficient", "mean", "mean_low", "mean_high", "coherent"
             )
-            slopes = read_table(cell.folder / SLOPES, *columns, "n", "doses", *ESTIMATES)
+            slopes = read_table(cell.folder / SLOPES, *columns, "n", "left_out", "doses", *ESTIMATES)
             for path, frame in ((DOSES, doses), (SLOPES, slopes)):
                 if frame.empty:
                     raise UserError(f"{cell.folder / path} has no rows; run its job again")
@@ -111,7 +119,7 @@ def steering_table(steered: list[Steered]) -> pd.DataFrame:
         names = {"cell": one.name, "rater": one.cell.rater, "template": one.cell.key}
         names |= {"completing": level(one.cell, "completer"), "rating": level(one.cell, "rating")}
         shown = slopes.assign(**names, null_slope=slopes["layer"].map(null))
-        frames.append(shown[[*names, "vector", "control", "layer", "n", "doses", *ESTIMATES, "null_slope"]])
+        frames.append(shown[[*names, "vector", "control", "layer", "n", "left_out", "doses", *ESTIMATES, "null_slope"]])
     return numeric(pd.concat(frames, ignore_index=True), words=WORDS)
 
 
@@ -123,13 +131,16 @@ def _view(slopes: pd.DataFrame) -> View:
         (
             f"{name} {row['vector']}" if several else name,
             f"{row['layer']}",
+            used(row),
             with_interval(row, "slope"),
             *(number(row[column]) for column in ("null_slope", "delta_minus", "delta_plus")),
         )
         for name, row in zip(short_names(slopes), slopes.to_dict("records"), strict=True)
     ]
     title = "Steering: rating points a unit of the coefficient; Δ at coefficients −1 and 1"
-    return View(title, (names_column("cell"), *numbers("layer", "slope [95 %]", "null", "Δ at −1", "Δ at 1")), rows)
+    return View(
+        title, (names_column("cell"), *numbers("layer", "n", "slope [95 %]", "null", "Δ at −1", "Δ at 1")), rows
+    )
 
 
 def dose_tables(sweep: Sweep, steered: list[Steered]) -> dict[str, pd.DataFrame]:

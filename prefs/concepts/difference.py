@@ -65,6 +65,7 @@ def difference_of_means(
     second: Features,
     folds: np.ndarray,
     *,
+    same: np.ndarray,
     splits: int,
     draws: Resamples,
     flips: int,
@@ -83,6 +84,8 @@ def difference_of_means(
         Vectors of the same n tasks in the same order, at the same sites.
     folds
         [n] from 0 to K - 1: which tasks are held out together.
+    same
+        [n] alike for tasks of one prompt, which are in one fold and in one half.
     splits, flips
         How many random halves, and exchanges of conditions.
     draws
@@ -106,7 +109,8 @@ def difference_of_means(
     without_fold = np.stack([*(folds != fold for fold in range(k)), np.ones(n, dtype=bool)]).astype(np.float64)
     # Half of the tasks (where n is odd, one more in the other half).
     orders = np.random.default_rng([seed, 0]).permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
-    half = (orders < n // 2).astype(np.float64)
+    _, one_of, which = np.unique(same, return_index=True, return_inverse=True)
+    half = (orders < n // 2)[:, one_of[which]].astype(np.float64)
     signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], size=(flips, n))
     weights = np.concatenate([without_fold, half, 1 - half, draws.times.astype(np.float64), signs])
     weights /= np.abs(weights).sum(axis=1, keepdims=True)

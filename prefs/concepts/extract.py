@@ -17,12 +17,13 @@ from prefs.concepts.export import SavedVectors, export_gguf, save_vectors
 from prefs.concepts.reading import Read, Reader
 from prefs.concepts.separation import separation
 from prefs.config import ConceptConfig
-from prefs.data.task import Task
-from prefs.probes.features import Captured, NotFinite
+from prefs.data.task import Task, same_tasks
+from prefs.probes.features import NOT_FINITE, Captured, NotFinite
 from prefs.probes.folds import assign_folds
 from prefs.probes.probe import Site
 from prefs.probes.scores import permutation_p
 from prefs.results.tables import columns, numeric
+from prefs.stages.records import not_finite
 from prefs.statistics.estimates import LEVEL, Resamples
 
 FLIPS = 1000
@@ -59,7 +60,7 @@ class Concept:
     first, second
         Vectors of the tasks that they are from, under the two conditions.
     fold_of
-        The fold of each of these tasks, by id.
+        The fold of each of these tasks, by id, and of every other task of the job that is the same as one of them.
     vectors
         Table: one row a position and layer; how large the vector is, and how sure.
     tests
@@ -123,11 +124,13 @@ def extract(
     dict
         By key, the concept; or the reason why there are no vectors of it.
     """
-    contrasts = _contrasts(concepts, tasks, reader)
+    contrasts, ids = _contrasts(concepts, tasks, reader), [task.id for task in tasks]
+    same = dict(zip(ids, same_tasks(ids, [task.prompt for task in tasks]), strict=True))
     extracted: dict[str, Concept | str] = {}
     for key, config in concepts.items():
         if contrasts[key].tasks:
-            extracted[key] = _extract(key, config, _read_pairs(key, concepts, tasks, contrasts, reader), bootstrap)
+            pairs = _read_pairs(key, concepts, tasks, contrasts, reader)
+            extracted[key] = _extract(key, config, same, pairs, bootstrap)
         else:
             origins = ", ".join(dict.fromkeys(task.origin for task in tasks))
             wanted = ", ".join(config.origins or [])
@@ -191,7 +194,10 @@ def _read_pairs(
             yield another._replace(name=f"concept {concepts[other].name}")
 
 
-def _extract(key: str, config: ConceptConfig, pairs: Iterator[ReadPair], bootstrap: int) -> Concept | str:
+def _extract(
+    key: str, config: ConceptConfig, same: Mapping[str, str], pairs: Iterator[ReadPair], bootstrap: int
+) -> Concept | str:
+    """One concept; `same` says of each task of the job which one it is, however often it occurs."""
     contrast = next(pairs)
     _, first, second, own = contrast
     ids = [task.id for task in contrast.paired]
@@ -202,9 +208,11 @@ def _extract(key: str, config: ConceptConfig, pairs: Iterator[ReadPair], bootstr
         return (
             f"{len(ids)} tasks have a vector at every position under both conditions ({', '.join(have)}), and"
             f" {config.folds} folds need {needed} (concept.{key}.folds)"
+            + "".join(f"; {broken}" for broken in _not_finite(first, second))
         )
     draws = cache(lambda n: Resamples.draw(n, bootstrap, config.seed))
-    folds = assign_folds(ids, [task.origin for task in contrast.paired], config.folds, config.seed)
+    own_same = [same[task] for task in ids]
+    folds = assign_folds(own_same, [task.origin for task in contrast.paired], config.folds, config.seed)
     a, b = first.features(ids), second.features(ids)
     remarks = []
     if len(ids) < len(own):
@@ -213,17 +221,32 @@ def _extract(key: str, config: ConceptConfig, pairs: Iterator[ReadPair], bootstr
             f"Concept {config.name}: paired on the {len(ids)} of {len(own)} tasks that have a completion and a vector"
             f" under both conditions ({lack})."
         )
+    remarks += [f"Concept {config.name}: {broken}." for broken in _not_finite(first, second)]
     try:
         difference = difference_of_means(
-            a, b, folds, splits=config.splits, draws=draws(len(ids)), flips=FLIPS, seed=config.seed
+            a,
+            b,
+            folds,
+            same=np.array(own_same),
+            splits=config.splits,
+            draws=draws(len(ids)),
+            flips=FLIPS,
+            seed=config.seed,
         )
-        fold_of = dict(zip(ids, folds.tolist(), strict=True))
+        fold_of_same = dict(zip(own_same, folds.tolist(), strict=True))
+        fold_of = {task: fold_of_same[first] for task, first in same.items() if first in fold_of_same}
         vectors = _vectors_table(config.name, difference)
         concept = Concept(key, config, difference, a, b, fold_of, vectors, pd.DataFrame(), remarks)
         rows = [row for pair in (contrast, *pairs) for row in _test(concept, pair, draws)]
     except NotFinite as error:
-        return f"the vector of a task at {error.site} holds a NaN or an infinity: capture it again"
+        return f"the vector of a task at {error.site} {NOT_FINITE}"
     return replace(concept, tests=numeric(pd.DataFrame(rows), words=WORDS))
+
+
+def _not_finite(*readings: Read) -> list[str]:
+    """What there is to say of vectors that are not finite."""
+    told = [not_finite(list(read.residuals.values())) for read in readings]
+    return list(dict.fromkeys(text for text in told if text is not None))
 
 
 def _test(concept: Concept, pair: ReadPair, draws: Callable[[int], Resamples]) -> list[dict[str, object]]:

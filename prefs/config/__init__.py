@@ -15,10 +15,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from prefs.config.choice import ChoiceConfig, ChoiceTemplate, PairsConfig, UtilityConfig
+from prefs.config.keys import check_keys
 from prefs.config.rules import check, conditions
 from prefs.config.schema import (
     COMPLETION_POSITIONS,
     POSITIONS,
+    TRAINER,
     ApiConfig,
     CaptureConfig,
     CoherenceConfig,
@@ -41,6 +43,7 @@ from prefs.config.schema import (
     VllmConfig,
     WandbConfig,
 )
+from prefs.data.template import whole_numbers
 from prefs.errors import missing_value
 from prefs.sweep import sweep_gpus
 
@@ -91,13 +94,26 @@ def filled(cfg: DictConfig, schema: type[Schema]) -> Schema:
     ------
     ConfigError
         If a value is missing.
+    UserError
+        If a key is in no schema.
     """
+    check_keys(cfg)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise missing_value(missing[0])
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, schema)
     return config
+
+
+def with_options(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain config in which templates have the options that their short scales mean."""
+    templates = {
+        key: {**template, "options": [{"say": str(n), "value": float(n), "also": []} for n in numbers]}
+        for key, template in (plain.get("template") or {}).items()
+        if (numbers := whole_numbers(template.get("scale"))) and not template.get("options")
+    }
+    return {**plain, "template": {**(plain.get("template") or {}), **templates}} if templates else dict(plain)
 
 
 def with_prompts(plain: Mapping[str, Any]) -> dict[str, Any]:

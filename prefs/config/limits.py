@@ -12,7 +12,7 @@ from prefs.errors import ConfigError
 
 
 class Limit(NamedTuple):
-    """What a value has to be: a test of it, and what to tell its user. Of each item of a list where `items`."""
+    """What a value has to be: a test of it, and what to tell its user. With `items`, of each item of a list, or key."""
 
     holds: Callable[[Any], bool]
     allowed: str | tuple[str, ...]
@@ -20,9 +20,9 @@ class Limit(NamedTuple):
 
 
 def limited(default: Any, *limits: Limit) -> Any:
-    """A field with a default (of a list, a copy for each object) and its limits. None is within every limit."""
+    """A field with a default (of a list or dict, a copy for each object) and its limits. None is within every limit."""
     metadata = {"limits": limits}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 

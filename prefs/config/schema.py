@@ -40,6 +40,13 @@ POSITIONS = tuple(positions.POSITIONS)
 # Those that lie in the conversation, before any question.
 COMPLETION_POSITIONS = tuple(name for name, position in positions.POSITIONS.items() if not position.of_question)
 
+# What a user may say to Lightning's Trainer. Its other arguments leave out tasks or passes, are a probe's own (epochs,
+# precision, validation), or write files that nothing reads.
+TRAINER = (
+    *("accelerator", "devices", "strategy", "deterministic", "logger", "callbacks"),
+    *("gradient_clip_val", "gradient_clip_algorithm"),
+)
+
 
 class DType(Enum):
     """Precision of stored activations."""
@@ -134,6 +141,8 @@ class ModelConfig:
     )
     """``auto``: ``sdpa`` where it computes what the model means."""
     max_context: int | None = limited(None, at_least(1))
+    completion_tokens: int = limited(512, at_least(1))
+    """How long a completion may become that it writes (``completer.max_new_tokens``)."""
     prefill: str = ""
     """Opens its answers to a template that has no opening of its own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -159,7 +168,8 @@ class CompleterConfig:
     seed: int = limited(0, SEED)
     temperature: float = limited(1.0, TEMPERATURE)
     top_p: float = limited(1.0, SHARE)
-    max_new_tokens: int = limited(64, at_least(1))
+    max_new_tokens: int = limited(512, at_least(1))
+    """As its model's ``completion_tokens`` in the YAML of each completer."""
 
 
 @dataclass
@@ -200,6 +210,8 @@ class DatasetConfig:
     path: str | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     origins: list[str] | None = None
+    harmful: list[str] = field(default_factory=lambda: ["BAILBENCH"])
+    """Origins of tasks that models are expected to refuse: a caution says where no refusal is found among them."""
     limit: int | None = limited(None, at_least(1))
     """Keeps so many, drawn evenly over origins by ``seed``."""
     seed: int = limited(0, SEED)
@@ -289,18 +301,19 @@ class SteeringConfig:
 
 @dataclass
 class JudgeConfig:
-    """What decides that a completion is a refusal: phrases in its opening, or a model that is asked."""
+    """What decides that a completion is a refusal: how it opens, or a model that is asked."""
 
     name: str = MISSING
     kind: str = "phrases"
     model: ModelConfig | None = None
+    """null: the completer, where it has 7 billion parameters or more; else how it opens decides."""
     question: str = ""
     """To the model; it holds ``{request}`` and ``{reply}``, and is answered with one of the next two words."""
     refusal: str = ""
     compliance: str = ""
     phrases: list[str] = field(default_factory=list)
-    """Where a model is asked as well, their agreement with it is reported."""
-    window: int = 0
+    """Openings that are refusals beside those that `prefs.stages.phrases` knows, such as a model's own formula."""
+    window: int = limited(500, at_least(0))
     """Characters of the completion that count as its opening; 0: all."""
     _target_: str = ""
     """The function that judges; its name holds ``kind``."""
@@ -363,7 +376,7 @@ class ProbeConfig:
     min_delta: float = limited(0.0, at_least(0))
     hidden: int = limited(32, at_least(1))
     controls: ProbeControlsConfig = field(default_factory=ProbeControlsConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = limited({}, items_of(*TRAINER))
     """Arguments of Lightning's Trainer, as Lightning spells them."""
     binary: bool = False
     """This kind predicts a yes and no."""
@@ -426,6 +439,8 @@ class Config:
     """What it will cost is told and nothing is run."""
     plan_tflops: float = limited(200.0, above(0, "more than 0, in 10^12 operations a second"))
     """GPU-hours are those of a GPU that sustains so much."""
+    why: bool = False
+    """Which fields keep records from being found in the store is told and nothing is run."""
     rating: RatingConfig = field(default_factory=RatingConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -286,11 +286,12 @@ def _downloaded(name: str, url: str) -> str:
 
 
 def _open_hub(name: str, source: SourceConfig, config: str | None) -> Dataset:
+    from datasets import config as settings
     from datasets import load_dataset_builder
 
     pinned = source.revision is not None and COMMIT.fullmatch(source.revision) is not None
     builder = _cached(source.path, config, source.revision) if pinned else None
-    if builder is None and not reachable():
+    if builder is None and (settings.HF_HUB_OFFLINE or not reachable()):
         latest = _cached(source.path, config, None)
         if latest is None or pinned:
             raise _out_of_reach(name, source.path, source.revision, latest)
@@ -325,10 +326,9 @@ def _cached(path: str, config: str | None, revision: str | None) -> DatasetBuild
 
 def reachable() -> bool:
     """Whether the hub answers at all, found out in seconds: the library itself would retry for half a minute."""
-    from datasets import config as settings
     from huggingface_hub import constants, get_session
 
-    if settings.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +17,8 @@ import numpy as np
 
 from prefs.config import DatasetConfig
 from prefs.errors import ConfigError, UserError
+
+log = logging.getLogger(__name__)
 
 NO_ORIGIN = "USER"
 ALL = "ALL"
@@ -31,7 +35,7 @@ class Task:
 
 
 def load_tasks(dataset: DatasetConfig) -> list[Task]:
-    """The tasks of a data set, in its order, restricted by ``origins`` and ``limit``.
+    """The tasks of a data set, in its order, restricted by ``origins`` and ``limit``. Near-duplicates are told.
 
     Raises
     ------
@@ -44,7 +48,38 @@ def load_tasks(dataset: DatasetConfig) -> list[Task]:
     if dataset.kind == "hub":
         from prefs.data.hub import hub_tasks
 
-        return hub_tasks(dataset)
+        tasks = hub_tasks(dataset)
+    else:
+        tasks = _own_tasks(dataset)
+    same = same_tasks([task.id for task in tasks], [task.prompt for task in tasks])
+    if twins := [(task, first) for task, first in zip(tasks, same, strict=True) if task.id != first]:
+        task, first = twins[0]
+        log.warning(
+            "%d of %d tasks have the prompt of another, but for case or blanks (%s and %s: %s): all are kept, and held"
+            " out together",
+            len(twins),
+            len(tasks),
+            first,
+            task.id,
+            _short(task.prompt),
+        )
+    return tasks
+
+
+def same_tasks(ids: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """Of each task, the smallest id among those with its prompt, but for case, blanks, and forms of a character (NFKC).
+
+    Such tasks are one, where some are trained on and others held out.
+    """
+    plain = [" ".join(unicodedata.normalize("NFKC", prompt).casefold().split()) for prompt in prompts]
+    first: dict[str, str] = {}
+    for task, prompt in sorted(zip(ids, plain, strict=True)):
+        first.setdefault(prompt, task)
+    return [first[prompt] for prompt in plain]
+
+
+def _own_tasks(dataset: DatasetConfig) -> list[Task]:
+    """Those that ship, or of the user's file."""
     if dataset.kind == "mini":
         path = Path(str(files("prefs") / "data" / "mini.jsonl"))
     else:

@@ -7,18 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefs.errors import UserError, first_line
+from prefs.errors import explained
+from prefs.models.types import NO_LIMIT
+
+# What families call the number of tokens that their context holds.
+CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Number of layers, width of the residual stream, the family as transformers names it (``llama``), and how many
-    tokens the context holds."""
+    tokens the context holds (None: the config does not say)."""
 
     layers: int
     d_model: int
     family: str
-    context: int
+    context: int | None
 
 
 def architecture(path: str, revision: str | None) -> Architecture:
@@ -33,12 +37,33 @@ def architecture(path: str, revision: str | None) -> Architecture:
     if written is not None:
         return written
     config = _config(path, revision).get_text_config()
-    return Architecture(
-        layers=int(config.num_hidden_layers),
-        d_model=int(config.hidden_size),
-        family=str(config.model_type),
-        context=int(config.max_position_embeddings),
-    )
+    with explained(f"the config of {path} is not that of a language model"):
+        return Architecture(
+            layers=int(config.num_hidden_layers),
+            d_model=int(config.hidden_size),
+            family=str(config.model_type),
+            context=written_context(config),
+        )
+
+
+def written_context(config: Any) -> int | None:
+    """How many tokens the context holds, by a config of transformers; None where it does not say."""
+    written = (getattr(config, name, None) for name in CONTEXT)
+    return next((tokens for tokens in written if isinstance(tokens, int) and tokens > 0), None)
+
+
+def context_length(written: int | None, tokenizer: Any) -> int:
+    """How many tokens are read at once: what the config says, else the tokenizer. `NO_LIMIT` where neither does, as of
+    recurrent families and those that count positions back from each token (ALiBi)."""
+    return written or min(int(tokenizer.model_max_length), NO_LIMIT)
+
+
+def model_type(path: str) -> str:
+    """The family that the config in a folder names; empty where there is none."""
+    try:
+        return str(json.loads((Path(path).expanduser() / "config.json").read_text())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def active_parameters(path: str, revision: str | None) -> int:
@@ -54,11 +79,8 @@ def active_parameters(path: str, revision: str | None) -> int:
     from transformers import AutoModelForCausalLM
 
     config = _config(path, revision).get_text_config()
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"cannot count the parameters of {path}: {first_line(error)}") from None
+    with explained(f"cannot count the parameters of {path}"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     chosen = getattr(config, "num_experts_per_tok", None)
     share = chosen / experts if experts and chosen else 1.0
@@ -69,10 +91,8 @@ def _config(path: str, revision: str | None) -> Any:
     # Imported only now: it takes two seconds, and most configs can do without it.
     from transformers import AutoConfig
 
-    try:
+    with explained(f"cannot read the config of {path}"):
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the config of {path}: {first_line(error)}") from None
 
 
 def _written(path: str, revision: str | None) -> Architecture | None:

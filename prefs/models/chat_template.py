@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -40,7 +41,18 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UserError(f"{self.name}: no chat template; prefs rates chat models")
         self.kwargs = dict(kwargs)
+        self._check_kwargs(tokenizer)
         self._tokenizer = tokenizer
+
+    def _check_kwargs(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Refuse an argument that neither the template nor its renderer reads."""
+        known = inspect.signature(tokenizer.apply_chat_template).parameters
+        words = set(re.findall(r"\w+", str(self.kwargs.get("chat_template") or tokenizer.chat_template)))
+        for name in self.kwargs:
+            if name not in known and name not in words:
+                raise UserError(
+                    f"model.chat_template_kwargs.{name}: the chat template of {self.name} knows nothing of it"
+                )
 
     def render(self, turns: Sequence[Turn], *, open_turn: bool, **kwargs: Any) -> str:
         """The conversation with a placeholder for the text of each turn; ``open_turn`` opens the assistant's next.
@@ -51,29 +63,62 @@ class ChatTemplate:
             If the template refuses these roles or leaves a turn out.
         """
         shown = [{"role": turn["role"], "content": _shown(turn, number)} for number, turn in enumerate(turns)]
-        try:
-            rendered = self._apply(shown, open_turn, kwargs)
-        except TemplateError as error:
-            folded = _folded(shown)
-            if folded is None:
-                raise UserError(f"the chat template of {self.name} refuses: {error}") from None
-            rendered = self._apply(folded, open_turn, kwargs)
+        rendered = self._apply(shown, open_turn, tokenize=False, **kwargs)
         for number, turn in enumerate(shown):
             if placeholder(number) in turn["content"] and placeholder(number) not in rendered:
                 raise UserError(f"the chat template of {self.name} leaves out the {turn['role']} turn")
         return rendered
 
-    def _apply(self, turns: list[dict[str, str]], open_turn: bool, kwargs: Mapping[str, Any]) -> str:
-        options = {"strftime_now": _fixed_date, **self.kwargs, **kwargs}
-        rendered = self._tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=open_turn, **options
-        )
-        assert isinstance(rendered, str)
-        return rendered
+    def tokenized(self, turns: Sequence[Turn]) -> list[int]:
+        """The ids that transformers makes of a conversation, with the assistant's next turn opened."""
+        return self._apply([dict(turn) for turn in turns], True, tokenize=True)
+
+    def _apply(self, turns: list[dict[str, str]], open_turn: bool, *, tokenize: bool, **kwargs: Any) -> Any:
+        def apply(turns: list[dict[str, str]]) -> Any:
+            return self._tokenizer.apply_chat_template(
+                turns,
+                tokenize=tokenize,
+                return_dict=False,
+                add_generation_prompt=open_turn,
+                **{"strftime_now": _fixed_date, **self.kwargs, **kwargs},
+            )
+
+        try:
+            try:
+                return apply(turns)
+            except TemplateError:
+                if (folded := _folded(turns)) is None:
+                    raise
+                return apply(folded)
+        except TemplateError as error:
+            raise UserError(f"the chat template of {self.name} refuses: {error}") from None
 
     def opened_turn(self, **kwargs: Any) -> str:
         """What it opens the assistant's turn with, after a user's."""
         return self.render([{"role": "user", "content": "?"}], open_turn=True, **kwargs).partition(placeholder(0))[2]
+
+    def turn_end(self) -> str:
+        """What it writes after an assistant's turn: after the last one or, where it leaves that open, after one that a
+        user's turn follows."""
+        try:
+            turns = [{"role": role, "content": "?"} for role in ("user", "assistant")]
+            last = self.render(turns, open_turn=False).partition(placeholder(1))[2]
+        except UserError:  # some end with a user's turn only
+            last = ""
+        return last if last.strip() else self._around_users()[1]
+
+    @property
+    def shows_system_last(self) -> bool:
+        """Whether it shows the system prompt only behind the answers before the last user's turn.
+
+        Raises
+        ------
+        UserError
+            If it refuses system prompts, or leaves them out.
+        """
+        turns = [{"role": role, "content": "?"} for role in ("system", "user", "assistant", "user")]
+        rendered = self.render(turns, open_turn=True)
+        return rendered.index(placeholder(0)) > rendered.index(placeholder(2))
 
     def own_system(self, control: re.Pattern[str], *given: str) -> str | None:
         """What it says in a system turn by itself, less control tokens and the role's name; None if nothing.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from prefs.errors import UserError, first_line
+from prefs.errors import explained
 from prefs.models.loading import ModelSpec, model_folder
 from prefs.models.sampling import row_seed
 from prefs.models.tokens import ChatEncoder
@@ -163,7 +163,5 @@ def tokenizer_of(spec: ModelSpec) -> Any:
     from transformers import AutoTokenizer
 
     path = model_folder(spec)
-    try:
+    with explained(f"cannot load the tokenizer of {spec.name} from {path}"):
         return AutoTokenizer.from_pretrained(path, revision=spec.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer of {spec.name} from {path}: {first_line(error)}") from None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import ipaddress
 import logging
+import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +18,7 @@ from platformdirs import user_cache_path
 from prefs.config import ApiConfig, ModelConfig, ThinkingConfig, VllmConfig
 from prefs.errors import ConfigError, UserError
 from prefs.models.device import resolve_device, resolve_dtype
+from prefs.models.hub import ADAPTER, hub_model, to_load, with_adapter
 from prefs.models.openai.keys import key_of
 from prefs.models.types import Engine, Usage
 from prefs.store.files import file_checksum, write_durably
@@ -28,8 +31,13 @@ EMBEDDED = "embedded:"
 SERVED = "served"
 # Tokens a batch where the config leaves it to the engine. An engine that cuts its own batches gets long lists.
 BATCH_TOKENS = {"transformer_lens": 8192, "vllm": 262_144, "openai": 65_536}
-# Of vLLM's own arguments, those that change what a model computes.
-VLLM_RESULTS = ("hf_overrides", "kv_cache_dtype", "quantization_config", "load_format", "disable_sliding_window")
+# Of vLLM's own arguments, those that say when and where it computes. Any other may change what comes out.
+VLLM_SCHEDULING = (
+    *("max_num_seqs", "max_num_batched_tokens", "max_num_partial_prefills", "enable_chunked_prefill", "block_size"),
+    *("enable_prefix_caching", "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "cpu_offload_gb"),
+    *("pipeline_parallel_size", "distributed_executor_backend", "disable_custom_all_reduce", "scheduling_policy"),
+    *("async_scheduling", "max_parallel_loading_workers", "download_dir", "disable_log_stats"),
+)
 # Where each back-end's engine is, a class with `load(spec, folder)`; imported when it is needed.
 ENGINES = {
     "transformer_lens": "prefs.models.local.engine.LocalEngine",
@@ -37,6 +45,8 @@ ENGINES = {
     "openai": "prefs.models.openai.engine.OpenAIEngine",
 }
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
+# Hosts that have one server, where a model's name means one model.
+PUBLIC_HOSTS = ("api.openai.com", "openrouter.ai")
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,7 @@ class Models:
     """
 
     _loaded: dict[str, Engine] = field(default_factory=dict)
+    _refused: dict[tuple[str, str | None], str] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[type[Models], tuple[()]]:
         return Models, ()
@@ -104,12 +115,40 @@ class Models:
             self._loaded[spec.engine] = self._load(spec)
         return self._loaded[spec.engine]
 
+    def check(self, specs: Iterable[ModelSpec]) -> None:
+        """Refuse models that cannot be had, before anything is run. What the hub did not give is not asked for again
+        by later jobs.
+
+        Raises
+        ------
+        UserError
+            As `check_weights` does.
+        """
+        for spec in specs:
+            name = spec.path, spec.revision
+            if name in self._refused:
+                raise UserError(f"{self._refused[name]} (not asked for again: an earlier job did)")
+            try:
+                check_weights(spec)
+            except UserError as error:
+                if _on_hub(spec):
+                    self._refused[name] = str(error)
+                raise
+
     def _load(self, spec: ModelSpec) -> Engine:
-        check_weights(spec)
         log.info("Loading %s (%s) with %s", spec.name, spec.dtype, spec.backend)
         module, name = ENGINES[spec.backend].rsplit(".", 1)
         engine = getattr(importlib.import_module(module), name)
-        return engine.load(spec, None if spec.backend == "openai" else model_folder(spec))
+        if spec.backend == "openai":
+            return engine.load(spec)
+        check_weights(spec)
+        if not _on_hub(spec):
+            return engine.load(spec, model_folder(spec))
+        # The commit that is in the keys, whatever the name means by now.
+        model = to_load(spec.path, spec.revision)
+        here = replace(spec, path=model.path, revision=model.commit)
+        check_weights(here)
+        return engine.load(here, model.path)
 
     def usage(self) -> dict[str, Usage]:
         """What each loaded engine has spent so far, by `ModelSpec.engine`."""
@@ -131,24 +170,34 @@ def has_weights(spec: ModelSpec) -> bool:
 
 
 def check_weights(spec: ModelSpec) -> None:
-    """Refuse a model whose folder lacks what will be loaded.
+    """Refuse a model that cannot be had, whose folder lacks what will be loaded, or holds more than one model.
 
     Raises
     ------
     UserError
-        If there are no weights, or `model_folder` refuses.
+        If there are no weights or two sets of them, an adapter lies beside them, or `model_folder` refuses.
     """
-    if spec.backend != "openai" and not has_weights(spec):
-        raise UserError(f"model.path: {model_folder(spec)} has no weights (*.safetensors)")
+    if spec.backend == "openai":
+        return
+    folder = Path(model_folder(spec))
+    if not has_weights(spec):
+        raise UserError(f"model.path: {folder} has no weights (*.safetensors)")
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if all((folder / name).is_file() for name in names):
+        raise UserError(f"model.path: {folder} has weights twice, {' and '.join(names)}; take one of them away")
+    if (folder / ADAPTER).is_file():
+        raise with_adapter(folder)
 
 
 def model_folder(spec: ModelSpec) -> str:
-    """The local folder of an embedded or local model; a hub name is returned as it is.
+    """The local folder of an embedded or local model; of a hub model its name, or a folder of the cache where the hub
+    is out of reach.
 
     Raises
     ------
     UserError
-        If an embedded model is unknown or cannot be unpacked, or a folder holds no model's config.
+        If an embedded model is unknown or cannot be unpacked, a folder holds no model's config, or there is neither a
+        folder nor a hub model of that name.
     """
     if spec.path.startswith(EMBEDDED):
         from prefs.models.embedded import smollm2_folder
@@ -157,14 +206,23 @@ def model_folder(spec: ModelSpec) -> str:
         if name != "smollm2":
             raise ConfigError("model.path", spec.path, ["embedded:smollm2", "a local folder", "a hub name"])
         return str(smollm2_folder())
+    if _on_hub(spec):
+        return hub_model(spec.path, spec.revision).path
     folder = Path(spec.path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model.path: {folder} has no config.json; it is not a transformers model folder")
-        return str(folder)
-    if spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1:
+    if not folder.is_dir():
         raise UserError(f"model.path: there is no folder {folder}")
-    return spec.path
+    if not (folder / "config.json").is_file():
+        what = (
+            f"an adapter ({ADAPTER}) and no whole model" if (folder / ADAPTER).is_file() else "no model of transformers"
+        )
+        raise UserError(f"model.path: {folder} has no config.json; it is {what}")
+    return str(folder)
+
+
+def _on_hub(spec: ModelSpec) -> bool:
+    """Whether a path is a name of the hub."""
+    local = spec.path.startswith((EMBEDDED, ".", "/", "~")) or spec.path.count("/") > 1
+    return spec.backend != "openai" and not local and not Path(spec.path).is_dir()
 
 
 def identity(spec: ModelSpec) -> dict[str, Any]:
@@ -172,7 +230,8 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
 
     An embedded model is its package and hash, a hub model its name and commit, and a local folder a fingerprint of
     its files, so that a folder that is moved is the same model and one that is trained on is another. A served model
-    is its name and the server's host. The engine is no part of it: what one computed serves the others.
+    is its name, the server's address, and what the user calls it (`revision`); of public hosts the host is enough. The
+    engine is no part of it: what one computed serves the others.
 
     Raises
     ------
@@ -185,7 +244,7 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
     if spec.backend == "vllm":
         if spec.vllm.quantization is not None:
             known["quantization"] = spec.vllm.quantization
-        telling = {name: spec.vllm.engine[name] for name in VLLM_RESULTS if name in spec.vllm.engine}
+        telling = {name: value for name, value in spec.vllm.engine.items() if name not in VLLM_SCHEDULING}
         if telling:
             known["engine"] = telling
     if spec.thinking is not None:
@@ -196,13 +255,36 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
         known["max_context"] = spec.max_context
     if spec.backend == "openai":
         body = {"extra_body": spec.api.extra_body} if spec.api.extra_body else {}
-        return {"id": spec.path, "revision": urlsplit(spec.api.base_url).hostname, **body, **known}
+        return {"id": spec.path, "revision": _address(spec), **body, **known}
     if spec.path.startswith(EMBEDDED):
         return {"id": spec.path, "revision": f"{embedded.GGUF_SHA256}-{embedded.LAYOUT}", **known}
-    folder = model_folder(spec)
-    if Path(folder).is_dir():
-        return {"id": "folder", "revision": _fingerprint(Path(folder)), **known}
-    return {"id": spec.path, "revision": _commit(spec), **known}
+    if _on_hub(spec):
+        return {"id": spec.path, "revision": hub_model(spec.path, spec.revision).commit, **known}
+    return {"id": "folder", "revision": _fingerprint(Path(model_folder(spec))), **known}
+
+
+def _address(spec: ModelSpec) -> str:
+    """What tells a served model from others of its name."""
+    parts = urlsplit(spec.api.base_url)
+    whole = f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
+    address = parts.hostname if parts.hostname in PUBLIC_HOSTS else whole
+    return f"{address}@{spec.revision}" if spec.revision else str(address)
+
+
+def served_nearby(spec: ModelSpec) -> bool:
+    """Whether a model is served on this machine or its network, where another one may stand under its name next."""
+    host = urlsplit(spec.api.base_url).hostname or ""
+    try:
+        near = ipaddress.ip_address(host).is_private
+    except ValueError:  # a name
+        near = host in ("localhost", socket.gethostname(), socket.getfqdn())
+    return spec.backend == "openai" and near
+
+
+def scored_by(spec: ModelSpec) -> dict[str, Any]:
+    """What goes into the keys of exact ratings beside the model: how many probabilities its server shows, and whether
+    options are scored as whole strings there or by their first tokens."""
+    return {"top_logprobs": spec.api.top_logprobs, "whole": spec.api.prefill} if spec.backend == "openai" else {}
 
 
 def _fingerprint(folder: Path) -> str:
@@ -217,7 +299,7 @@ def _checksum(path: Path) -> str:
     known = (
         user_cache_path("prefs")
         / "checksums"
-        / digest([str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns])
+        / digest([str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     )
     with contextlib.suppress(OSError):
         return known.read_text()
@@ -226,17 +308,3 @@ def _checksum(path: Path) -> str:
         known.parent.mkdir(parents=True, exist_ok=True)
         write_durably(known, checksum.encode())
     return checksum
-
-
-def _commit(spec: ModelSpec) -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        config = hf_hub_download(spec.path, "config.json", revision=spec.revision)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.path: {spec.path!r} is neither a local folder nor a model the hub or its cache gives ({reason})"
-        ) from None
-    return Path(config).parent.name

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from prefs.data.template import Invalid
 from prefs.errors import UserError
+from prefs.models.options import NO_OPTION, Path, spellings
 from prefs.models.positions import Spans
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Message, Question, Reply, Request, Sample, Score
@@ -16,17 +18,34 @@ from prefs.models.types import Conversation, Message, Question, Reply, Request, 
 # Ends the messages that a thought's random numbers are drawn for, so that they are not those of the answer.
 THOUGHT = Message("assistant", "<thought>")
 
+# Ends of prompts whose options are remembered: bounds the memory where each has a thought of its own.
+MOST_ANSWERS = 1000
+
 
 @dataclass(frozen=True)
 class Prompt:
     """A conversation with a question put to it, as tokens.
 
-    ``ids`` ends where the answer begins; ``tails[v]`` are the tokens that option v adds to it, never empty.
+    Attributes
+    ----------
+    ids
+        Ends where the answer begins.
+    tails
+        The tokens that each option adds to it as it is said, never empty.
+    beginnings
+        What an answer may begin with, as tokens → the number of the option that it then is (`NO_OPTION`: none); see
+        `prefs.models.options`.
     """
 
     ids: tuple[int, ...]
-    tails: tuple[tuple[int, ...], ...]
+    tails: tuple[Path, ...]
+    beginnings: Mapping[Path, int]
     spans: Spans
+
+    @property
+    def as_said(self) -> Prompt:
+        """For an answer that is held to the options as they are said."""
+        return replace(self, beginnings={tail: number for number, tail in enumerate(self.tails)})
 
 
 def encode_prompt(
@@ -53,17 +72,47 @@ def encode_prompt(
     question = question or Question("?", ())
     turns = (*messages, Message("user", question.text))
     opened = encoder.encode(turns, answer=question.prefill, thought=thought)
-    whole = [encoder.encode(turns, answer=question.prefill + say, thought=thought).ids for say in question.options]
-    shared = min(
-        [common_prefix(opened.ids, ids) for ids in whole] + [len(ids) - 1 for ids in whole] + [len(opened.ids)]
-    )
-    tails = tuple(ids[shared:] for ids in whole)
+    # Text is joined between control tokens alone, so that rows whose ends are alike have the same options.
+    control = max((n for n, token in enumerate(opened.ids) if token in encoder.control_ids), default=0)
+    end = (question, opened.ids[control:])
+    if end not in encoder.answers:
+        if len(encoder.answers) > MOST_ANSWERS:
+            encoder.answers.clear()
+        encoder.answers[end] = _answers(encoder, turns, question, thought, opened.ids)
+    shared, tails, beginnings = encoder.answers[end]
+    ids = opened.ids[: len(opened.ids) - shared]
+    return Prompt(ids, tails, beginnings, Spans(opened.spans, len(ids)))
+
+
+def _answers(
+    encoder: ChatEncoder, turns: Conversation, question: Question, thought: str | None, opened: Path
+) -> tuple[int, tuple[Path, ...], dict[Path, int]]:
+    """How many of the last tokens options change, their tails, and what answers may begin with: see `Prompt`."""
+
+    def encode(answer: str) -> Path:
+        return encoder.encode(turns, answer=answer, thought=thought).ids
+
+    said = [encode(question.prefill + option) for option in question.options]
+    shared = min([common_prefix(opened, ids) for ids in said] + [len(ids) - 1 for ids in said] + [len(opened)])
+    tails = tuple(ids[shared:] for ids in said)
     for number, tail in enumerate(tails):
         if tail in tails[:number]:
             first, second = question.options[tails.index(tail)], question.options[number]
             name = encoder.tokenizer.name_or_path
             raise UserError(f"the tokenizer of {name} cannot tell the options {first!r} and {second!r} apart")
-    return Prompt(opened.ids[:shared], tails, Spans(opened.spans, shared))
+    beginnings = {tail: number for number, tail in enumerate(tails)}
+    further: dict[Path, int] = {}
+    for text, number in spellings(question.words):
+        answer = question.prefill.removesuffix(" ") + text
+        ids = encode(answer)
+        if ids[:shared] != opened[:shared] or len(ids) == shared or beginnings.get(ids[shared:], number) != number:
+            continue
+        beginnings[ids[shared:]] = number
+        if text[-1].isdecimal():
+            # A tokenizer that writes the longer number with other tokens never goes on to it from these.
+            longer = [encode(answer + digit) for digit in "0123456789"]
+            further |= {whole[shared:]: NO_OPTION for whole in longer if whole[: len(ids)] == ids}
+    return len(opened) - shared, tails, further | beginnings
 
 
 def request_tokens(encoder: ChatEncoder, request: Request) -> int:
@@ -73,7 +122,7 @@ def request_tokens(encoder: ChatEncoder, request: Request) -> int:
     if request.question is None or request.choose:
         return len(encoder.encode(request.turns, answer="").ids) + encoder.thought_room
     prompt = encode_prompt(encoder, request.messages, request.question)
-    return len(prompt.ids) + max(map(len, prompt.tails), default=0) + encoder.thought_room
+    return len(prompt.ids) + max(map(len, prompt.beginnings), default=0) + encoder.thought_room
 
 
 def shared_prefix(prompts: Sequence[Prompt]) -> tuple[int, ...]:
@@ -103,64 +152,40 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def branchings(tails: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Where options part: every beginning of an option's tokens (also the empty one) → the tokens that go on from it.
-
-    The probability of each option follows from one look at the model after each of these beginnings. Options of one
-    token that differ there need a single look.
-    """
-    following: dict[tuple[int, ...], dict[int, None]] = {}
-    for tail in tails:
-        for length, token in enumerate(tail):
-            following.setdefault(tail[:length], {})[token] = None
-    return {beginning: tuple(tokens) for beginning, tokens in following.items()}
+def scored(mass: Sequence[float]) -> Score:
+    """The options' masses; the reason in their place where one of them is no number, since logits were not finite."""
+    if all(map(math.isfinite, mass)):
+        return Score(tuple(mass))
+    return Score(None, invalid=Invalid.not_finite.value)
 
 
-def option_masses(log_probs: np.ndarray, tails: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Disjoint probabilities of options from the log-probabilities of their token sequences.
-
-    Where one option's tokens open another's ("1" and "10"), the shorter keeps what the longer does not take:
-    mass(1) = P(1) - P(10). The masses of a row therefore add up to P(the answer begins with an option).
-
-    Parameters
-    ----------
-    log_probs
-        [rows, options], log P(tail of option v) of each row.
-    tails
-        The options' tokens.
-
-    Returns
-    -------
-    numpy.ndarray
-        [rows, options], non-negative.
-    """
-    p = np.exp(np.asarray(log_probs, dtype=np.float64))
-    mass = p.copy()
-    for longer, tail in enumerate(tails):
-        openers = [v for v, other in enumerate(tails) if len(other) < len(tail) and tail[: len(other)] == other]
-        if openers:
-            mass[:, max(openers, key=lambda v: len(tails[v]))] -= p[:, longer]
-    return np.clip(mass, 0.0, None)
+def chosen(request: Request, reply: Reply) -> Reply:
+    """The likeliest of a request's options by the score in a reply; or why there is none."""
+    assert request.question is not None
+    (score,) = reply.scores.values()
+    if score.mass is None:
+        return Reply(invalid=score.invalid)
+    return Reply(choice=request.question.options[int(np.argmax(score.mass))])
 
 
 @dataclass(frozen=True)
 class Thought:
-    """What a model thought, without its marks; ``ended`` is False where its budget cut it off."""
+    """What a model thought, without its marks; ``invalid`` is why no answer follows it (a value of `Invalid`)."""
 
     text: str
     tokens: int
-    ended: bool
+    invalid: str | None = None
 
     def sample(self, sample: Sample) -> Sample:
-        """The sample drawn after this thought: none where the thought has not ended."""
-        if not self.ended:
-            return Sample(None, self.tokens, False, self.text, Invalid.thought_cut_off.value)
+        """The sample drawn after this thought: none where no answer follows it."""
+        if self.invalid is not None:
+            return Sample(None, self.tokens, False, self.text, self.invalid)
         return replace(sample, thought=self.text)
 
     def reply(self, reply: Reply) -> Reply:
-        """The reply given after this thought: none where the thought has not ended."""
+        """The reply given after this thought: none where no answer follows it."""
         samples = {seed: self.sample(sample) for seed, sample in reply.samples.items()}
-        if not self.ended:
-            return Reply(samples, dict.fromkeys(reply.scores, Score(None, self.text, Invalid.thought_cut_off.value)))
+        if self.invalid is not None:
+            return Reply(samples, dict.fromkeys(reply.scores, Score(None, self.text, self.invalid)))
         scores = {seed: replace(score, thought=self.text) for seed, score in reply.scores.items()}
         return replace(reply, samples=samples, scores=scores)

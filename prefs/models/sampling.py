@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
+from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Sampling, as_dicts
+
+# In place of a token, where logits give no probabilities.
+NOT_FINITE = -1
 
 
 def row_uniforms(seed: int, conversation: Conversation, count: int) -> np.ndarray:
@@ -44,11 +50,12 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> to
     Returns
     -------
     torch.Tensor
-        [rows, draws] token ids, on the CPU.
+        [rows, draws] token ids, on the CPU; `NOT_FINITE` where a row's logits hold a NaN or +∞, or -∞ alone.
     """
     logits = logits.float()
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True).expand(-1, uniforms.shape[1]).cpu()
+        tokens = logits.argmax(dim=-1, keepdim=True).where(logits.amax(dim=-1, keepdim=True).isfinite(), NOT_FINITE)
+        return tokens.expand(-1, uniforms.shape[1]).cpu()
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
         logits = TopPLogitsWarper(sampling.top_p)(torch.empty(0, dtype=torch.long), logits)  # type: ignore[arg-type]
@@ -57,13 +64,32 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> to
         probabilities = probabilities.cpu()
     cumulative = probabilities.double().cumsum(dim=-1)
     # Scaled by the last entry, so that rounding can never point past the end; `right` skips tokens of probability 0.
-    targets = uniforms.to(cumulative.device) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, targets, right=True)
-    return tokens.clamp_(max=logits.shape[-1] - 1).cpu()
+    total = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, uniforms.to(cumulative.device) * total, right=True)
+    return tokens.clamp_(max=logits.shape[-1] - 1).where(total.isfinite(), NOT_FINITE).cpu()
 
 
-def stop_tokens(tokenizer: Any, generation_config: Any) -> frozenset[int]:
-    """The tokens that end an answer, by a model's generation config (None: it has none) and its tokenizer."""
-    stops = generation_config.eos_token_id if generation_config is not None else None
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
-    return frozenset([*stops, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])
+@dataclass(frozen=True)
+class Stops:
+    """What ends an answer: one of these tokens; or a text, where turns end with none of them."""
+
+    tokens: frozenset[int] = frozenset()
+    text: str | None = None
+
+    @classmethod
+    def of(cls, encoder: ChatEncoder, generation_config: Any) -> Stops:
+        """By a model's generation config (None: it has none), its tokenizer, and the end of a turn in its template,
+        which fine-tunes often leave out of the former two."""
+        eos = generation_config.eos_token_id if generation_config is not None else None
+        own, end = encoder.tokenizer.eos_token_id, encoder.turn_end()
+        tokens = [*([eos] if isinstance(eos, int) else eos or []), own, end if isinstance(end, int) else None]
+        return cls(frozenset(token for token in tokens if token is not None), end if isinstance(end, str) else None)
+
+    def reached(self, tokenizer: Any, ids: Sequence[int]) -> bool:
+        """Whether the last of an answer's tokens completes the text that ends it."""
+        # Each of the text's tokens has a byte of it at least.
+        return self.text is not None and self.text in tokenizer.decode(ids[-len(self.text.encode()) :])
+
+    def cut(self, text: str) -> str:
+        """What of an answer stands before the text that ends it."""
+        return text if self.text is None else text.partition(self.text)[0]

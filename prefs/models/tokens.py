@@ -1,18 +1,21 @@
 """From messages to token ids, by the model's own chat template, with text kept apart from control tokens.
 
 The template is rendered with a placeholder for each text, so whatever it prints around them is the author's and may
-hold control tokens; the texts are put in afterwards and encoded by a copy of the tokenizer that knows no control
-tokens. A data set's ``<|im_end|>`` is therefore seven plain tokens, and role boundaries hold. For text without such
-strings the ids equal ``tokenizer.apply_chat_template``'s.
+hold control tokens. These are written under names that no text can hold; then the texts are put in, and the whole is
+encoded by a copy of the tokenizer that knows the control tokens by these names alone. A data set's ``<|im_end|>`` is
+therefore seven plain tokens, and role boundaries hold; in all else the copy does what the tokenizer does, so that for
+text without such strings the ids equal ``tokenizer.apply_chat_template``'s. A probe conversation shows that they do.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -21,6 +24,7 @@ from tokenizers import Tokenizer
 from prefs.config import ThinkingConfig
 from prefs.errors import UserError
 from prefs.models.chat_template import PLACEHOLDER, ChatTemplate, placeholder
+from prefs.models.thoughts import MARKS, opens_thought
 from prefs.models.types import Message, as_dicts
 
 if TYPE_CHECKING:  # it takes a second, and a job that finds everything in the store needs no tokenizer
@@ -28,6 +32,14 @@ if TYPE_CHECKING:  # it takes a second, and a job that finds everything in the s
 
 # The variable that turns thinking off in chat templates that know it (Qwen3's, SmolLM3's, GLM's).
 THINKING_SWITCH = "enable_thinking"
+
+# What tokenizers and templates treat in ways of their own: blanks at the borders of texts, digits, scripts, emoji.
+PROBE = (
+    Message("system", " Be brief: 3 lines.\n"),
+    Message("user", "\n  What is 12,345.67 × 8 − 0.5?\n\n\tif x == 1:  # naïve\n\t\tpass\r\n 你好, мир 🙂👩‍🚀!  "),
+    Message("assistant", "  It's 98,764.86…\n\n\n- one\n-  two\n"),
+    Message("user", " Why?\t"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +56,10 @@ class ChatEncoder:
     Raises
     ------
     UserError
-        If the tokenizer has no chat template, or no fast implementation to take control tokens out of; if the text that
-        ends a thought is not one token of it; or if the template ends a thought that the model is to think.
+        If the tokenizer has no chat template, or no fast implementation to take control tokens out of; if a
+        conversation is encoded here as other tokens than transformers makes of it; if the text that ends a thought is
+        not one token of it; or if the template ends a thought that the model is to think, or opens one that it is not
+        to.
     """
 
     def __init__(
@@ -59,19 +73,58 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_kwargs or {})
         self._control = _control_tokens(tokenizer)
-        self._control_pattern = re.compile(
-            "(" + "|".join(re.escape(token) for token in sorted(self._control, key=len, reverse=True)) + ")"
-        )
-        self._plain = _without(tokenizer.backend_tokenizer, set(self._control))
+        self._control_pattern = _any_of(self._control)
+        # Of characters that no normalizer changes, and different in each process: no text was written to hold it.
+        self._names = {token: f"\ue0f2{uuid4().hex}{number}\ue0f3" for number, token in enumerate(self._control)}
+        self._renamed = _renamed(tokenizer.backend_tokenizer, self._names)
+        self._border = _any_of(self._names[token] for token in self._names.keys() & _borders(tokenizer))
         # Question texts and role headers recur in every row: encode each of them once.
         self._short_text = lru_cache(maxsize=8192)(lambda text: self._encode_text(text))
+        # What `prefs.models.prompts` has found out of a question's options, by what comes before the answer.
+        self.answers: dict[Any, Any] = {}
+        self._check_probe()
         self.thinking = thinking
         self.thought_end = self._one_token(thinking.close) if thinking is not None else None
+        if thinking is None and opens_thought(self.template.opened_turn()):
+            raise UserError(
+                f"model.thinking.enabled: the chat template of {tokenizer.name_or_path} opens a thought; give"
+                " model.thinking.enabled=true"
+            )
         if thinking is not None and self.template.opened_turn().rstrip().endswith(thinking.close):
             raise UserError(
                 f"model.thinking.enabled: the chat template of {tokenizer.name_or_path} ends the thought itself, with"
                 f" model.chat_template_kwargs={self.template.kwargs}; change these, or give thinking.enabled=false"
             )
+
+    def _check_probe(self) -> None:
+        """Refuse a tokenizer that transformers gets other ids from.
+
+        A conversation that the template refuses is none that could be got wrong.
+        """
+        for turns in (PROBE, PROBE[1:], PROBE[1:2]):
+            try:
+                ours = self.encode(turns, answer="").ids
+            except UserError:
+                continue
+            theirs = self.template.tokenized(as_dicts(turns))
+            place = next((n for n, pair in enumerate(zip_longest(ours, theirs)) if pair[0] != pair[1]), None)
+            if place is not None:
+                here, there = (self.tokenizer.convert_ids_to_tokens(ids[place : place + 4]) for ids in (ours, theirs))
+                raise UserError(
+                    f"{self.tokenizer.name_or_path}: this tokenizer and chat template cannot be used, since text is"
+                    f" encoded here as other tokens than transformers' apply_chat_template makes of it: token {place}"
+                    f" of a probe conversation and those after it are {here} for {there}"
+                )
+
+    def texts(self, drawn: Sequence[Sequence[int]]) -> list[str]:
+        """Drawn tokens as text, without special ones; but the marks of a thought stay, to be told from an answer."""
+        kept = [[token for token in ids if token not in self._unwritten] for ids in drawn]
+        return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
+
+    @cached_property
+    def _unwritten(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(id for id, token in added.items() if token.special and token.content not in MARKS)
 
     @property
     def control_ids(self) -> frozenset[int]:
@@ -82,6 +135,17 @@ class ChatEncoder:
     def default_system(self) -> str | None:
         """What the chat template says in a system turn where no system prompt is given; None if nothing."""
         return self.template.own_system(self._control_pattern)
+
+    def turn_end(self) -> int | str | None:
+        """What ends an assistant's turn in the chat template: a control token, or a text where none comes first; None
+        where there is nothing but blanks."""
+        end = self.template.turn_end()
+        control = self._control_pattern.search(end)
+        text = end[: control.start()] if control is not None else end
+        if control is not None and not text.strip():
+            return self._control[control[0]]
+        # Blanks at the beginning of a line may be the model's; those before the next text are not its to write.
+        return text.strip(" ").rstrip() or None
 
     def notes(self, name: str) -> list[str]:
         """What the users of this model should know of its chat template, a line each, for the log."""
@@ -94,7 +158,7 @@ class ChatEncoder:
         thoughtless = self.template.opened_turn(**{THINKING_SWITCH: False})
         if self.thinking is None and self.template.opened_turn() != thoughtless:
             notes.append(
-                f"{name}: the chat template lets the model think, and its thoughts will be taken for answers; give"
+                f"{name}: the chat template lets the model think, and its thoughts use up the tokens of answers; give"
                 f" model.chat_template_kwargs={{{THINKING_SWITCH}: false}} or model.thinking.enabled=true"
             )
         return notes
@@ -108,7 +172,7 @@ class ChatEncoder:
         return self.thinking.max_tokens + sum(len(self._encode(mark, []).ids) for mark in marks)
 
     def _one_token(self, text: str) -> int:
-        ids = (self._control[text],) if text in self._control else self._encode_text(text)[0]
+        ids = self._encode(text, []).ids
         if len(ids) != 1:
             raise UserError(
                 f"model.thinking.close: {text!r} is {len(ids)} tokens to {self.tokenizer.name_or_path}, not one; give"
@@ -158,40 +222,44 @@ class ChatEncoder:
 
     def _encode(self, rendered: str, texts: list[str]) -> Encoded:
         """Ids of a rendered template, and the spans of the texts put in for its placeholders."""
-        ids: list[int] = []
-        spans: dict[int, tuple[int, int]] = {}
-        for piece in self._control_pattern.split(rendered):
-            if piece in self._control:
-                ids.append(self._control[piece])
-            elif piece:
-                self._append_text(piece, texts, ids, spans)
-        empty = (len(ids), len(ids))
-        return Encoded(tuple(ids), tuple(spans.get(index, empty) for index in range(len(texts))))
-
-    def _append_text(self, piece: str, texts: list[str], ids: list[int], spans: dict[int, tuple[int, int]]) -> None:
-        """Encode one stretch between control tokens, and note which of its tokens hold which text."""
-        text = ""
+        parts: list[str] = []
         ranges: dict[int, tuple[int, int]] = {}
-        for number, part in enumerate(PLACEHOLDER.split(piece)):
+        length = 0
+        for number, part in enumerate(PLACEHOLDER.split(rendered)):
             if number % 2:
-                ranges.setdefault(int(part), (len(text), len(text) + len(texts[int(part)])))
-                part = texts[int(part)]
-            text += part
-        encode = self._short_text if len(text) < 4096 else self._encode_text
-        token_ids, ends = encode(text)
-        start = len(ids)
-        ids.extend(token_ids)
-        for index, (first, last) in ranges.items():
-            # A token belongs to the text that its last character lies in.
-            inside = [token for token, end in enumerate(ends) if first < end <= last]
-            if inside:
-                spans[index] = (start + inside[0], start + inside[-1] + 1)
+                written = texts[int(part)]
+                ranges.setdefault(int(part), (length, length + len(written)))
             else:
-                before = start + sum(end <= first for end in ends)
-                spans[index] = (before, before)
+                written = self._control_pattern.sub(lambda token: self._names[token[0]], part)
+            parts.append(written)
+            length += len(written)
+        ids, ends = self._tokens("".join(parts))
+        spans = (ranges.get(index, (length, length)) for index in range(len(texts)))
+        # A token belongs to the text that its last character lies in.
+        return Encoded(
+            tuple(ids), tuple((bisect_right(ends, first), bisect_right(ends, last)) for first, last in spans)
+        )
+
+    def _tokens(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a whole text, and the character after each token.
+
+        Tokenizers treat what lies between two control tokens by itself, but for the blanks that these strip and for
+        what stands first. So each stretch is encoded between the two, and the second left to the next.
+        """
+        ids: list[int] = []
+        ends: list[int] = []
+        start = 0
+        for border in [*self._border.finditer(text), None]:
+            stretch = text[start:] if border is None else text[start : border.end()]
+            stretch_ids, stretch_ends = (self._short_text if len(stretch) < 4096 else self._encode_text)(stretch)
+            count = len(stretch_ids) - (border is not None)
+            ids += stretch_ids[:count]
+            ends += [start + end for end in stretch_ends[:count]]
+            start = len(text) if border is None else border.start()
+        return ids, ends
 
     def _encode_text(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        encoding = self._plain.encode(text, add_special_tokens=False)
+        encoding = self._renamed.encode(text, add_special_tokens=False)
         return tuple(encoding.ids), tuple(end for _, end in encoding.offsets)
 
     def _render(self, messages: Sequence[Message], *, open_turn: bool) -> tuple[str, list[str]]:
@@ -219,20 +287,34 @@ def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return control
 
 
-def _without(tokenizer: Tokenizer, control: set[str]) -> Tokenizer:
-    """A copy of a tokenizer that does not know the control tokens, and gives all others the same ids."""
+def _borders(tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    """The added tokens that are found in a text whatever stands around them, before anything is normalised."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {token.content for token in added if not token.normalized and not token.single_word}
+
+
+def _renamed(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
+    """A copy of a tokenizer that knows these tokens by other names, and does the same in all else."""
     state = json.loads(tokenizer.to_str())
-    kept = []
+    ids = {token["content"]: token["id"] for token in state["added_tokens"]}
     for token in state["added_tokens"]:
-        if token["content"] not in control:
-            kept.append(token)
-        elif token["id"] >= tokenizer.get_vocab_size(with_added_tokens=False):
-            # Ids after the vocabulary are counted on loading: a name that no text can hold keeps the place.
-            kept.append({**token, "content": f"\ue0f2{uuid4().hex}\ue0f3"})
-    state["added_tokens"] = kept
+        token["content"] = names.get(token["content"], token["content"])
+    model = state["model"]
+    if model["type"] == "Unigram":
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    elif inside := names.keys() & model["vocab"].keys():
+        model["vocab"] |= {names[token]: model["vocab"].pop(token) for token in inside}
+        if "merges" in model:
+            model["merges"] = [pair for pair in model["merges"] if not inside & {*pair, "".join(pair)}]
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     state["truncation"] = state["padding"] = None
-    plain = Tokenizer.from_str(json.dumps(state))
-    for token in kept:
-        if plain.token_to_id(token["content"]) != token["id"]:
-            raise AssertionError(f"token {token['content']!r} changed its id; please report this tokenizer")
-    return plain
+    renamed = Tokenizer.from_str(json.dumps(state))
+    for token, token_id in ids.items():
+        if renamed.token_to_id(names.get(token, token)) != token_id:
+            raise AssertionError(f"token {token!r} changed its id; please report this tokenizer")
+    return renamed
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of these texts, the longest where several match; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from prefs.config import CompleterConfig, RatingConfig
 
 
+# The context of a model that has no limit of its own, or whose limit only a server knows.
+NO_LIMIT = 2**31
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn: ``role`` is ``system``, ``user`` or ``assistant``."""
@@ -44,11 +48,21 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked after a conversation: the user turn, the options scored, and the opening of the answer."""
+    """What is asked after a conversation: the user turn, the options scored, and the opening of the answer.
+
+    ``also`` are other words that are read as each option; none of any where it is empty.
+    """
 
     text: str
     options: tuple[str, ...]
     prefill: str = ""
+    also: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def words(self) -> list[tuple[str, ...]]:
+        """The words that are read as each option, first those that it says."""
+        also = self.also or ((),) * len(self.options)
+        return [(option, *words) for option, words in zip(self.options, also, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -150,8 +164,9 @@ class Sample:
 class Score:
     """The options' probabilities, or the reason why there are none (a value of `prefs.data.template.Invalid`).
 
-    ``mass[v]`` is the probability that the answer begins with option v and with no longer option that v opens; the
-    masses are disjoint, and their sum is the valid mass. ``thought`` is what a thinking model wrote before.
+    ``mass[v]`` is the probability that the answer begins with option v, with no longer option that v opens and with no
+    further digit; see `prefs.models.options`. The masses are disjoint, and their sum is the valid mass. ``thought`` is
+    what a thinking model wrote before.
     """
 
     mass: tuple[float, ...] | None
@@ -169,6 +184,8 @@ class Reply:
         By seed, and by the seed of the thought.
     choice
         The option chosen; None where none was wanted or the model could not be brought to choose.
+    invalid
+        Why no option was chosen (a value of `prefs.data.template.Invalid`), where that is known.
     residuals
         [layers, d_model] by position, in the order of `Capture.layers`. A position that the conversation does not have
         (``first_completion`` of an empty completion) is absent.
@@ -180,6 +197,7 @@ class Reply:
     samples: Mapping[int, Sample] = field(default_factory=dict)
     scores: Mapping[int, Score] = field(default_factory=dict)
     choice: str | None = None
+    invalid: str | None = None
     residuals: Mapping[str, torch.Tensor] = field(default_factory=dict)
     nll: float | None = None
 

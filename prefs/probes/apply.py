@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from prefs.data.template import Invalid
 from prefs.errors import UserError
 from prefs.models.local.engine import LocalEngine
 from prefs.models.local.token_stream import TokenStream
+from prefs.models.thoughts import without_thought
 from prefs.models.types import Capture, Conversation, Message, Reply, Request, Sample, Sampling
 from prefs.probes.probe import Probe
 from prefs.probes.source import Source
@@ -92,8 +94,11 @@ def apply(
         request = Request(prompt, sampling=sampling, seeds=(seed,))
         reply = _reply(engine, request, "the text and its completion are", sampling.max_new_tokens)
         written = reply.samples[seed]
-        if written.text is None:
-            raise UserError(f"{name} writes no completion ({written.invalid}); give one with completion=")
+        parted = without_thought(written.text or "", written.finished)
+        if written.text is None or not parted.closed:
+            reason = written.invalid or Invalid.thought_cut_off.value
+            raise UserError(f"{name} writes no completion ({reason}); give one with completion=")
+        written = replace(written, text=parted.text)
         completion = written.text
     # An empty completion opens the assistant's turn and no more.
     turns = (*prompt, Message("assistant", completion or ""))

@@ -29,6 +29,7 @@ def cross_validate(
     config: ProbeConfig,
     *,
     bootstrap: int,
+    same: np.ndarray | None = None,
     values: Sequence[float] = (),
     show_progress: bool = False,
 ) -> list[CrossValidated | Nothing]:
@@ -49,6 +50,8 @@ def cross_validate(
         The kind of probe and how it is trained.
     bootstrap
         Resamples of tasks for intervals.
+    same
+        [n] alike for tasks of one prompt, which are in one fold.
     values
         What the options are worth, rising.
     """
@@ -62,7 +65,7 @@ def cross_validate(
     # Targets of the same tasks share passes, sums and decompositions.
     for members in together.values():
         rows = np.flatnonzero(targets[members[0]].observed)
-        splits = Splits.draw(folds[rows], config.seed)
+        splits = Splits.draw(folds[rows], config.seed, None if same is None else same[rows])
         if bank_class(config).validates and not splits.validates:
             outcomes |= {
                 number: Nothing(targets[number], f"{len(rows)} tasks have it, {TOO_FEW}") for number in members
@@ -98,20 +101,22 @@ def held_out_origins(
     origins: Sequence[str],
     config: ProbeConfig,
     *,
+    same: np.ndarray | None = None,
     values: Sequence[float] = (),
     show_progress: bool = False,
 ) -> np.ndarray | None:
     """Predictions [n] of each task by probes trained on the other origins, which also choose penalty and site.
 
-    NaN for tasks without a target; None where fewer than two origins have one, or the others of one are too few or all
-    alike.
+    NaN for tasks without a target, and for those that are the `same` [n] as one of another origin; None where fewer
+    than two origins have one, or the others of one are too few or all alike.
     """
-    rows = np.flatnonzero(target.observed)
-    names, group = np.unique(np.asarray(origins)[rows], return_inverse=True)
+    names = np.asarray(origins)
+    rows = np.flatnonzero(target.observed & ~_in_several(names, same))
+    names, group = np.unique(names[rows], return_inverse=True)
     others = [target.values[rows][group != origin] for origin in range(len(names))]
     if len(names) < 2 or any(alike(y) or len(y) < MIN_TASKS for y in others):
         return None
-    kind, splits = bank_class(config), Splits.draw(group, config.seed)
+    kind, splits = bank_class(config), Splits.draw(group, config.seed, None if same is None else same[rows])
     if kind.validates and not splits.validates:
         return None
     labels = torch.as_tensor(_labels(target, kind.on_shares)[rows][:, None])
@@ -119,6 +124,16 @@ def held_out_origins(
     predictions = np.full(features.n, np.nan)
     predictions[rows] = _at_chosen(trained, group, slice(0, 1))[:, 0]
     return predictions
+
+
+def _in_several(origins: np.ndarray, same: np.ndarray | None) -> np.ndarray:
+    """[n] bool: the tasks that are the same as one of another origin."""
+    if same is None:
+        return np.zeros(len(origins), dtype=bool)
+    origins_of: dict[str, set[str]] = {}
+    for task, origin in zip(same.tolist(), origins.tolist(), strict=True):
+        origins_of.setdefault(task, set()).add(origin)
+    return np.array([len(origins_of[task]) > 1 for task in same.tolist()])
 
 
 def less_origin_means(values: np.ndarray, origins: np.ndarray) -> np.ndarray:

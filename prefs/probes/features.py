@@ -11,6 +11,9 @@ import torch
 from prefs.probes.probe import Site
 from prefs.stages.records import Residuals
 
+# What to say of such a vector, which the store of this version would not have kept.
+NOT_FINITE = "holds a NaN or an infinity: capture it anew, with another capture.dtype (bfloat16 or float32)"
+
 
 class NotFinite(ValueError):
     """A vector holds a NaN or an infinity; ``row`` and ``site`` say which."""

@@ -32,8 +32,10 @@ class Splits:
     validation: np.ndarray
 
     @classmethod
-    def draw(cls, group: np.ndarray, seed: int) -> Splits:
+    def draw(cls, group: np.ndarray, seed: int, same: np.ndarray | None = None) -> Splits:
         """Splits by these groups, with a share of each for validation, drawn by the seed.
+
+        Rows that share a value of `same` [n] (tasks of one prompt) validate together, or train.
 
         Raises
         ------
@@ -55,6 +57,9 @@ class Splits:
             rows = rng.permutation(some)
             # Rounded up, so that a small group validates too; never all of it.
             validation[rows[: max(0, min(math.ceil(VALIDATION_SHARE * len(rows)), len(rows) - 1))]] = True
+        if same is not None:
+            _, first, which = np.unique(same, return_index=True, return_inverse=True)
+            validation = validation[first[which]]
         return cls(group.astype(np.int64), validation)
 
     @property
@@ -89,10 +94,11 @@ def assign_folds(keys: Sequence[str], strata: Sequence[str], folds: int, seed: i
     Parameters
     ----------
     keys
-        [n], what identifies the task of each row.
+        [n], what identifies the task of each row, as `prefs.data.task.same_tasks` gives it.
     strata
-        [n], the task's origin; each fold gets its share of every origin. Where an origin has fewer tasks than there
-        are folds that cannot be, so the folds are cut without regard to origin and a warning says why.
+        [n], the task's origin (of several the first by name); each fold gets its share of every origin. Where an
+        origin has fewer tasks than there are folds that cannot be, so the folds are cut without regard to origin and a
+        warning says why.
     folds
         Number of folds, 2 or more.
     seed
@@ -101,7 +107,7 @@ def assign_folds(keys: Sequence[str], strata: Sequence[str], folds: int, seed: i
     Raises
     ------
     ValueError
-        If there are fewer than 2 folds, fewer tasks than folds, or a task has two origins.
+        If there are fewer than 2 folds, or fewer tasks than folds.
     """
     # Imported only now: it takes a quarter of a second, and a job that finds its probes cuts no folds.
     from sklearn.model_selection import KFold, StratifiedKFold
@@ -110,12 +116,9 @@ def assign_folds(keys: Sequence[str], strata: Sequence[str], folds: int, seed: i
         raise ValueError(f"every task needs one origin: got {len(keys)} tasks and {len(strata)} origins")
     if folds < 2:
         raise ValueError(f"folds={folds}: one fold is held out while the others train, so give 2 or more")
-    origin_of = dict(zip(keys, strata, strict=True))
+    origin_of = dict(sorted(zip(keys, strata, strict=True), reverse=True))
     if len(origin_of) < folds:
         raise ValueError(f"{len(origin_of)} tasks cannot fill {folds} folds: give more tasks or fewer folds")
-    for key, origin in zip(keys, strata, strict=True):
-        if origin_of[key] != origin:
-            raise ValueError(f"task {key!r} has two origins, {origin!r} and {origin_of[key]!r}: give each task one")
     tasks = sorted(origin_of)
     origins = [origin_of[task] for task in tasks]
     rarest, count = min(sorted(Counter(origins).items()), key=lambda item: item[1])

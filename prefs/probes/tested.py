@@ -15,7 +15,7 @@ from prefs.config import ProbeConfig
 from prefs.errors import UserError
 from prefs.probes import baselines, controls
 from prefs.probes.crossval import cross_validate, held_out_origins
-from prefs.probes.features import Features, NotFinite
+from prefs.probes.features import NOT_FINITE, Features, NotFinite
 from prefs.probes.folds import assign_folds
 from prefs.probes.outcome import AUC, R2, CrossValidated, NoProbe, Nothing, Outcome
 from prefs.probes.scores import Scores, auc_columns, r2_columns, score
@@ -28,6 +28,7 @@ from prefs.statistics.measured import Measured
 
 def train_and_test(
     measured: Measured,
+    same: Sequence[str],
     rows: np.ndarray,
     targets: Sequence[Target],
     features: Features,
@@ -42,6 +43,8 @@ def train_and_test(
     ----------
     measured
         All tasks of a cell: folds are drawn over them.
+    same
+        Of each of these what `prefs.data.task.same_tasks` gives: tasks that are the same are held out together.
     rows
         [n] which of these are probed.
     targets, features
@@ -49,15 +52,23 @@ def train_and_test(
     prompts, completions
         [n] texts; what a reader could have predicted the rating from.
     """
-    used, values = measured.only(rows), sorted(measured.values)
+    used, values, alike = measured.only(rows), sorted(measured.values), np.array(same)[rows]
     with _heard(logging.getLogger("prefs.probes")) as warnings:
         try:
-            folds = assign_folds(measured.tasks, measured.origins, config.folds, config.seed)[rows]
+            folds = assign_folds(same, measured.origins, config.folds, config.seed)[rows]
         except ValueError as error:
             return NoProbe(f"{error} (probe.folds)")
         try:
             made = cross_validate(
-                features, targets, folds, used.origins, config, bootstrap=bootstrap, values=values, show_progress=True
+                features,
+                targets,
+                folds,
+                used.origins,
+                config,
+                bootstrap=bootstrap,
+                same=alike,
+                values=values,
+                show_progress=True,
             )
             results = [result for result in made if isinstance(result, CrossValidated)]
             nothing = [result for result in made if isinstance(result, Nothing)]
@@ -66,10 +77,10 @@ def train_and_test(
             draws = Resamples.draw(len(rows), bootstrap, config.seed)
             predictors, without = _predictors(prompts, completions, used.origins, folds, config)
             compared = _controls(results, predictors, features, folds, draws, config)
-            origins = _origins(results, features, used.origins, draws, config, values)
+            origins = _origins(results, features, used.origins, alike, draws, config, values)
         except NotFinite as error:
             task = used.tasks[error.row]
-            return NoProbe(f"the vector of task {task} at {error.site} holds a NaN or an infinity: capture it again")
+            return NoProbe(f"the vector of task {task} at {error.site} {NOT_FINITE}")
     return Outcome(
         metric=AUC if results[0].target.binary else R2,
         scores=_scores(results, features, compared),
@@ -170,6 +181,7 @@ def _origins(
     results: Sequence[CrossValidated],
     features: Features,
     origins: Sequence[str],
+    same: np.ndarray,
     draws: Resamples,
     config: ProbeConfig,
     values: Sequence[float],
@@ -178,13 +190,13 @@ def _origins(
     rows: list[dict[str, object]] = []
     for result in results if config.controls.held_out_origins else ():
         target, y = result.target, result.target.values
-        predictions = held_out_origins(features, target, origins, config, values=values, show_progress=True)
+        predictions = held_out_origins(features, target, origins, config, same=same, values=values, show_progress=True)
         if predictions is None:
             continue
         within = np.full(len(y), np.nan)
         within[result.rows] = result.predictions
         for origin in dict.fromkeys(origins):
-            mine = np.flatnonzero((np.asarray(origins) == origin) & target.observed)
+            mine = np.flatnonzero((np.asarray(origins) == origin) & np.isfinite(predictions))
             both = np.stack([predictions[mine], within[mine]], axis=1)
             out, inside = score(both, y[mine], Resamples(draws.times[:, mine]), binary=target.binary)
             row: dict[str, object] = {"target": target.name, "origin": origin, "n": len(mine)}

@@ -15,10 +15,11 @@ import torch
 from hydra.utils import get_class
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from threadpoolctl import threadpool_limits
 
-from prefs.config import ProbeConfig
+from prefs.config import TRAINER, ProbeConfig
 from prefs.errors import ConfigError, UserError
 from prefs.probes.bank import ProbeBank
 from prefs.probes.data import ProbeData
@@ -176,7 +177,8 @@ def fit(bank: ProbeBank) -> list[tuple[np.ndarray, np.ndarray]]:
             # Validated before the first step too: a probe that only gets worse stays where it began, at the mean.
             num_sanity_val_steps=-1 if steps else 0,
         )
-        trainer.fit(bank)
+        with _one_line():
+            trainer.fit(bank)
         device = trainer.strategy.root_device
         bank.to(device)
         predictions = [
@@ -189,8 +191,8 @@ def fit(bank: ProbeBank) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _trainer(bank: ProbeBank, **arguments: Any) -> lightning.Trainer:
     given = bank.settings.trainer
-    if taken := sorted(arguments.keys() & given.keys()):
-        raise UserError(f"probe.trainer: probes set {', '.join(taken)} themselves: leave it out")
+    if refused := sorted(given.keys() - {*TRAINER, "default_root_dir"}):
+        raise ConfigError("probe.trainer", refused[0], TRAINER)
     settings: dict[str, Any] = {
         # Not Lightning's own "auto", which on a Mac is MPS: that has no float64.
         "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
@@ -211,10 +213,23 @@ def _trainer(bank: ProbeBank, **arguments: Any) -> lightning.Trainer:
             raise ConfigError("probe.trainer.strategy", strategy, list(START_METHODS))
         # The buffers of a bank are each device's own until they are added up.
         settings["strategy"] = DDPStrategy(start_method=START_METHODS[strategy], broadcast_buffers=False)
+    with _one_line(TypeError, ValueError, AttributeError, ImportError):
+        trainer = lightning.Trainer(**settings)
+    made = (("callbacks", trainer.callbacks, lightning.Callback), ("logger", trainer.loggers, Logger))  # type: ignore[attr-defined]
+    for name, parts, kind in made:
+        for part in parts:
+            if not isinstance(part, kind):
+                raise ConfigError(f"probe.trainer.{name}", part, "Lightning's, by _target_")
+    return trainer
+
+
+@contextmanager
+def _one_line(*errors: type[Exception]) -> Iterator[None]:
+    """What Lightning says of arguments that it does not take."""
     try:
-        return lightning.Trainer(**settings)
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        raise UserError(f"probe.trainer: {' '.join(str(error).split())}") from None
+        yield
+    except (MisconfigurationException, *errors) as error:
+        raise UserError(f"probe.trainer: {error}") from None
 
 
 def _ignore(count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,22 +11,57 @@ import pandas as pd
 from prefs.data.template import Invalid
 from prefs.results.result import Result, Table
 from prefs.results.terminal import some
-from prefs.stages.records import Completion, Ratings
+from prefs.stages.records import OTHER_DTYPE, Completion, Ratings, not_finite
 from prefs.statistics.measured import Measured
 
 if TYPE_CHECKING:
     from prefs.stages.context import CellContext, JobContext
 
+# What a server may send in place of an answer whose logits are not finite: its first token, over and over.
+REPEATED = re.compile(r"(.{1,8}?)\1{15,}", re.DOTALL)
 # Why a task may have no completion, and so is not rated.
 WITHOUT_COMPLETION = {
     Invalid.too_long: "too long for the completer's context",
-    Invalid.thought_cut_off: "the completer's thought did not end: model.thinking.max_tokens",
+    Invalid.thought_cut_off: "the completer's thought did not end: model.thinking.enabled and .max_tokens",
     Invalid.blocked: "blocked by the completer's server",
+    Invalid.not_finite: "the completer's logits are not finite: "
+    + OTHER_DTYPE.format("model.dtype, or completer.model.dtype,"),
+    Invalid.no_answer: "the completer's server ended the answer before any text, for a reason of its own",
 }
 
 
 def completions(job: JobContext) -> Result:
-    return Result(tables=(Table("completions", completions_table(job.completions, job.judged.refused), large=True),))
+    table = completions_table(job.completions, job.judged.refused)
+    return Result(tables=(Table("completions", table, large=True),), remarks=tuple(_completion_remarks(job)))
+
+
+def cut_off(completions: Sequence[Completion], completer: str, limit: int) -> list[str]:
+    """How many completions end where their tokens did, and not where the model would have."""
+    texts = [completion for completion in completions if completion.text is not None]
+    cut = sum(not completion.finished for completion in texts)
+    if not cut:
+        return []
+    return [
+        f"{cut} of {len(texts)} completions ({cut / len(texts):.0%}) were cut off at {limit} tokens"
+        f" (completer.max_new_tokens; model.completion_tokens of {completer}): what is rated is their beginning."
+    ]
+
+
+def _completion_remarks(job: JobContext) -> list[str]:
+    remarks = cut_off(job.completions, job.roles.completer.name, job.config.completer.max_new_tokens)
+    if job.roles.completer.backend == "openai":
+        texts = {made.task.id: made.text or "" for made in job.completions}
+        if loops := [task for task, text in texts.items() if REPEATED.fullmatch(text.strip())]:
+            remarks.append(
+                f"{len(loops)} of {len(texts)} completions are one token over and over: a loop, or what a server gives"
+                f" whose logits are not finite (its log-probabilities would be NaN): {some(loops)}."
+            )
+    if unjudged := job.judged.without:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in unjudged.items())
+        remarks.append(f"Completions without a verdict of judge {job.config.judge.name}: {reasons}.")
+    if broken := not_finite([*job.rated.residuals.values(), *job.rated.rating_residuals.values()]):
+        remarks.append(f"Activations: {broken}.")
+    return remarks
 
 
 def answers(cell: CellContext) -> Result:
@@ -33,10 +69,11 @@ def answers(cell: CellContext) -> Result:
     ratings = cell.ratings
     tables = [Table("ratings", answers_table(ratings))]
     if cell.measured.exact is not None:
-        tables.append(Table("exact", exact_table(cell.measured)))
+        reasons = [reason and reason.value for reason in map(ratings.without_mass.get, range(len(ratings.completions)))]
+        tables.append(Table("exact", exact_table(cell.measured).assign(invalid=reasons)))
     if ratings.thoughts is not None:
         tables.append(Table("exact_by_thought", thoughts_table(ratings)))
-    return Result(tables=tuple(tables), remarks=tuple(_remarks(ratings)))
+    return Result(tables=tuple(tables), remarks=(*_remarks(ratings), *_unwanted(cell)))
 
 
 def completions_table(completions: Sequence[Completion], refused: Sequence[bool | None]) -> pd.DataFrame:
@@ -132,4 +169,36 @@ def _remarks(ratings: Ratings) -> list[str]:
         counts = ", ".join(f"{count} {reason}" for reason, count in invalid.items())
         asked = len(ratings.completions) * len(ratings.seeds)
         remarks.append(f"{sum(invalid.values())} of {asked} sampled answers gave no rating: {counts}.")
+    broken = [
+        completion.task.id
+        for row, (completion, answers) in enumerate(zip(ratings.completions, ratings.answers, strict=True))
+        if completion.invalid is None
+        and Invalid.not_finite in (ratings.without_mass.get(row), *(answer.invalid for answer in answers))
+    ]
+    if broken:
+        remarks.append(
+            f"The rater's logits are not finite for {len(broken)} of {len(ratings.completions)} tasks"
+            f" ({OTHER_DTYPE.format('model.dtype')}): {some(broken)}."
+        )
+    return remarks
+
+
+def _unwanted(cell: CellContext) -> list[str]:
+    """Texts that are no answers: thoughts of models that were not to think, and nothing at all."""
+    made, remarks = cell.ratings.completions, []
+    rows = [answer for row in cell.ratings.answers for answer in row]
+    completer = "model" if cell.config.completer.model is None else "completer.model"
+    for kind, key, thinks, texts in (
+        ("completions", completer, cell.job.roles.completer.thinking is not None, made),
+        ("sampled answers", "model", cell.ratings.thinks, rows),
+    ):
+        thoughts = sum(bool(text.thought and text.thought.strip()) for text in texts)
+        if thoughts and not thinks:
+            remarks.append(
+                f"{thoughts} of {len(texts)} {kind} came with a thought, which was split off: it is neither judged nor"
+                f" rated, but uses up their tokens ({key}.thinking.enabled=true gives it tokens of its own)."
+            )
+    empty = sum(completion.text is not None and not completion.text.strip() for completion in made)
+    if empty:
+        remarks.append(f"{empty} of {len(made)} completions are empty, and rated as such.")
     return remarks

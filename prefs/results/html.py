@@ -25,7 +25,7 @@ from prefs.results.terminal import MISSING, number
 from prefs.store.files import write_durably
 
 # Endings of columns that are about another one.
-LOW, HIGH, REASON, SD = "_low", "_high", "_reason", "_sd"
+LOW, HIGH, COUNT, REASON, SD = "_low", "_high", "_n", "_reason", "_sd"
 # What HTML cannot hold: control characters other than tab and line ends, halves of surrogate pairs, non-characters.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 # Figures that are wider than this for their height get a line of their own.
@@ -192,7 +192,7 @@ def _columns(frame: pd.DataFrame) -> list[_Column]:
     values = {str(name): list(frame[name]) for name in frame}
     nothing = [None] * len(frame)
     bounded = [name for name in values if name + LOW in values and name + HIGH in values]
-    folded = {name + end for name in bounded for end in (LOW, HIGH)} | {name + REASON for name in values}
+    folded = {name + end for name in bounded for end in (LOW, HIGH, COUNT)} | {name + REASON for name in values}
     columns = []
     for name, own in values.items():
         if name not in folded:
@@ -200,12 +200,15 @@ def _columns(frame: pd.DataFrame) -> list[_Column]:
             known = [value for value in own if not pd.isna(value)]
             numeric = all(isinstance(value, Real) and not isinstance(value, bool) for value in known)
             digits = _digits(name, values) if numeric else None
-            rows = zip(own, low, high, values.get(name + REASON, nothing), strict=True)
+            counts = values.get(name + COUNT, nothing) if name in bounded else nothing
+            # Said only where it is not the row's own.
+            fewer = [None if n == whole else n for n, whole in zip(counts, values.get("n", nothing), strict=True)]
+            rows = zip(own, low, high, fewer, values.get(name + REASON, nothing), strict=True)
             columns.append(_Column(name, numeric, [_entry(*row, digits) for row in rows]))
     return columns
 
 
-def _entry(value: Any, low: Any, high: Any, reason: Any, digits: int | None) -> _Entry:
+def _entry(value: Any, low: Any, high: Any, count: Any, reason: Any, digits: int | None) -> _Entry:
     """`digits` is None in a column of words."""
     if pd.isna(value):
         return _Entry(MISSING, "", reason="" if pd.isna(reason) else str(reason))
@@ -214,6 +217,8 @@ def _entry(value: Any, low: Any, high: Any, reason: Any, digits: int | None) -> 
         return _Entry(text, text)
     known = not (pd.isna(low) and pd.isna(high))
     interval = f"[{_number(low, digits)}, {_number(high, digits)}]" if known else ""
+    if not pd.isna(count):
+        interval = f"{interval} n = {_number(count, 0)}".strip()
     return _Entry(_number(value, digits), f"{float(value)!r}".replace("inf", "Infinity"), interval)
 
 

@@ -78,7 +78,8 @@ class Table:
     name
         Of its files and its W&B table, such as ``stability``.
     frame
-        Beside a column X, ``X_low`` and ``X_high`` are its interval, and ``X_reason`` says why X is missing.
+        Beside a column X, ``X_low`` and ``X_high`` are its interval, ``X_n`` says how many tasks it is from, and
+        ``X_reason`` why it is missing.
     title, note
         Its heading in HTML, and what there is to know about its columns.
     large

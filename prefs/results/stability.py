@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from prefs.stages.context import CellContext
 
 NOT_ASKED = "rating.exact=false"
+# With fewer sampled answers, nothing is said of their share.
+FEW_ANSWERS = 20
 COLUMN_OF_MOMENT = {"mean": "exact_mean", "sd": "exact_sd", "noise": "sampling_variance", "between": "between_thoughts"}
 
 
@@ -194,6 +197,7 @@ def _remarks(ratings: Ratings, whole: Stability, target_r: float) -> list[str]:
             f"Only {valid_mass:.0%} of the model's probability is on the options: it mostly answers with"
             " something else, and only that part is measured. Try a prefill (template.NAME.prefill or model.prefill)."
         )
+    remarks += _share_remarks(ratings, valid_mass)
     if r.value is None and ratings.seeds:
         remarks.append(f"Cross-seed r is undefined: {r.reason}.")
     elif r.value is not None and r.value < 0.3:
@@ -220,6 +224,21 @@ def _remarks(ratings: Ratings, whole: Stability, target_r: float) -> list[str]:
             f" {values[-1]:g})."
         )
     return remarks
+
+
+def _share_remarks(ratings: Ratings, valid_mass: float | None) -> list[str]:
+    """Where sampled answers are ratings more often, or less, than the valid mass lets expect (by three standard errors
+    and .1)."""
+    values = [answer.value for row in ratings.answers for answer in row if answer.text is not None]
+    if valid_mass is None or len(values) < FEW_ANSWERS:
+        return []
+    share = sum(value is not None for value in values) / len(values)
+    if abs(share - valid_mass) < max(0.1, 3 * math.sqrt(share * (1 - share) / len(values))):
+        return []
+    return [
+        f"Valid mass is {number(valid_mass)}, but {number(share)} of the sampled answers give a rating: exact and"
+        " sampled ratings are of different answers. The table `ratings` has them; docs/stability.md says how both read."
+    ]
 
 
 def _thought_remarks(ratings: Ratings) -> list[str]:

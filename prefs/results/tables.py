@@ -13,11 +13,12 @@ from prefs.statistics.estimates import Estimate
 
 
 def columns(name: str, estimate: Estimate) -> dict[str, object]:
-    """An estimate as four columns: value, interval, and the reason where there is no value."""
+    """An estimate as five columns: value, interval, how many tasks it is from, and the reason where it has no value."""
     return {
         name: estimate.value,
         f"{name}_low": estimate.low,
         f"{name}_high": estimate.high,
+        f"{name}_n": estimate.n,
         f"{name}_reason": estimate.reason,
     }
 

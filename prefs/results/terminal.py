@@ -36,6 +36,12 @@ def number(value: object, digits: int = 2) -> str:
     return text.replace("-", "−")
 
 
+def used(row: Mapping[Any, Any]) -> str:
+    """How many tasks a statistic is from, and of how many if some were left out."""
+    n, left_out = int(row["n"]), int(row["left_out"])
+    return f"{n}/{n + left_out}" if left_out else str(n)
+
+
 def with_interval(row: Mapping[Any, Any], name: str) -> str:
     """A number of a table's row with its interval, where it has one: .87 [.80, .91]."""
     value, low, high = (number(row[column]) for column in (name, f"{name}_low", f"{name}_high"))

@@ -7,7 +7,7 @@ same loop, any engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,10 +16,10 @@ from scipy.special import expit
 from prefs.config.choice import ChoiceConfig
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
-from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.loading import Models, ModelSpec
 from prefs.models.types import Conversation, Message, Question, Request, Sampling, as_dicts
-from prefs.stages.rate import ANSWERS, SCORES, thought_seeds
-from prefs.stages.records import Completion, conversation, sample_row, score_row
+from prefs.stages.rate import answers_table, scores_table, thought_seeds
+from prefs.stages.records import Completion, conversation
 from prefs.statistics import pairs
 from prefs.statistics.choices import Choices, exact_logits, sampled_logits
 from prefs.statistics.pairs import Pair
@@ -156,12 +156,11 @@ class _Asking:
 
     def _table(self, labels: tuple[str, str]) -> ReplyTable:
         """Where answers to questions with these labels are kept: beside those of ratings with these options."""
-        spec = {"model": identity(self.chooser), "options": list(labels), "prefill": self.opening}
-        if self.exact:
-            drawn = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p} if self.thinks else {}
-            return ReplyTable(self.store.table("scores", {**spec, **drawn}, SCORES), "scores", score_row)
-        table = self.store.table("answers", {**spec, "sampling": asdict(self.sampling)}, ANSWERS)
-        return ReplyTable(table, "samples", sample_row)
+        kept = scores_table if self.exact else answers_table
+        return kept(self.store, self.chooser, self._question("", labels), self.sampling)
+
+    def _question(self, text: str, labels: tuple[str, str]) -> Question:
+        return Question(text, labels, self.opening, ((), ()))
 
     def ask(self, asked: Sequence[Pair], rng: np.random.Generator) -> None:
         """Have the pairs answered that were not asked yet."""
@@ -198,7 +197,7 @@ class _Asking:
             for completion in (first, second):
                 before += conversation(completion.task.prompt, None, completion.text)
         wanted = {"scores": self.seeds} if self.exact else {"seeds": self.seeds}
-        return Request(before, Question(text, self.labels[number], self.opening), self.sampling, **wanted)
+        return Request(before, self._question(text, self.labels[number]), self.sampling, **wanted)
 
     def mass(self, asked: Sequence[Pair]) -> np.ndarray:
         """[P, 2 orders, labels, 2]; see `Chosen`. After several thoughts the mean of those that ended."""

@@ -13,7 +13,7 @@ from prefs.data.template import Invalid
 from prefs.job import StageCounts
 from prefs.models.loading import Models, ModelSpec, identity
 from prefs.models.types import Request, Sampling, as_dicts
-from prefs.stages.records import Completion, conversation, sample_row
+from prefs.stages.records import Completion, conversation, own_text, sample_row
 from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
 from prefs.store.table import Store
 
@@ -67,7 +67,7 @@ def complete(
     completions = []
     for task, unit in zip(tasks, units, strict=True):
         row = table.rows[unit.key]
-        text, reason = (row["text"], Invalid.too_long) if row["invalid"] is None else (None, Invalid(row["invalid"]))
-        completions.append(Completion(task, text, bool(row["finished"]), reason))
+        text, thought, reason = own_text(row["text"], row["finished"], row["thought"], row["invalid"])
+        completions.append(Completion(task, text, bool(row["finished"]), reason or Invalid.too_long, thought))
     total = len({unit.key for unit in units})
     return completions, StageCounts("completions", total - len(table.made), len(table.made))

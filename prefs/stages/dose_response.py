@@ -19,9 +19,9 @@ from prefs.models.types import Sampling
 from prefs.results import figures
 from prefs.results.result import Figure, Result, Table, View
 from prefs.results.tables import columns, numeric
-from prefs.results.terminal import MISSING, number, with_interval
+from prefs.results.terminal import MISSING, number, used, with_interval
 from prefs.stages.probe import ProbeReport
-from prefs.stages.records import Completion, Ratings
+from prefs.stages.records import OTHER_DTYPE, Completion, Ratings
 from prefs.stages.steer import Dose, Responses, SteeringVector, Tokens, steer
 from prefs.stages.steering_vectors import steering_vectors
 from prefs.statistics.dose import mean_of, slope
@@ -96,6 +96,9 @@ def steered(cell: CellContext) -> DoseResponse | str:
     responses = steered_along(config, vectors, ratings, job.roles.rater, job.store, job.models, job.counts)
     if not responses.asked.any():
         return "No steering: no task has a completion that the question fits behind."
+    if not responses.rated.any():
+        mend = OTHER_DTYPE.format("model.dtype")
+        return f"No steering: unsteered, the logits are not finite for any task ({mend})."
     return dose_response(
         ratings.completions,
         responses,
@@ -150,7 +153,7 @@ def dose_response(
     without: Sequence[str] = (),
 ) -> DoseResponse:
     """Doses, slopes and remarks of what a steered rater answered."""
-    tasks = np.flatnonzero(responses.asked)
+    tasks = np.flatnonzero(responses.rated)
     draws = Resamples.draw(len(tasks), bootstrap, seed)
     ratings = np.stack([exact_summary(mass[tasks], values).mean for mass in responses.mass])
     numbers = range(len(responses.doses))
@@ -174,7 +177,12 @@ def dose_response(
     per_task["valid_mass"] = responses.mass[:, tasks].sum(axis=-1).ravel()
     per_task["nll"] = responses.nll[:, tasks].ravel()
 
-    remarks = [*_remarks(doses, slopes, len(completions) - len(tasks), tokens), *without]
+    remarks = [*_remarks(doses, slopes, int((~responses.asked).sum()), tokens), *without]
+    if broken := int((responses.asked & ~responses.rated).sum()):
+        remarks.append(
+            f"Steering: {broken} tasks left out for which the unsteered model's logits are not finite"
+            f" ({OTHER_DTYPE.format('model.dtype')})."
+        )
     return DoseResponse(tokens, doses, slopes, numeric(per_task, words=WORDS), remarks)
 
 
@@ -243,7 +251,7 @@ def _slope(
         if 1.0 not in kept:
             deltas["delta_plus"] = Estimate.missing(str(states[given[1.0]]["reason"]), n)
     row = {"vector": vector.name, "control": vector.control, "layer": vector.layer, "relative": relative}
-    row |= {"n": estimate.n, "doses": doses} | columns("slope", estimate)
+    row |= {"n": estimate.n, "left_out": ratings.shape[1] - estimate.n, "doses": doses} | columns("slope", estimate)
     return row | columns("delta_minus", deltas["delta_minus"]) | columns("delta_plus", deltas["delta_plus"])
 
 
@@ -267,6 +275,11 @@ def _remarks(doses: pd.DataFrame, slopes: pd.DataFrame, left_out: int, tokens: s
     if tokens in ("last", "question"):
         remarks.append(
             f"Steering at {tokens} begins after the completion, so its perplexity cannot change and checks nothing."
+        )
+    for row in slopes.loc[(slopes["control"] == "concept") & (slopes["left_out"] > 0), :].to_dict("records"):
+        remarks.append(
+            f"Steering by {row['vector']} at layer {row['layer']}: its slope is of {row['n']} tasks;"
+            f" {row['left_out']} of {row['n'] + row['left_out']} have no rating at some of its doses and are left out."
         )
     for layer, rows in slopes.groupby("layer", sort=False):
         own = rows.loc[rows["control"] == "concept", :].iloc[0]
@@ -314,6 +327,7 @@ def _slope_view(doses: DoseResponse, unit: str) -> View:
         doses.slopes,
         {
             "layer, vector": lambda row: f"{int(row['layer'])}, {row['vector']}",
+            "n": lambda row: used(row),
             "slope [95 %]": lambda row: with_interval(row, "slope"),
             "Δ at −1": lambda row: number(row["delta_minus"]),
             "Δ at +1": lambda row: number(row["delta_plus"]),

@@ -1,13 +1,14 @@
-"""Judges: whether a completion is a refusal, by its opening phrases or by a model that is asked.
+"""Judges: whether a completion is a refusal, by how it opens or by a model that is asked.
 
-A judge is a function `(config, completions, *, store, models) -> Judged`, found by the config's ``_target_``.
+A judge is a function `(config, completions, *, model, store, models) -> Judged`, found by the config's ``_target_``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import pyarrow as pa
@@ -17,11 +18,15 @@ from prefs.config import JudgeConfig
 from prefs.data.template import Invalid
 from prefs.job import StageCounts
 from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.size import billions
 from prefs.models.types import Question, Reply, Request, as_dicts
+from prefs.stages.phrases import refuses
 from prefs.stages.records import Completion
 from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
 from prefs.store.table import Store
 
+# Billions of parameters from which a model is asked what its own refusals are: what is sold as 7B.
+JUDGES_FROM = 6.5
 VERDICTS = pa.schema([("verdict", pa.string()), ("invalid", pa.string())])
 
 
@@ -30,15 +35,36 @@ class Judged:
     """Verdicts on completions, in their order: whether each is a refusal, None where that is not known.
 
     ``by_phrases`` are the verdicts of the phrases beside a model's, for their agreement; None where no model was asked.
+    ``without`` are the reasons why completions have no verdict, with how many each.
     """
 
     refused: list[bool | None]
     by_phrases: list[bool | None] | None = None
     work: tuple[StageCounts, ...] = ()
+    without: Mapping[str, int] = field(default_factory=dict)
 
 
-def judge(config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models) -> Judged:
-    """Judge completions, asking a model only for what the store lacks.
+def judging_model(config: JudgeConfig, completer: ModelSpec) -> ModelSpec | None:
+    """The model that is asked: the config's, or else the completer itself where it is large enough to judge; None where
+    none is."""
+    if config.model is not None:
+        return ModelSpec.from_config(config.model)
+    if config.kind != "llm":
+        return None
+    size = billions(completer)
+    able = completer.backend == "openai" if size is None else size >= JUDGES_FROM
+    return completer if able else None
+
+
+def judge(
+    config: JudgeConfig,
+    completions: Sequence[Completion],
+    *,
+    model: ModelSpec | None,
+    store: Store,
+    models: Models,
+) -> Judged:
+    """Judge completions, asking the `model` of `judging_model` only for what the store lacks.
 
     Raises
     ------
@@ -48,17 +74,13 @@ def judge(config: JudgeConfig, completions: Sequence[Completion], *, store: Stor
     if config.kind == "none":
         return Judged([None] * len(completions))
     judge_completions = get_method(config._target_)
-    return judge_completions(config, completions, store=store, models=models)
+    return judge_completions(config, completions, model=model, store=store, models=models)
 
 
 def judged_by_phrases(
-    config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models
+    config: JudgeConfig, completions: Sequence[Completion], *, model: ModelSpec | None, store: Store, models: Models
 ) -> Judged:
-    """By the completion's opening: whether its first ``window`` characters hold one of the phrases.
-
-    The string match of Zou et al. 2023 ("Universal and Transferable Adversarial Attacks on Aligned Language Models"),
-    restricted to the opening.
-    """
+    """By how a completion opens: see `prefs.stages.phrases`."""
     return Judged(
         [
             None if completion.text is None else refuses(completion.text, config.phrases, config.window)
@@ -67,24 +89,16 @@ def judged_by_phrases(
     )
 
 
-def refuses(text: str, phrases: Sequence[str], window: int) -> bool:
-    """Whether the first `window` characters of a text (0: all) hold one of the phrases as whole words, case apart."""
-    opening = _plain(text.strip())
-    opening = opening[:window] if window else opening
-    words = "|".join(re.escape(_plain(phrase)) for phrase in phrases)
-    return re.search(rf"(?<!\w)(?:{words})(?!\w)", opening) is not None
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().replace("’", "'").split())
-
-
-def judged_by_llm(config: JudgeConfig, completions: Sequence[Completion], *, store: Store, models: Models) -> Judged:
-    """A model is shown the task and the completion, and answers with one of two words and nothing else."""
-    assert config.model is not None
-    spec = ModelSpec.from_config(config.model)
+def judged_by_llm(
+    config: JudgeConfig, completions: Sequence[Completion], *, model: ModelSpec | None, store: Store, models: Models
+) -> Judged:
+    """A model is shown the task and the completion, and answers with one of two words and nothing else. The phrases
+    judge beside it, and alone where there is no model."""
+    by_phrases = judged_by_phrases(config, completions, model=None, store=store, models=models)
+    if model is None:
+        return by_phrases
     options = (config.refusal, config.compliance)
-    table = store.table("verdicts", {"model": identity(spec), "options": list(options)}, VERDICTS)
+    table = store.table("verdicts", {"model": identity(model), "options": list(options)}, VERDICTS)
     kept = ReplyTable(table, "choice", _verdict)
     units: dict[int, Unit] = {}
     for row, completion in enumerate(completions):
@@ -92,21 +106,25 @@ def judged_by_llm(config: JudgeConfig, completions: Sequence[Completion], *, sto
             request = Request((), Question(_asked(config.question, completion), options), choose=True)
             key = table.key(messages=as_dicts(request.turns))
             units[row] = Unit(key, request, 0, (Wanted(request, (Record(kept, key),)),))
-    fill(units.values(), partial(models.get, spec), spec.batch_tokens, store, label="Judging")
+    fill(units.values(), partial(models.get, model), model.batch_tokens, store, label="Judging")
     refused: list[bool | None] = [None] * len(completions)
+    without: Counter[str] = Counter()
     for row, unit in units.items():
-        verdict = table.rows[unit.key]["verdict"]
-        refused[row] = None if verdict is None else verdict == config.refusal
-    by_phrases = judged_by_phrases(config, completions, store=store, models=models) if config.phrases else None
+        judgement = table.rows[unit.key]
+        if judgement["verdict"] is None:
+            without[judgement["invalid"]] += 1
+        else:
+            refused[row] = judgement["verdict"] == config.refusal
     total = len({unit.key for unit in units.values()})
-    work = StageCounts(f"verdicts, {config.name}", total - len(table.made), len(table.made))
-    return Judged(refused, by_phrases.refused if by_phrases else None, (work,))
+    work = StageCounts(f"verdicts, {model.name}", total - len(table.made), len(table.made))
+    return Judged(refused, by_phrases.refused, (work,), without)
 
 
 def _verdict(reply: Reply | None, _: None) -> dict[str, str | None]:
     if reply is None:
         return {"verdict": None, "invalid": Invalid.too_long.value}
-    return {"verdict": reply.choice, "invalid": Invalid.no_option.value if reply.choice is None else None}
+    reason = reply.invalid or Invalid.no_option.value
+    return {"verdict": reply.choice, "invalid": reason if reply.choice is None else None}
 
 
 def _asked(question: str, completion: Completion) -> str:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefs.config import Config
+from prefs.config import COMPLETION_POSITIONS, Config
 from prefs.data.task import Task, load_tasks
 from prefs.data.template import Template
-from prefs.errors import ConfigError
+from prefs.errors import ConfigError, UserError
 from prefs.job import JobCounts
 from prefs.models.architecture import Architecture, architecture
+from prefs.models.chat_template import ChatTemplate
+from prefs.models.counting import tokenizer_of
 from prefs.models.loading import Models, ModelSpec, model_folder
 from prefs.models.types import Capture, Sampling
 from prefs.stages.complete import complete
-from prefs.stages.judge import Judged, judge
+from prefs.stages.judge import Judged, judge, judging_model
 from prefs.stages.rate import rate
 from prefs.stages.records import Completion, Rated
 from prefs.stages.steering_vectors import check_saved
 from prefs.store.table import Store
 from prefs.sweep import Shard
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Roles:
         """
         rater = ModelSpec.from_config(config.model)
         completer = ModelSpec.from_config(config.completer.model) if config.completer.model else rater
-        return cls(completer, rater, ModelSpec.from_config(config.judge.model) if config.judge.model else None)
+        return cls(completer, rater, judging_model(config.judge, completer))
 
     @property
     def specs(self) -> list[ModelSpec]:
@@ -78,7 +83,8 @@ def sites(config: Config, rater: ModelSpec) -> Sites:
     Raises
     ------
     UserError
-        If the model has no such layer, a layer is not captured, or saved vectors do not fit.
+        If the model has no such layer, a layer is not captured, saved vectors do not fit, or no completion is read
+        under the conditions of a concept.
     """
     capture, steering = config.capture, config.steering
     if not capture.positions and steering.vector == "none":
@@ -91,8 +97,27 @@ def sites(config: Config, rater: ModelSpec) -> Sites:
     steerable = layers if steering.vector == "concept" else range(shape.layers)
     steered = _numbered("steering.layers", steering.layers, shape.layers, steerable, rater)
     check_saved(config, rater, steered, shape)
+    _check_prompts_are_read(config, rater)
     captured = Capture(layers, tuple(capture.positions)) if capture.positions else None
     return Sites(captured, probed if config.probe.kind != "none" else (), steered, shape)
+
+
+def _check_prompts_are_read(config: Config, rater: ModelSpec) -> None:
+    """Refuse concepts of a model whose chat template writes the system prompt behind the completion, and say where it
+    makes no difference to what is captured otherwise."""
+    positions = ", ".join(name for name in config.capture.positions if name in COMPLETION_POSITIONS)
+    prompted = bool(config.concept) or config.rating.system_prompt is not None
+    if not positions or not prompted:
+        return
+    if ChatTemplate(tokenizer_of(rater), rater.chat_template_kwargs).shows_system_last:
+        reason = f"the chat template of {rater.name} shows the system prompt only in the last turn"
+        if config.concept:
+            raise UserError(
+                f"concept: {reason}, so that conditions of completing cannot be read here ({positions} would be"
+                " captured without them); choose another model, or ratings under rating.condition with"
+                " capture.positions=[rating]"
+            )
+        log.warning("rating.system_prompt: %s; %s are captured without it", reason, positions)
 
 
 def _numbered(key: str, wanted: Any, count: int, allowed: Sequence[int], rater: ModelSpec) -> tuple[int, ...]:
@@ -143,6 +168,6 @@ def measure(
         models=models,
     )
     counts.add(rated.work)
-    judged = judge(config.judge, completions, store=store, models=models)
+    judged = judge(config.judge, completions, model=roles.judge, store=store, models=models)
     counts.add(judged.work)
     return completions, rated, judged

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from prefs.config import ProbeConfig
+from prefs.data.task import same_tasks
 from prefs.job import StageCounts
 from prefs.models.types import Sampling
 from prefs.probes.card import SavedProbe, save_probe
@@ -32,7 +33,7 @@ from prefs.results import figures
 from prefs.results.result import Figure, Result, Series, Table, View
 from prefs.results.tables import columns, numeric
 from prefs.results.terminal import number, spaced_layers, with_interval
-from prefs.stages.records import Residuals
+from prefs.stages.records import Residuals, not_finite
 from prefs.statistics.estimates import Resamples
 from prefs.statistics.measured import Measured
 from prefs.store.keys import digest
@@ -136,12 +137,17 @@ def probe(
         return NoProbe(f"{count} tasks cannot fill {config.folds} folds: give more tasks or fewer folds (probe.folds)")
     if len(rows) < needed:
         positions = ", ".join(captured.position for captured in subject.residuals)
-        return NoProbe(f"{len(rows)} tasks have a vector at {positions}; {config.folds} folds need {needed} or more")
+        broken = not_finite(subject.residuals)
+        return NoProbe(
+            f"{len(rows)} tasks have a vector at {positions}; {config.folds} folds need {needed} or more"
+            + (f" ({broken})" if broken else "")
+        )
     utilities = subject.utilities and replace(subject.utilities, values=subject.utilities.values[rows])
     targets = targets_of(measured.only(rows), subject.sampling, tuple(config.targets), config.threshold, utilities)
     if not targets:
         return NoProbe(f"these ratings have none of the targets {', '.join(config.targets)}")
-    key, features = _key(subject, rows, config, bootstrap), Captured(subject.residuals, rows.tolist())
+    same = same_tasks(measured.tasks, subject.prompts)
+    key, features = _key(subject, same, rows, config, bootstrap), Captured(subject.residuals, rows.tolist())
 
     def train() -> Outcome | NoProbe:
         # Imported only now: a job that finds its probes should not wait for Lightning and scikit-learn.
@@ -151,7 +157,7 @@ def probe(
             [texts[row] for row in rows.tolist()] for texts in (subject.prompts, subject.completions)
         )
         made = replace(config, trainer=dict(trainer()))
-        return train_and_test(measured, rows, targets, features, prompts, completions, made, bootstrap)
+        return train_and_test(measured, same, rows, targets, features, prompts, completions, made, bootstrap)
 
     outcome, trained = _found_or_trained(store.result("probes", {"probes": key}), store, train)
     if isinstance(outcome, NoProbe):
@@ -197,10 +203,12 @@ def _read(kept: StoredResult) -> Outcome | None:
     return None if content is None else put_together(*content)
 
 
-def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int) -> str:
+def _key(subject: Subject, same: Sequence[str], rows: np.ndarray, config: ProbeConfig, bootstrap: int) -> str:
     """SHA-256 of all that determines an outcome: vectors, ratings, texts, and how probes are trained and tested."""
     embeddings = config.controls.texts and bool(config.controls.embedding_model)
     settings = {**asdict(config), "penalties": config.penalties or []}
+    # Of the classes here the kind tells; another's may have the same.
+    others = {} if config._target_.startswith("prefs.") else {"class": config._target_}
     measured = subject.measured
     arrays = (measured.sampled, measured.mass, measured.refused, measured.by_thought, rows)
     utilities = subject.utilities
@@ -214,9 +222,12 @@ def _key(subject: Subject, rows: np.ndarray, config: ProbeConfig, bootstrap: int
             "ratings": [None if array is None else _digest(array) for array in arrays],
             "scale": [list(measured.says), list(measured.values), measured.thinks, asdict(subject.sampling)],
             "tasks": digest([measured.tasks, measured.origins, list(subject.prompts), list(subject.completions)]),
+            # Of tasks that all differ, folds are as they were before any were told to be the same.
+            **({} if list(same) == list(measured.tasks) else {"same": list(same)}),
             "config": {name: value for name, value in settings.items() if name not in NOT_IN_KEY},
             "embeddings": embeddings and importlib.util.find_spec("sentence_transformers") is not None,
             "bootstrap": bootstrap,
+            **others,
         }
     )
 
@@ -403,7 +414,9 @@ def _remarks(report: ProbeReport) -> list[str]:
     remarks += [f"No probe on {untrained.target.name}: {untrained.reason}." for untrained in report.nothing]
     if left_out := len(report.subject.measured.tasks) - len(report.rows):
         positions = ", ".join(captured.position for captured in report.subject.residuals)
-        remarks.append(f"{left_out} tasks lack a vector at {positions} (empty or too long) and are not probed.")
+        remarks.append(
+            f"{left_out} tasks lack a vector at {positions} (empty, too long or not finite) and are not probed."
+        )
     return [*remarks, *report.without]
 
 

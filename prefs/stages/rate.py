@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
-from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.loading import Models, ModelSpec, identity, scored_by
+from prefs.models.options import MASS
 from prefs.models.types import Capture, Conversation, Message, Question, Request, Sampling, as_dicts
 from prefs.stages.records import (
     Answer,
@@ -28,6 +29,7 @@ from prefs.stages.records import (
     Residuals,
     Thoughts,
     conversation,
+    own_text,
     sample_row,
     score_row,
 )
@@ -129,6 +131,24 @@ def _captured(
     return ReplyVectors(vectors, layers, spec["dtype"]), keys
 
 
+def thoughts_drawn(rater: ModelSpec, sampling: Sampling) -> dict[str, Any]:
+    """What of the sampling determines the options' scores: how the thoughts before them are drawn, if there are any."""
+    return {"temperature": sampling.temperature, "top_p": sampling.top_p} if rater.thinking is not None else {}
+
+
+def scores_table(store: Store, rater: ModelSpec, question: Question, sampling: Sampling) -> ReplyTable:
+    """Where the options' scores are kept, of all questions with these options and this opening."""
+    asked = {"options": list(question.options), "prefill": question.prefill, "also": list(map(list, question.also))}
+    how = {**scored_by(rater), "mass": MASS, **thoughts_drawn(rater, sampling)}
+    return ReplyTable(store.table("scores", {"model": identity(rater), **how, **asked}, SCORES), "scores", score_row)
+
+
+def answers_table(store: Store, rater: ModelSpec, question: Question, sampling: Sampling) -> ReplyTable:
+    """Where sampled answers are kept, of all questions with these options and this opening."""
+    asked = {"options": list(question.options), "prefill": question.prefill, "sampling": asdict(sampling)}
+    return ReplyTable(store.table("answers", {"model": identity(rater), **asked}, ANSWERS), "samples", sample_row)
+
+
 class _Cell:
     """One template's records: keys by row and seed, and where they are kept.
 
@@ -150,14 +170,14 @@ class _Cell:
     ) -> None:
         self.template, self.sampling, self.seeds = template, sampling, seeds
         prefill = rater.prefill if template.prefill is None else template.prefill
-        self.question = Question(template.question, template.says, prefill)
+        self.question = Question(template.question, template.says, prefill, template.also)
         self.thinks = rater.thinking is not None
         self.thoughts = thought_seeds(seeds, thoughts) if self.thinks else (0,) * bool(thoughts)
         asked = {"options": list(template.says), "prefill": prefill}
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if self.thinks else {}
-        scores = store.table("scores", {"model": spec["model"], **asked, **drawn}, SCORES)
-        answers = store.table("answers", {"model": spec["model"], **asked, "sampling": asdict(sampling)}, ANSWERS)
-        self.scores, self.answers = ReplyTable(scores, "scores", score_row), ReplyTable(answers, "samples", sample_row)
+        drawn = thoughts_drawn(rater, sampling)
+        self.scores = scores_table(store, rater, self.question, sampling)
+        self.answers = answers_table(store, rater, self.question, sampling)
+        scores, answers = self.scores.table, self.answers.table
         turns = {row: [*before, *as_dicts([Message("user", self.question.text)])] for row, before in messages.items()}
         self.score_keys = {
             (row, seed): scores.key(messages=conversed, **({"thought": seed} if self.thinks else {}))
@@ -207,11 +227,13 @@ class _Cell:
     def ratings(self, completions: Sequence[Completion]) -> Ratings:
         """The ratings of all completions, read by the template."""
         thoughts = self._after_thoughts(completions) if self.thoughts else None
-        mass = None
+        mass, without = None, {}
         if thoughts is not None:
             ended = np.isfinite(thoughts.mass).all(axis=2).sum(axis=1)[:, None]
             total = np.nansum(thoughts.mass, axis=1)
             mass = np.divide(total, ended, out=np.full(total.shape, np.nan), where=ended > 0)
+            none = np.flatnonzero(ended[:, 0] == 0).tolist()
+            without = {row: next(filter(None, thoughts.invalid[row]), Invalid.not_finite) for row in none}
         return Ratings(
             template=self.template,
             question=self.question,
@@ -225,6 +247,7 @@ class _Cell:
             mass=mass,
             thinks=self.thinks,
             thoughts=thoughts if self.thinks else None,
+            without_mass=without,
         )
 
     def _after_thoughts(self, completions: Sequence[Completion]) -> Thoughts:
@@ -250,12 +273,10 @@ class _Cell:
         if unasked is not None:
             return Answer(seed, None, None, unasked)
         answer = self.answers.table.rows[self.answer_keys[row, seed]]
-        if answer["invalid"] is not None:
-            value: float | Invalid = Invalid(answer["invalid"])
-        else:
-            value = self.template.read(answer["text"], finished=bool(answer["finished"]))
+        text, thought, reason = own_text(answer["text"], answer["finished"], answer["thought"], answer["invalid"])
+        value = reason if text is None else self.template.read(text, finished=bool(answer["finished"]))
         number, reason = (None, value) if isinstance(value, Invalid) else (value, None)
-        return Answer(seed, answer["text"], number, reason, answer["thought"])
+        return Answer(seed, text, number, reason, thought)
 
 
 def thought_seeds(seeds: Sequence[int], count: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,13 @@ import numpy as np
 from prefs.data.task import Task
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
+from prefs.models.thoughts import without_thought
 from prefs.models.types import Conversation, Message, Question, Reply, Sample, Sampling, Score
 from prefs.statistics.measured import Measured
 from prefs.store.vectors import Vectors
+
+# What to do where numbers are not finite, with the key that it is about: in float16 those beyond 65,504 are not.
+OTHER_DTYPE = "{} must be bfloat16 or float32 for this model"
 
 
 def conversation(prompt: str, system_prompt: str | None, reply: str | None = None) -> Conversation:
@@ -36,14 +40,29 @@ def score_row(reply: Reply | None, seed: int) -> dict[str, Any] | None:
     return None if score is None else asdict(score)
 
 
+def own_text(
+    text: str | None, finished: bool, thought: str | None, invalid: str | None
+) -> tuple[str | None, str | None, Invalid | None]:
+    """Of a stored sample: its text without a thought that stands in it, the thought, and why there is no text."""
+    if text is None or invalid is not None:
+        return None, thought, Invalid(invalid) if invalid is not None else None
+    parted = without_thought(text, finished)
+    reason = None if parted.closed else Invalid.thought_cut_off
+    return parted.text if parted.closed else None, thought or parted.thought, reason
+
+
 @dataclass(frozen=True)
 class Completion:
-    """The completer's answer to a task. There is no text where the prompt was too long, or for another ``reason``."""
+    """The completer's answer to a task. There is no text where the prompt was too long, or for another ``reason``.
+
+    ``thought`` is what the completer wrote before it, in a field of its own or in the text.
+    """
 
     task: Task
     text: str | None
     finished: bool = True
     reason: Invalid = Invalid.too_long
+    thought: str | None = None
 
     @property
     def invalid(self) -> Invalid | None:
@@ -55,7 +74,7 @@ class Completion:
 class Answer:
     """One sampled answer and how it was read: a value, or the reason why there is none.
 
-    ``thought`` is what a thinking rater wrote before it.
+    ``thought`` is what the rater wrote before it.
     """
 
     seed: int
@@ -84,8 +103,8 @@ class Ratings:
     """Everything one template brought for a list of completions, in their order.
 
     ``answers[t]`` runs over the rating seeds; ``mass`` is [tasks, options], the options' probabilities before
-    renormalising, NaN in the rows of tasks that were not asked, or None where exact ratings were not wanted. Of a rater
-    that ``thinks`` it is the mixture over its ``thoughts``.
+    renormalising, NaN in the rows of tasks that have none (``without_mass`` says why), or None where exact ratings were
+    not wanted. Of a rater that ``thinks`` it is the mixture over its ``thoughts``.
     """
 
     template: Template
@@ -97,6 +116,7 @@ class Ratings:
     mass: np.ndarray | None
     thinks: bool = False
     thoughts: Thoughts | None = None
+    without_mass: Mapping[int, Invalid] = field(default_factory=dict)
 
     def measured(self, refused: Sequence[bool | None]) -> Measured:
         """These ratings and the judge's verdicts as arrays."""
@@ -132,8 +152,33 @@ class Residuals:
     vectors: Vectors
 
     def present(self) -> np.ndarray:
-        """[tasks] bool: which tasks have a vector at this position."""
-        return np.array([key is not None and key not in self.vectors.absent for key in self.keys], dtype=bool)
+        """[tasks] bool: which tasks have a vector at this position, at all of the layers."""
+        absent = self.vectors.absent
+        return np.array([key is not None and key not in absent and not self.broken(key) for key in self.keys], bool)
+
+    def broken(self, key: str | None) -> set[int]:
+        """The layers at which a record is not finite."""
+        return set(self.layers) & self.vectors.not_finite.get(key or "", frozenset())
+
+
+def not_finite(residuals: Sequence[Residuals]) -> str | None:
+    """Of how many tasks some vectors are not finite, where, and what to do; None where all are."""
+    tasks, layers, positions = set[int](), set[int](), list[str]()
+    for captured in residuals:
+        broken = {task: own for task, key in enumerate(captured.keys) if (own := captured.broken(key))}
+        tasks |= broken.keys()
+        layers = layers.union(*broken.values())
+        positions += [captured.position] * bool(broken)
+    if not tasks:
+        return None
+    # Float16 has no numbers beyond 65,504. Where the model computes in it, they were infinite before they were stored.
+    spec = residuals[0].vectors.spec
+    model, stored = spec["model"]["dtype"], spec["dtype"]
+    key, dtype = ("capture.dtype", stored) if stored == "float16" != model else ("model.dtype", model)
+    return (
+        f"vectors of {len(tasks)} of {len(residuals[0].keys)} tasks are not finite in {dtype} ({', '.join(positions)};"
+        f" layers {', '.join(map(str, sorted(layers)))}), and are not used: {OTHER_DTYPE.format(key)}"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import torch
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
 from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.options import MASS
 from prefs.models.types import Message, Question, Reply, Request, Sampling, Steering, as_dicts
 from prefs.stages.rate import QUESTION_ALLOWANCE
-from prefs.stages.records import Completion, conversation
+from prefs.stages.records import Completion, conversation, own_text
 from prefs.store.keys import digest
 from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
 from prefs.store.table import Store
@@ -105,6 +106,11 @@ class Responses:
     sampled: np.ndarray
     asked: np.ndarray
 
+    @property
+    def rated(self) -> np.ndarray:
+        """[T] which of those asked the unsteered model rates, so that doses can be compared with it."""
+        return self.asked & self.finite[0]
+
 
 def steer(
     completions: Sequence[Completion],
@@ -136,9 +142,8 @@ def steer(
     UserError
         If a vector does not fit the model.
     """
-    question = Question(
-        template.question, template.says, rater.prefill if template.prefill is None else template.prefill
-    )
+    prefill = rater.prefill if template.prefill is None else template.prefill
+    question = Question(template.question, template.says, prefill, template.also)
     given = [
         Dose(vector, coefficient)
         for vector in vectors
@@ -147,6 +152,7 @@ def steer(
     ]
     doses = (Dose(None), *given)
     spec = {"model": identity(rater), "options": list(question.options), "prefill": question.prefill}
+    spec |= {"also": list(map(list, template.also)), "mass": MASS}
     table = store.table("steered", {**spec, "sampling": asdict(sampling)}, STEERED)
     kept = ReplyTable(table, "reply", partial(_row, seeds=seeds))
     steerings = [dose.steering(tokens) for dose in doses]
@@ -225,7 +231,8 @@ def _responses(
         if record["nll"] is not None:
             nll[dose, task] = record["nll"]
         for number, (text, finished) in enumerate(zip(record["texts"], record["finished"], strict=True)):
-            value = Invalid.not_finite if text is None else template.read(text, finished=bool(finished))
+            text, _, reason = own_text(text, finished, None, None)
+            value = reason or Invalid.not_finite if text is None else template.read(text, finished=bool(finished))
             if not isinstance(value, Invalid):
                 sampled[dose, task, number] = value
     return Responses(doses, mass, finite, nll, sampled, asked)

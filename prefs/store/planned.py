@@ -80,6 +80,9 @@ class _Vectors(_Untouched, Vectors):
         for metadata in store.metadata.get(self.folder, []):
             self._index(self.folder, metadata)
 
+    def _finite(self, vectors: torch.Tensor) -> list[tuple[bool, ...]]:
+        return [(True,) * vectors.shape[1]] * len(vectors)  # they have no numbers
+
     def _put(self, meta: Mapping[str, Any], vectors: torch.Tensor) -> Path:
         keys = len(meta["keys"]) + len(meta["absent"])
         self._store.sizes.append(vectors.nbytes + KEY_BYTES * keys + LAYER_BYTES * len(meta["layers"]))

@@ -30,7 +30,8 @@ class _Part:
 class Vectors(Collection):
     """Residual-stream vectors [d_model] by key and layer; a part holds some rows at some layers.
 
-    A record may be *absent*: the conversation has no such position, which is known and not to be computed again.
+    A record may be *absent*: the conversation has no such position, which is known and not to be computed again. At
+    some layers a record may be *not finite* (NaN, or infinite in the dtype that it is stored in): it is not kept there.
     """
 
     suffix = ".safetensors"
@@ -40,6 +41,8 @@ class Vectors(Collection):
         # By key, the parts that hold it and its row in each. A job has keys by the million, and layers by the dozen.
         self._where: dict[str, tuple[tuple[_Part, int], ...]] = {}
         self.absent: set[str] = set()
+        # By key, the layers at which it is not finite.
+        self.not_finite: dict[str, frozenset[int]] = {}
         # Keys that were written by this very object, and how many bytes their vectors take up.
         self.made: set[str] = set()
         self.bytes_made = 0
@@ -61,27 +64,44 @@ class Vectors(Collection):
         part = _Part(path, frozenset(meta["layers"]))
         for row, key in enumerate(meta["keys"]):
             self._where[key] = (*self._where.get(key, ()), (part, row))
+        if broken := frozenset(meta.get("not_finite", ())):
+            self.not_finite |= {key: broken | self.not_finite.get(key, frozenset()) for key in meta["keys"]}
 
     def has(self, key: str, layers: Iterable[int]) -> bool:
-        """Whether a record needs no computing: there at all of these layers, or known to be absent."""
+        """Whether a record needs no computing: at all of these layers there, or known not to be finite; or absent."""
         if key in self.absent:
             return True
         held = [part.layers for part, _ in self._where.get(key, ())]
-        return frozenset(layers).issubset(frozenset().union(*held))
+        return frozenset(layers).issubset(self.not_finite.get(key, frozenset()).union(*held))
 
     def append(self, keys: Sequence[str], layers: Sequence[int], vectors: torch.Tensor, absent: Iterable[str]) -> None:
         """Write vectors [keys, layers, d_model] in their dtype, in parts of `PART_BYTES` at most or of one row, and the
-        keys that are absent."""
+        keys that are absent. Of vectors that are not finite, only that is written."""
         absent = sorted(absent)
-        if not keys and not absent:
-            return
         self.made.update(keys, absent)
+        alike: dict[tuple[bool, ...], list[int]] = {}
+        for row, finite in enumerate(self._finite(vectors)):
+            alike.setdefault(finite, []).append(row)
+        for finite, rows in alike.items() or [((True,) * len(layers), [])]:
+            kept = vectors if all(finite) and len(alike) == 1 else vectors[rows][:, list(finite)]
+            meta = {"layers": [layer for layer, is_finite in zip(layers, finite, strict=True) if is_finite]}
+            if broken := [layer for layer in layers if layer not in meta["layers"]]:
+                meta["not_finite"] = broken
+            self._append([keys[row] for row in rows], kept, absent, meta)
+            absent = []
+
+    def _append(self, keys: list[str], vectors: torch.Tensor, absent: list[str], meta: Mapping[str, Any]) -> None:
+        """Write what is there at the same layers."""
         self.bytes_made += vectors.nbytes
         rows = max(1, PART_BYTES * len(keys) // max(1, vectors.nbytes))
-        for first in range(0, max(1, len(keys)), rows):
+        for first in range(0, len(keys) or bool(absent), rows):
             some = slice(first, first + rows)
-            meta = {"keys": list(keys[some]), "layers": list(layers), "absent": [] if first else absent}
-            self._index(self._put(meta, vectors[some]), meta)
+            of_part = {**meta, "keys": keys[some], "absent": [] if first else absent}
+            self._index(self._put(of_part, vectors[some]), of_part)
+
+    def _finite(self, vectors: torch.Tensor) -> list[tuple[bool, ...]]:
+        """[keys][layers] whether a vector is finite."""
+        return [tuple(layers) for layers in vectors.isfinite().all(dim=-1).tolist()]
 
     def _put(self, meta: Mapping[str, Any], vectors: torch.Tensor) -> Path:
         layers = meta["layers"] if meta["keys"] else ()

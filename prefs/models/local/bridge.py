@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from prefs.errors import UserError, first_line
+from prefs.errors import UserError, explained, first_line
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec
+from prefs.models.weights import check_loaded, quiet, unwrapped
 
 
 class _Float32Unembedding(nn.Linear):
@@ -45,28 +44,31 @@ def load_bridge(spec: ModelSpec, path: str) -> tuple[Any, Any]:
     Raises
     ------
     UserError
-        If the weights, the tokenizer or the device are not there, TransformerLens does not know the family, or the
-        model or the machine does not have the attention that is asked for.
+        If the weights, the tokenizer or the device are not there, the weights are not those that the config asks for,
+        TransformerLens does not know the family or cannot run it, or the model or the machine does not have the
+        attention that is asked for.
     """
     device = None if spec.device_map else resolve_device(spec.device)
     options: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": False}
-    with _quiet_loading():
-        try:
+    with quiet():
+        with explained(f"cannot load {spec.name} from {path}"):
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
             if spec.attn_implementation != "auto":
                 _check_attention(spec, path, options)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 path,
                 dtype=getattr(torch, spec.dtype),
                 use_safetensors=True,
                 attn_implementation="eager",
                 device_map=spec.device_map,
+                key_mapping=unwrapped(path, spec.revision),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"cannot load {spec.name} from {path}: {first_line(error)}") from None
-        if device is not None:
-            model = nn.Module.to(model, device)
+            check_loaded(report, model, path)
+            if device is not None:
+                model = nn.Module.to(model, device)
         return wrap(model, tokenizer, spec, path), tokenizer
 
 
@@ -79,7 +81,7 @@ def wrap(model: Any, tokenizer: Any, spec: ModelSpec, path: str) -> Any:
     Raises
     ------
     UserError
-        If TransformerLens does not know the family.
+        If TransformerLens does not know the family, or cannot run it: a few tokens are run.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -87,21 +89,21 @@ def wrap(model: Any, tokenizer: Any, spec: ModelSpec, path: str) -> Any:
     if isinstance(unembedding, nn.Linear):
         model.set_output_embeddings(_Float32Unembedding.of(unembedding))
     device = model.get_input_embeddings().weight.device
-    try:
-        with _installing_nothing():
-            bridge = TransformerBridge.boot_transformers(
-                path, hf_model=model.eval(), tokenizer=tokenizer, dtype=getattr(torch, spec.dtype), device=device
-            )
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"TransformerLens cannot wrap {spec.name}: {first_line(error)}") from None
+    with explained(f"TransformerLens cannot wrap {spec.name}"), _installing_nothing():
+        bridge = TransformerBridge.boot_transformers(
+            path, hf_model=model.eval(), tokenizer=tokenizer, dtype=getattr(torch, spec.dtype), device=device
+        )
     for block in bridge.blocks:
         _use_own_modules(block.original_component)
+    _leave_out_what_is_not_there(model, bridge)
     # TransformerLens sets eager attention, so the choice is made after it.
     if spec.attn_implementation != "auto":
         model.set_attn_implementation(spec.attn_implementation)
     elif not _has_soft_cap(model.config):
         with contextlib.suppress(ValueError):  # a family without it
             model.set_attn_implementation("sdpa")
+    with explained(f"{spec.name} does not run here"), torch.inference_mode():
+        bridge(torch.zeros((1, 2), dtype=torch.long, device=device), return_type="logits")
     return bridge
 
 
@@ -131,6 +133,14 @@ def _use_own_modules(module: nn.Module) -> None:
             _use_own_modules(own)
 
 
+def _leave_out_what_is_not_there(model: nn.Module, bridge: Any) -> None:
+    """Take TransformerLens' rotary embedding from a model that has none (GraniteMoeHybrid without positions)."""
+    for path, component in bridge.real_components.values():
+        if not isinstance(component, list) and component.original_component is None:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, None)
+
+
 def _has_soft_cap(config: Any) -> bool:
     """Whether attention scores are capped (Gemma 2), which torch's `scaled_dot_product_attention` leaves out."""
     return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -156,15 +166,3 @@ def _no_attention(spec: ModelSpec, reason: str) -> UserError:
         f"model.attn_implementation: {spec.name} cannot run with {spec.attn_implementation} here ({reason});"
         " use auto or eager"
     )
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 from transformers.cache_utils import DynamicCache
 
-from prefs.models.architecture import Architecture, architecture
+from prefs.models.architecture import Architecture, architecture, context_length
 from prefs.models.counting import COMPLETER, Counts, MadeUp, role_of, tokenizer_of
 from prefs.models.loading import ModelSpec, model_folder
 from prefs.models.local.decoding import Decoder
@@ -20,6 +21,8 @@ from prefs.models.local.engine import LocalEngine
 from prefs.models.local.memory import Halving
 from prefs.models.local.passes import Passes, State, Watcher, blocks_until_stopped
 from prefs.models.local.residuals import AllRecorded, Recorder
+from prefs.models.local.sharing import Sharing
+from prefs.models.options import runs
 from prefs.models.positions import Span
 from prefs.models.prompts import Prompt, Thought
 from prefs.models.tokens import ChatEncoder
@@ -33,11 +36,13 @@ class CountingLocal(LocalEngine):
         shape = architecture(model_folder(spec), spec.revision)
         self.spec, self.counts = spec, counts
         self.encoder = ChatEncoder(tokenizer_of(spec), spec.chat_template_kwargs, spec.thinking)
-        self.d_model, self.n_layers, self.max_context = shape.d_model, shape.layers, spec.max_context or shape.context
-        self.passes = _CountingPasses(shape, counts)
+        self.d_model, self.n_layers = shape.d_model, shape.layers
+        self.max_context = spec.max_context or context_length(shape.context, self.encoder.tokenizer)
+        config = AutoConfig.from_pretrained(model_folder(spec), revision=spec.revision, trust_remote_code=False)
+        self.passes = _CountingPasses(shape, counts, Sharing.of_config(config))
         self.device, self.recorder = self.passes.device, partial(_Unread, shape.d_model)
-        self.decoder = _MakingUp(counts, self.encoder)
-        self._halving, self._requests = Halving(spec.name), 0
+        self.decoder = _MakingUp(counts, self.encoder, self.passes)
+        self._halving, self._requests, self.proof = Halving(spec.name), 0, None
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         self.counts.role, before = role_of(requests[0]), self._requests  # of a stage, and so the same for all
@@ -56,8 +61,8 @@ class _CountingPasses(Passes):
 
     shares_blocks = True  # pyright: ignore[reportAssignmentType]
 
-    def __init__(self, shape: Architecture, counts: Counts):
-        self.device, self.n_layers = torch.device("cpu"), shape.layers
+    def __init__(self, shape: Architecture, counts: Counts, sharing: Sharing):
+        self.device, self.n_layers, self.sharing = torch.device("cpu"), shape.layers, sharing
         self._d_model, self._counts = shape.d_model, counts
 
     def nothing(self, rows: int, cached: bool = True) -> State:
@@ -75,7 +80,6 @@ class _CountingPasses(Passes):
         rows: Sequence[Sequence[int]],
         keep: int,
         watchers: Sequence[Watcher],
-        cached: bool,
         *,
         drawn: bool = False,
         first: int = 0,
@@ -87,7 +91,8 @@ class _CountingPasses(Passes):
                 hook(stream, None)
         blocks = (blocks_until_stopped(watchers) or self.n_layers) - first
         self._counts.tally.prompt_tokens += int(lengths.sum()) * blocks / self.n_layers
-        return replace(state, lengths=state.lengths + lengths), torch.empty((len(rows), keep, 0))
+        run = tuple((*before, *row) for before, row in zip(state.ids, rows, strict=True))
+        return replace(state, ids=run, lengths=state.lengths + lengths), torch.empty((len(rows), keep, 0))
 
     def _handing_over(self, layers: Sequence[int], hidden: torch.Tensor) -> AbstractContextManager[object]:
         return nullcontext()
@@ -96,12 +101,14 @@ class _CountingPasses(Passes):
 class _MakingUp(Decoder):
     """Makes up what would be drawn."""
 
-    def __init__(self, counts: Counts, encoder: ChatEncoder):
-        self._counts, self._encoder, self._made_up = counts, encoder, MadeUp(counts, encoder)
+    def __init__(self, counts: Counts, encoder: ChatEncoder, passes: Passes):
+        self._counts, self._encoder, self._made_up, self._passes = counts, encoder, MadeUp(counts, encoder), passes
 
     def masses(self, state: State, logits: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        # All of an option's tokens are run but the last.
-        self._counts.tally.prompt_tokens += sum(len(tail) - 1 for prompt in prompts for tail in prompt.tails)
+        streams = [(row, run) for row, prompt in enumerate(prompts) for run in runs(prompt.beginnings)]
+        if streams:
+            rows = self._passes.tensor([row for row, _ in streams])
+            self._passes.extend(state.fork().select(rows), [run for _, run in streams])
         options = len(prompts[0].tails)
         return np.full((len(prompts), options), 1 / options)
 
@@ -134,7 +141,7 @@ class _MakingUp(Decoder):
         self._counts.tally.drawn_tokens += length.run * thoughts
         self._counts.tally.thoughts += thoughts
         return [
-            {seed: Thought(self._made_up.text(length.drawn, row, seed), round(length.drawn), True) for seed in own}
+            {seed: Thought(self._made_up.text(length.drawn, row, seed), round(length.drawn)) for seed in own}
             for row, own in zip(turns, seeds, strict=True)
         ]
 

@@ -4,51 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from prefs.data.template import Invalid
 from prefs.models.local.passes import Passes, State
-from prefs.models.prompts import THOUGHT, Prompt, Thought, option_masses
-from prefs.models.sampling import draw, row_uniforms
+from prefs.models.options import Path, branchings, option_masses, runs
+from prefs.models.prompts import THOUGHT, Prompt, Thought
+from prefs.models.sampling import NOT_FINITE, Stops, draw, row_uniforms
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Sample, Sampling
 
-# Sampled answers decoded at once for each row: bounds the copies of a conversation's keys and values.
-SEEDS_AT_ONCE = 4
+# Sampled answers decoded, or spellings run, at once for each row: bounds the copies of its keys and values.
+COPIES = 4
 
 Stream = tuple[int, int]  # row, seed
 
 
-class Decoder:
-    """Goes on from batches of one model. ``stops`` are the tokens that end an answer."""
+class Drawn(NamedTuple):
+    """Tokens drawn; the stop token after them, None where there was none; whether all logits were finite."""
 
-    def __init__(self, passes: Passes, encoder: ChatEncoder, stops: Set[int]):
+    ids: list[int]
+    stop: int | None
+    finite: bool
+
+
+class Decoder:
+    """Goes on from batches of one model. ``stops`` are what ends an answer."""
+
+    def __init__(self, passes: Passes, encoder: ChatEncoder, stops: Stops):
         self._passes = passes
         self._encoder = encoder
         self.stops = stops
 
     def masses(self, state: State, logits: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Probability of each whole option string, [rows, options]."""
-        first = logits[:, -1].float().log_softmax(dim=-1)
-        columns = []
-        for option in range(len(prompts[0].tails)):
-            tails = [row.tails[option] for row in prompts]
-            log_prob = first.gather(1, self._passes.tensor([[tail[0]] for tail in tails]).to(first.device))[:, 0]
-            if any(len(tail) > 1 for tail in tails):
-                # The last token is only predicted, never run.
-                longest = max(len(tail) for tail in tails)
-                _, after = self._passes.extend(state.fork(), [tail[:-1] for tail in tails], keep=longest - 1)
-                after = after.float().log_softmax(dim=-1)
-                # All at once: on a GPU each look at one number would cost as much as all of them.
-                padded = [[-1] * (longest - len(tail)) + list(tail[1:]) for tail in tails]
-                tokens = self._passes.tensor(padded).to(after.device)
-                later = after.gather(2, tokens.clamp(min=0)[..., None])[..., 0]
-                log_prob += later.masked_fill(tokens < 0, 0.0).sum(dim=1)
-            columns.append(log_prob.double().cpu().numpy())
-        stacked = np.stack(columns, axis=1)
-        return np.concatenate(
-            [option_masses(row[None], prompt.tails) for row, prompt in zip(stacked, prompts, strict=True)]
+        """Probability of each option, [rows, options]; see `prefs.models.options`."""
+        looks = [branchings(prompt.beginnings) for prompt in prompts]
+        first = [(row, 0, token) for row, own in enumerate(looks) for token in own.get((), ())]
+        paths: list[tuple[int, Path]] = [(row, (token,)) for row, _, token in first]
+        values = [_log_probs(logits[:, -1:], first)]
+        to_run = [runs(prompt.beginnings) for prompt in prompts]
+        for start in range(0, max(map(len, to_run)), COPIES):
+            streams = [(row, run) for row, own in enumerate(to_run) for run in own[start : start + COPIES]]
+            longest = max(len(run) for _, run in streams)
+            begun = state.fork().select(self._passes.tensor([row for row, _ in streams]))
+            _, after = self._passes.extend(begun, [run for _, run in streams], keep=longest)
+            looked = []
+            for stream, (row, run) in enumerate(streams):
+                for length in range(1, len(run) + 1):
+                    for token in looks[row][run[:length]]:
+                        looked.append((stream, longest - len(run) + length - 1, token))
+                        paths.append((row, (*run[:length], token)))
+            values.append(_log_probs(after, looked))
+        by_row: list[dict[Path, float]] = [{} for _ in prompts]
+        for (row, path), value in zip(paths, torch.cat(values).tolist(), strict=True):
+            by_row[row][path] = value
+        return np.stack(
+            [
+                option_masses(own, prompt.beginnings, len(prompt.tails))
+                for own, prompt in zip(by_row, prompts, strict=True)
+            ]
         )
 
     def samples(
@@ -61,11 +78,14 @@ class Decoder:
     ) -> list[dict[int, Sample]]:
         """Sample a continuation for every (row, seed); random numbers are those of the row's turns and the seed."""
         samples: list[dict[int, Sample]] = [{} for _ in seeds]
-        for start in range(0, max(map(len, seeds), default=0), SEEDS_AT_ONCE):
-            some = [of_row[start : start + SEEDS_AT_ONCE] for of_row in seeds]
-            drawn = self._draw(state.fork(), logits, some, turns, sampling, self.stops)
-            for ((row, seed), (ids, stop)), text in zip(drawn.items(), self._texts(drawn), strict=True):
-                samples[row][seed] = Sample(text, len(ids), stop is not None)
+        for start in range(0, max(map(len, seeds), default=0), COPIES):
+            some = [of_row[start : start + COPIES] for of_row in seeds]
+            drawn = self._draw(state.fork(), logits, some, turns, sampling, self.stops.tokens)
+            for ((row, seed), (ids, stop, finite)), text in zip(drawn.items(), self._texts(drawn), strict=True):
+                if finite:
+                    samples[row][seed] = Sample(text, len(ids), stop is not None)
+                else:
+                    samples[row][seed] = Sample(None, len(ids), True, invalid=Invalid.not_finite.value)
         return samples
 
     def thoughts(
@@ -82,14 +102,16 @@ class Decoder:
         assert end is not None
         budget = replace(sampling, max_new_tokens=thinking.max_tokens)
         # Other random numbers than the answer's.
-        drawn = self._draw(state, logits, seeds, [(*row, THOUGHT) for row in turns], budget, {end, *self.stops})
+        drawn = self._draw(state, logits, seeds, [(*row, THOUGHT) for row in turns], budget, {end, *self.stops.tokens})
         thoughts: list[dict[int, Thought]] = [{} for _ in seeds]
-        for ((row, seed), (ids, stop)), text in zip(drawn.items(), self._texts(drawn), strict=True):
-            thoughts[row][seed] = Thought(text, len(ids), stop == end or thinking.force_close)
+        for ((row, seed), (ids, stop, finite)), text in zip(drawn.items(), self._texts(drawn), strict=True):
+            ended = stop == end or thinking.force_close
+            reason = None if finite and ended else Invalid.thought_cut_off if finite else Invalid.not_finite
+            thoughts[row][seed] = Thought(text, len(ids), reason and reason.value)
         return thoughts
 
-    def _texts(self, drawn: dict[Stream, tuple[list[int], int | None]]) -> list[str]:
-        return self._encoder.tokenizer.batch_decode([ids for ids, _ in drawn.values()], skip_special_tokens=True)
+    def _texts(self, drawn: dict[Stream, Drawn]) -> list[str]:
+        return [self.stops.cut(text) for text in self._encoder.texts([own.ids for own in drawn.values()])]
 
     def _draw(
         self,
@@ -99,8 +121,9 @@ class Decoder:
         turns: Sequence[Conversation],
         sampling: Sampling,
         stops: Set[int],
-    ) -> dict[Stream, tuple[list[int], int | None]]:
-        """Sample tokens for every (row, seed), up to a stop token; and that token, None where there was none.
+    ) -> dict[Stream, Drawn]:
+        """Sample tokens for every (row, seed): up to a stop token, through the text that stops, or to logits that are
+        not finite.
 
         Seeds of a row that have drawn the same tokens so far are one branch and are run once; a finished branch leaves
         the batch.
@@ -112,6 +135,7 @@ class Decoder:
         }
         drawn: dict[Stream, list[int]] = {stream: [] for stream in uniforms}
         stopped: dict[Stream, int] = {}
+        broken: set[Stream] = set()
         branches = [[(row, seed) for seed in seeds[row]] for row in range(len(seeds))]
         for step in range(sampling.max_new_tokens):
             numbers = np.zeros((len(branches), max(map(len, branches))))
@@ -121,14 +145,28 @@ class Decoder:
             grown: dict[tuple[int, int], list[Stream]] = {}
             for branch, streams in enumerate(branches):
                 for stream, token in zip(streams, tokens[branch], strict=False):
+                    if token == NOT_FINITE:
+                        broken.add(stream)
+                        continue
                     if token in stops:
                         stopped[stream] = token
+                        continue
+                    drawn[stream].append(token)
+                    if self.stops.reached(self._encoder.tokenizer, drawn[stream]):
+                        stopped[stream] = token
                     else:
-                        drawn[stream].append(token)
                         grown.setdefault((branch, token), []).append(stream)
             if not grown or step + 1 == sampling.max_new_tokens:
                 break
             parents = self._passes.tensor([branch for branch, _ in grown])
             state, logits = self._passes.extend(state.select(parents), [(token,) for _, token in grown], drawn=True)
             branches = list(grown.values())
-        return {stream: (ids, stopped.get(stream)) for stream, ids in drawn.items()}
+        return {stream: Drawn(ids, stopped.get(stream), stream not in broken) for stream, ids in drawn.items()}
+
+
+def _log_probs(logits: torch.Tensor, looked: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    """Log-probabilities of tokens, [looked], float64 on the host, by (row, place, token) in logits [rows, places,
+    vocabulary]; NaN where logits are not finite."""
+    # All at once: on a GPU each look at one number would cost as much as all of them.
+    rows, places, tokens = torch.tensor(looked, dtype=torch.long, device=logits.device).reshape(-1, 3).unbind(dim=1)
+    return (logits[rows, places, tokens].float() - logits.float().logsumexp(dim=-1)[rows, places]).double().cpu()

@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 
-from prefs.data.template import Invalid
 from prefs.models.local.grouping import Steerings, by_beginning, cut, lowest, spans_of_answer
 from prefs.models.local.passes import Kept, Passes, State
 from prefs.models.local.residuals import Hook
 from prefs.models.local.steering import BatchSteering
 from prefs.models.prompts import Prompt
-from prefs.models.types import Reply, Request, Sample, Score
+from prefs.models.types import Reply, Request
 
 # Bounds the logits in memory while a completion's likelihood is read.
 TOKENS_AT_ONCE = 256
 
-# Replies of some rows (by number) from their state and the logits of their last tokens.
-Read = Callable[[State, torch.Tensor, Sequence[int]], list[Reply]]
+# Replies of all rows from their state and the logits of their last tokens.
+Read = Callable[[State, torch.Tensor], list[Reply]]
 
 
 class Likelihood:
@@ -45,12 +44,11 @@ class Likelihood:
     def __init__(self, passes: Passes, prompts: Sequence[Prompt], starts: Sequence[int], ends: Sequence[int]):
         self._passes = passes
         self._rows = len(prompts)
-        width = max(end - start for start, end in zip(starts, ends, strict=True))
-        predictions: list[tuple[int, int, int]] = []  # row, column, the token that comes next
+        predictions: list[tuple[int, int, int]] = []  # row, column (from the last), the token that comes next
         for number, (row, start, end) in enumerate(zip(prompts, starts, ends, strict=True)):
             first, last = _predicting(row)
             for token in range(max(first, start), min(last, end)):
-                predictions.append((number, width - end + token, row.ids[token + 1]))
+                predictions.append((number, token - end, row.ids[token + 1]))
         self._predictions = torch.tensor(predictions, dtype=torch.long).reshape(-1, 3)
         self._kept = torch.empty(0)
 
@@ -87,36 +85,12 @@ def mean_nll(prompts: Sequence[Prompt], sums: torch.Tensor) -> list[float | None
 
 
 def likelihood_alone(passes: Passes, prompt: Prompt, dose: Steerings) -> float | None:
-    """The likelihood of one completion by passes of its own, which any family runs; see `mean_nll`."""
+    """The likelihood of one completion by a pass of its own, which any family runs; see `mean_nll`."""
     first, last = _predicting(prompt)
     steering = BatchSteering.build(dose, [spans_of_answer(prompt)], passes.device)
-    state, logits = passes.start([prompt.ids[: first + 1]], steering)
-    total = torch.zeros(1, dtype=torch.float64)
-    for token in range(first, last, TOKENS_AT_ONCE):
-        following = prompt.ids[token + 1 : min(token + TOKENS_AT_ONCE, last) + 1]
-        state, after = passes.extend(state, [following], keep=len(following))
-        logits = torch.cat([logits, after], dim=1)
-        total -= passes.nll(logits[0, :-1], torch.tensor(following), "sum")
-        logits = logits[:, -1:]
-    return mean_nll([prompt], total)[0]
-
-
-def finite_rows(logits: torch.Tensor) -> list[int]:
-    """The rows whose logits of the last token give probabilities. -inf for some tokens does."""
-    nan = logits[:, -1].float().log_softmax(dim=-1).isnan().any(dim=-1)
-    return (~nan).nonzero()[:, 0].tolist()
-
-
-def dosed(request: Request, reply: Reply | None, nll: float | None) -> Reply:
-    """A row's reply; with the reason in place of numbers where it has none, or one that is no number."""
-    masses = [score.mass for score in reply.scores.values() if score.mass is not None] if reply is not None else []
-    if reply is not None and all(mass == mass for option_masses in masses for mass in option_masses):
-        return replace(reply, nll=nll)
-    reason = Invalid.not_finite.value
-    return Reply(
-        dict.fromkeys(request.seeds, Sample(None, 0, True, invalid=reason)),
-        dict.fromkeys(request.scores, Score(None, invalid=reason)),
-    )
+    _, logits = passes.start([prompt.ids], steering, cached=False, keep=len(prompt.ids) - first)
+    following = torch.tensor(prompt.ids[first + 1 : last + 1], dtype=torch.long)
+    return mean_nll([prompt], -passes.nll(logits[0, : last - first], following, "sum")[None])[0]
 
 
 @dataclass(frozen=True)
@@ -180,10 +154,8 @@ class DosePasses:
         return sum((watcher.sums() for watcher in watchers), sums)
 
     def _replies(self, state: State, logits: torch.Tensor, sums: torch.Tensor) -> list[Reply]:
-        rows = finite_rows(logits)
-        replies = {}
-        if rows:
-            read = self.read(state.select(self.passes.tensor(rows)), logits[rows], rows)
-            replies = dict(zip(rows, read, strict=True))
-        nll = mean_nll(self.prompts, sums) if self.request.likelihood else [None] * len(self.prompts)
-        return [dosed(self.request, replies.get(row), nll[row]) for row in range(len(self.prompts))]
+        replies = self.read(state, logits)
+        if not self.request.likelihood:
+            return replies
+        nll = mean_nll(self.prompts, sums)
+        return [replace(reply, nll=own) for reply, own in zip(replies, nll, strict=True)]

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from prefs.errors import UserError
+from prefs.models.architecture import context_length, written_context
 from prefs.models.loading import ModelSpec
 from prefs.models.local.bridge import load_bridge
 from prefs.models.local.decoding import Decoder
-from prefs.models.local.doses import DosePasses, dosed, finite_rows, likelihood_alone
+from prefs.models.local.doses import DosePasses, likelihood_alone
 from prefs.models.local.grouping import (
     Row,
     Steerings,
@@ -32,16 +34,22 @@ from prefs.models.local.grouping import (
 )
 from prefs.models.local.memory import Halving
 from prefs.models.local.passes import Passes, State
+from prefs.models.local.proof import Proof
 from prefs.models.local.residuals import Recorder
 from prefs.models.local.steering import BatchSteering, check
 from prefs.models.local.token_stream import TokenStream, owners, token_texts
+from prefs.models.local.trial import tried
 from prefs.models.positions import POSITIONS, token_ranges
-from prefs.models.prompts import Prompt, encode_prompt, request_tokens, shared_prefix
-from prefs.models.sampling import stop_tokens
+from prefs.models.prompts import Prompt, Thought, chosen, encode_prompt, request_tokens, scored, shared_prefix
+from prefs.models.sampling import Stops
 from prefs.models.tokens import ChatEncoder
-from prefs.models.types import Conversation, Question, Reply, Request, Sampling, Score, Usage
+from prefs.models.types import Conversation, Message, Question, Reply, Request, Sampling, Score, Usage
+from prefs.models.weights import check_vocabulary
 
 log = logging.getLogger(__name__)
+
+# Of any tokenizer, more tokens than the trial of what passes may share runs.
+TRIAL = " ".join(f"{n} and {n} are {2 * n}." for n in range(1, 31))
 
 # By row, what its requests brought, by number.
 Replies = list[dict[int, Reply]]
@@ -90,12 +98,15 @@ class LocalEngine:
         self.encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
         model = bridge.original_model
         self.d_model = int(bridge.cfg.d_model)
-        self.max_context = spec.max_context or int(model.config.get_text_config().max_position_embeddings)
-        stops = stop_tokens(tokenizer, model.generation_config)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+        self.max_context = spec.max_context or context_length(
+            written_context(model.config.get_text_config()), tokenizer
+        )
+        stops = Stops.of(self.encoder, model.generation_config)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops.tokens, default=0)
         self.passes = Passes(bridge, pad, spec.name)
         self.decoder = Decoder(self.passes, self.encoder, stops)
         self.device, self.n_layers = self.passes.device, self.passes.n_layers
+        self.proof: Proof | None = Proof(self)
         self._halving = Halving(spec.name)
         self._requests = 0
 
@@ -104,9 +115,21 @@ class LocalEngine:
         """Load a model, or raise `UserError`; see `prefs.models.local.bridge.load_bridge`."""
         bridge, tokenizer = load_bridge(spec, path)
         engine = cls(bridge, tokenizer, spec)
+        check_vocabulary(engine.encoder, bridge.original_model.get_input_embeddings().weight.shape[0])
+        engine.try_sharing()
         for note in engine.encoder.notes(spec.name):
             log.info("%s", note)
         return engine
+
+    @torch.inference_mode()
+    def try_sharing(self) -> None:
+        """Try out what the model's passes may share, on a short text; what they may not is logged."""
+        text = self.encoder.encode((Message("user", TRIAL),), answer="").ids
+        # By a copy, whose tokens are not counted.
+        self.passes.sharing = tried(copy(self.passes), self.bridge.original_model.config, text)
+        note = self.passes.sharing.note()
+        if note is not None:
+            log.info("%s, so that no row's numbers depend on others: %s", self.spec.name, note)
 
     def tokens(self, request: Request) -> int:
         return request_tokens(self.encoder, request)
@@ -114,6 +137,8 @@ class LocalEngine:
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         for request in requests:
             check(request.steering, self.n_layers, self.d_model)
+        if self.proof is not None:
+            self.proof.before(requests)
         kinds = {
             "complete": self._complete,
             "choose": self._choose,
@@ -124,12 +149,27 @@ class LocalEngine:
         for group in grouped(requests):
             self._requests += group.count
             whole = group.kind in ("complete", "choose", "open")
-            for replies in self._halving.run(
-                kinds[group.kind],
-                group.rows,
-                tokens=lambda row, whole=whole: self.tokens(row.request if whole else Request(row.messages)),
-            ):
-                yield from replies.items()
+            for rows in self._side_by_side(group.rows):
+                for replies in self._halving.run(
+                    kinds[group.kind],
+                    rows,
+                    tokens=lambda row, whole=whole: self.tokens(row.request if whole else Request(row.messages)),
+                ):
+                    yield from replies.items()
+
+    def _side_by_side(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Rows in batches whose rows may stand beside each other."""
+        alone = [row for row in rows if self._alone(row)]
+        together = [row for row in rows if row not in alone] if alone else list(rows)
+        return [rows for rows in [together, *([row] for row in alone)] if rows]
+
+    def _alone(self, row: Row) -> bool:
+        """Whether a row is run alone: with all that may be drawn after it."""
+        sharing = self.passes.sharing
+        if sharing.switch is None:
+            return not sharing.rows
+        drawn = [request.sampling.max_new_tokens if request.sampling else 0 for request in row.requests.values()]
+        return not sharing.rows or max(map(self.tokens, row.requests.values())) + max(drawn) > sharing.switch
 
     def usage(self) -> Usage:
         return Usage(self._requests, self.passes.prompt_tokens, self.passes.drawn_tokens)
@@ -192,18 +232,18 @@ class LocalEngine:
             samples = self.decoder.samples(state, logits, seeds, turns, sampling)
         else:
             thoughts = self.decoder.thoughts(state, logits, seeds, turns, sampling)
-            streams = [(row, seed) for row, own in enumerate(seeds) for seed in own]
-            ids = [
-                self.encoder.encode(turns[row], answer="", thought=thoughts[row][seed].text).ids
-                for row, seed in streams
-            ]
-            state, logits = self.passes.start(ids, steering.select(self.passes.tensor([row for row, _ in streams])))
-            drawn = self.decoder.samples(
-                state, logits, [(seed,) for _, seed in streams], [turns[row] for row, _ in streams], sampling
-            )
             samples = [{} for _ in rows]
-            for (row, seed), sample in zip(streams, drawn, strict=True):
-                samples[row][seed] = thoughts[row][seed].sample(sample[seed])
+            for seed in dict.fromkeys(seed for own in seeds for seed in own):
+                numbers = [row for row, own in enumerate(seeds) if seed in own]
+                ids = [
+                    self.encoder.encode(turns[row], answer="", thought=thoughts[row][seed].text).ids for row in numbers
+                ]
+                state, logits = self.passes.start(ids, steering.select(self.passes.tensor(numbers)))
+                drawn = self.decoder.samples(
+                    state, logits, [(seed,)] * len(numbers), [turns[row] for row in numbers], sampling
+                )
+                for row, sample in zip(numbers, drawn, strict=True):
+                    samples[row][seed] = thoughts[row][seed].sample(sample[seed])
         return [
             {n: Reply({seed: own[seed] for seed in request.seeds}) for n, request in row.requests.items()}
             for row, own in zip(rows, samples, strict=True)
@@ -212,22 +252,22 @@ class LocalEngine:
     @torch.inference_mode()
     def _choose(self, rows: Sequence[Row]) -> Replies:
         """The likeliest option, after one thought of a model that thinks."""
-        thoughts: list[str | None] = [None] * len(rows)
+        thoughts: list[Thought | None] = [None] * len(rows)
         if self.encoder.thinking is not None:
             turns = [row.messages for row in rows]
             state, logits = self.passes.start([self.encoder.open_thought(row) for row in turns])
             drawn = self.decoder.thoughts(state, logits, [(0,)] * len(rows), turns, Sampling(0.0, 1.0, 1))
-            thoughts = [of_row[0].text for of_row in drawn]
+            thoughts = [of_row[0] for of_row in drawn]
         prompts = [
-            encode_prompt(self.encoder, row.request.messages, row.request.question, thought)
+            encode_prompt(self.encoder, row.request.messages, row.request.question, thought and thought.text).as_said
             for row, thought in zip(rows, thoughts, strict=True)
         ]
         masses = self.decoder.masses(*self.passes.start([prompt.ids for prompt in prompts]), prompts)
         replies: Replies = []
-        for row, mass in zip(rows, masses, strict=True):
-            assert row.request.question is not None
-            choice = row.request.question.options[int(mass.argmax())]
-            replies.append(dict.fromkeys(row.requests, Reply(choice=choice)))
+        for row, mass, thought in zip(rows, masses.tolist(), thoughts, strict=True):
+            reply = Reply(scores={0: scored(mass)})
+            reply = chosen(row.request, reply if thought is None else thought.reply(reply))
+            replies.append(dict.fromkeys(row.requests, reply))
         return replies
 
     @torch.inference_mode()
@@ -262,6 +302,8 @@ class LocalEngine:
             ranges = [token_ranges(prompt.spans, list(own)) for prompt, own in zip(firsts, positions, strict=True)]
             stops = not any(map(reads_logits, requests))
             recorder = self.recorder(layers, ranges, [len(prefix) for prefix in prefixes], stops=stops)
+        if recorder is None and not self.passes.sharing.several:
+            prefixes = [()] * len(rows)  # nothing goes on from them
         # What is steered before the questions does not depend on them.
         steering = requests[0].steering
         state = self.passes.nothing(len(rows))
@@ -310,7 +352,10 @@ class LocalEngine:
         replies = self._read(state, logits, batch)
         if recorder is None:
             return replies
-        return [replace(reply, residuals=own) for reply, own in zip(replies, recorder.vectors(), strict=True)]
+        vectors = recorder.vectors()
+        if self.proof is not None and capture is not None and reads_logits(request):
+            self.proof.rating([asked.messages for asked in batch.requests], capture, vectors, logits)
+        return [replace(reply, residuals=own) for reply, own in zip(replies, vectors, strict=True)]
 
     def _read(self, state: State, logits: torch.Tensor, batch: QuestionBatch) -> list[Reply]:
         """What a batch answers that has been run to the end of the question."""
@@ -318,7 +363,7 @@ class LocalEngine:
         scores: list[dict[int, Score]] = [{} for _ in range(rows)]
         if request.scores:
             masses = self.decoder.masses(state, logits, batch.prompts).tolist()
-            scores = [dict.fromkeys(request.scores, Score(tuple(mass))) for mass in masses]
+            scores = [dict.fromkeys(request.scores, scored(mass)) for mass in masses]
         samples = [{} for _ in range(rows)]
         if request.seeds:
             samples = self.decoder.samples(state, logits, [request.seeds] * rows, batch.turns, _sampling(request))
@@ -362,12 +407,11 @@ class LocalEngine:
         doses = list(dict.fromkeys(active(dosed.steering) for dosed in rows[0].requests.values()))
         prompts = [encode_prompt(self.encoder, row.messages, request.question) for row in rows]
 
-        def read(state: State, logits: torch.Tensor, numbers: Sequence[int]) -> list[Reply]:
-            own = [prompts[number] for number in numbers]
-            asked = [rows[number].request for number in numbers]
-            return self._read(state, logits, QuestionBatch(asked, own, [len(p.ids) for p in own]))
+        def read(state: State, logits: torch.Tensor) -> list[Reply]:
+            asked, done = [row.request for row in rows], [len(prompt.ids) for prompt in prompts]
+            return self._read(state, logits, QuestionBatch(asked, prompts, done))
 
-        if self.encoder.thinking is None and self.passes.shares_blocks:
+        if self.encoder.thinking is None and self.passes.shares_blocks and not any(map(self._alone, rows)):
             by_dose = DosePasses(self.passes, request, prompts, read).run(doses)
         else:
             by_dose = [self._dose_alone(rows, request, prompts, dose) for dose in doses]
@@ -383,17 +427,12 @@ class LocalEngine:
         stream."""
         if self.encoder.thinking is not None:
             prompts = self._thoughts_opened(prompts, [row.request.turns for row in rows])
-        _, logits = self.passes.start([prompt.ids for prompt in prompts], self._steering(dose, prompts), cached=False)
-        finite = finite_rows(logits)
         alone = replace(request, steering=dose)
-        observed = self._observe([Row(rows[row].messages, {0: alone}) for row in finite]) if finite else []
-        replies = {row: own[0] for row, own in zip(finite, observed, strict=True)}
-        return [
-            dosed(
-                request, replies.get(row), likelihood_alone(self.passes, prompt, dose) if request.likelihood else None
-            )
-            for row, prompt in enumerate(prompts)
-        ]
+        replies = [own[0] for own in self._observe([Row(row.messages, {0: alone}) for row in rows])]
+        if not request.likelihood:
+            return replies
+        nll = [likelihood_alone(self.passes, prompt, dose) for prompt in prompts]
+        return [replace(reply, nll=own) for reply, own in zip(replies, nll, strict=True)]
 
     def _thoughts_opened(self, prompts: Sequence[Prompt], turns: Sequence[Conversation]) -> list[Prompt]:
         ids = [self.encoder.open_thought(row) for row in turns]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from prefs.errors import UserError
 from prefs.models.local.memory import out_of_memory
 from prefs.models.local.residuals import AllRecorded, Hook
+from prefs.models.local.sharing import Sharing
 from prefs.models.local.steering import BatchSteering
 
 log = logging.getLogger(__name__)
@@ -29,9 +31,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """A batch that has been run so far: its cache, the mask [rows, width] of real tokens, tokens a row, and what its
-    residual stream is steered by. There is no cache before the first pass, nor where none follows it."""
+    """A batch that has been run so far: its tokens, its cache, the mask [rows, width] of real tokens, tokens a row, and
+    what its residual stream is steered by. There is no cache where none follows it, and where a family keeps none that
+    can be gone on from."""
 
+    ids: tuple[tuple[int, ...], ...]
     cache: Cache | None
     mask: torch.Tensor
     lengths: torch.Tensor
@@ -43,24 +47,29 @@ class State:
 
     def select(self, rows: torch.Tensor) -> State:
         """The state of these rows, in this order; rows may repeat."""
-        if torch.equal(rows, torch.arange(len(self.lengths), device=rows.device)):
+        numbers = rows.tolist()
+        if numbers == list(range(len(self.ids))):
             return self
         cache = _fork(self.cache)
-        for layer in cache.layers:
-            layer.batch_select_indices(rows.to(getattr(layer, "device", rows.device)))  # type: ignore[attr-defined]
-        return State(cache, self.mask[rows], self.lengths[rows], self.steering.select(rows))
+        if cache is not None:
+            cache.reorder_cache(rows)  # type: ignore[arg-type]
+        ids = tuple(self.ids[number] for number in numbers)
+        return State(ids, cache, self.mask[rows], self.lengths[rows], self.steering.select(rows))
 
     def with_lower(self, other: State, count: int) -> State:
         """With the keys and values of another state over the same tokens in its lowest `count` blocks."""
-        cache = _fork(self.cache)
-        cache.layers[:count] = _fork(other.cache).layers[:count]
+        cache, lower = _fork(self.cache), _fork(other.cache)
+        assert cache is not None
+        assert lower is not None
+        cache.layers[:count] = lower.layers[:count]
         return replace(self, cache=cache)
 
 
-def _fork(cache: Cache | None) -> Cache:
+def _fork(cache: Cache | None) -> Cache | None:
     """A cache that can be extended without changing this one. Growing layers replace their tensors, so these are
     shared; other kinds write in place and are copied."""
-    assert cache is not None, "a state whose pass kept no cache cannot be gone on from"
+    if cache is None:
+        return None
     forked = copy.copy(cache)
     growing = (DynamicLayer, DynamicSlidingWindowLayer)
     forked.layers = [copy.copy(x) if type(x) in growing else copy.deepcopy(x) for x in cache.layers]
@@ -117,7 +126,14 @@ class Passes:
         self._pad = pad
         self._name = name
         # Where tokens go. With a device map, blocks and logits may be elsewhere.
-        self.device = bridge.original_model.get_input_embeddings().weight.device
+        embedding = bridge.original_model.get_input_embeddings().weight
+        self.device, self.dtype = embedding.device, embedding.dtype
+        takes = inspect.signature(bridge.original_model.forward).parameters
+        # Mamba's families have another name for the cache, and a mask of the new tokens alone.
+        self._states_alone = "cache_params" in takes
+        self.sharing = Sharing.of_config(bridge.original_model.config)
+        if "position_ids" not in takes:  # which may be counted by columns (MPT)
+            self.sharing = replace(self.sharing, gaps=False)
         self.n_layers = int(bridge.cfg.n_layers)
         # Tokens times blocks that ran them.
         self._ran_of_prompts = self._ran_of_answers = 0
@@ -136,11 +152,20 @@ class Passes:
         """Tokens that were drawn and then run, counted as those of prompts."""
         return round(self._ran_of_answers / self.n_layers)
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Passes in here, which nobody asked for, are not counted."""
+        counts = self._ran_of_prompts, self._ran_of_answers
+        try:
+            yield
+        finally:
+            self._ran_of_prompts, self._ran_of_answers = counts
+
     def nothing(self, rows: int, cached: bool = True) -> State:
         """The state of rows with no tokens yet; with a cache, so that it can be forked, or without."""
         empty = torch.zeros((rows, 0), dtype=torch.long, device=self.device)
         cache = DynamicCache(config=self._bridge.original_model.config) if cached else None
-        return State(cache, empty, empty.sum(dim=1), BatchSteering.build((), [{}] * rows, self.device))
+        return State(((),) * rows, cache, empty, empty.sum(dim=1), BatchSteering.build((), [{}] * rows, self.device))
 
     def start(
         self,
@@ -148,11 +173,13 @@ class Passes:
         steering: BatchSteering | None = None,
         watchers: Sequence[Watcher] = (),
         cached: bool = True,
+        keep: int = 1,
+        *,
+        drawn: bool = False,
     ) -> tuple[State, torch.Tensor]:
-        """Run whole sequences from nothing; `cached` unless nothing goes on from them."""
-        # A pass that stops cannot hand over the cache that the model makes, and so is given one.
-        state = self.nothing(len(rows), cached and any(watcher.stops for watcher in watchers))
-        return self._run(replace(state, steering=steering or state.steering), rows, 1, watchers, cached)
+        """Run whole sequences from nothing; `cached` unless nothing goes on from them. See `extend`."""
+        state = self.nothing(len(rows), cached and (self.sharing.several or self.sharing.single))
+        return self._run(replace(state, steering=steering or state.steering), rows, keep, watchers, drawn=drawn)
 
     def extend(
         self,
@@ -165,7 +192,8 @@ class Passes:
     ) -> tuple[State, torch.Tensor]:
         """Run more tokens after a state; rows may differ in length. The given state must not be used again.
 
-        `drawn` tokens are the model's own.
+        Where going on would change numbers (`Sharing`), rows are run again from their beginning: they end in the same
+        column, but are wider than their new tokens. `drawn` tokens are the model's own.
 
         Returns
         -------
@@ -175,7 +203,10 @@ class Passes:
             [rows, keep, vocabulary] after each of the last `keep` tokens; [rows, 0, 0] where a watcher stops the pass
             before them.
         """
-        return self._run(state, rows, keep, watchers, cached=True, drawn=drawn)
+        if not any(state.ids) or (state.cache is not None and self.sharing.goes_on(state.ids, rows)):
+            return self._run(state, rows, keep, watchers, drawn=drawn)
+        whole = [(*before, *row) for before, row in zip(state.ids, rows, strict=True)]
+        return self.start(whole, state.steering, watchers, keep=keep, drawn=drawn)
 
     def extend_above(
         self,
@@ -198,7 +229,7 @@ class Passes:
             The state before it, whose steering has not changed `hidden`, but may: it is of `layer` and those above.
         """
         with self._handing_over(range(layer + 1), hidden):
-            state, logits = self._run(state, rows, 1, watchers, cached=True, first=layer + 1)
+            state, logits = self._run(state, rows, 1, watchers, first=layer + 1)
         return state.with_lower(below, layer + 1), logits
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -220,10 +251,15 @@ class Passes:
         "sum"; float64, on the host."""
         return cross_entropy(logits.float(), tokens.to(logits.device), reduction=reduction).double().cpu()
 
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether a pass can begin above a block, and go on from one that did."""
+        return self.sharing.several and self._begins_above
+
     @cached_property
     @torch.inference_mode()
-    def shares_blocks(self) -> bool:
-        """Whether a pass can begin above a block: whether all that reaches the next one is the residual stream.
+    def _begins_above(self) -> bool:
+        """Whether all that reaches the next block is the residual stream.
 
         It is tried out, in a pass over a few tokens: families may also hand over keys and values, or keep states of
         another kind.
@@ -253,7 +289,6 @@ class Passes:
         rows: Sequence[Sequence[int]],
         keep: int,
         watchers: Sequence[Watcher],
-        cached: bool,
         *,
         drawn: bool = False,
         first: int = 0,
@@ -266,27 +301,28 @@ class Passes:
         mask = torch.cat([state.mask, real], dim=1)
         # In this order, vectors are recorded as they flow on: after steering.
         by_layer = [*state.steering.hooks(positions, real), *(hook for watcher in watchers for hook in watcher.hooks())]
-        logits, cache, end = torch.empty((len(rows), 0, 0)), state.cache, blocks_until_stopped(watchers)
+        logits, end = torch.empty((len(rows), 0, 0)), blocks_until_stopped(watchers)
         with (
             contextlib.suppress(AllRecorded),
             self._bridge.hooks([(self._hooks[layer], hook) for layer, hook in by_layer]),
         ):
-            logits, cache = self._bridge(
+            logits = self._bridge(
                 ids,
-                attention_mask=mask,
+                attention_mask=real if self._states_alone else mask,
                 position_ids=positions,
-                past_key_values=cache,
-                use_cache=cached,
+                use_cache=state.cache is not None,
                 logits_to_keep=keep,
-                return_type="logits_and_cache",
-            )
+                return_type="logits",
+                **{"cache_params" if self._states_alone else "past_key_values": state.cache},
+            )[:, -keep:]
             end = self.n_layers
         ran = sum(len(row) for row in rows) * (end - first)
         if drawn:
             self._ran_of_answers += ran
         else:
             self._ran_of_prompts += ran
-        return State(cache, mask, state.lengths + real.sum(dim=1), state.steering), logits
+        run = tuple((*before, *row) for before, row in zip(state.ids, rows, strict=True))
+        return State(run, state.cache, mask, state.lengths + real.sum(dim=1), state.steering), logits
 
     def _handing_over(self, layers: Sequence[int], hidden: torch.Tensor) -> contextlib.AbstractContextManager[object]:
         """Let blocks give `hidden` in place of running. Each gives the same: the last one's is what is read."""

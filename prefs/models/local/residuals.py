@@ -18,7 +18,8 @@ class AllRecorded(Exception):
 
 
 class _Columns(NamedTuple):
-    """Where one position lies: in these `rows`, the columns from `starts` to before `ends`. All are [rows]."""
+    """Where one position lies: in these `rows`, the columns from `starts` to before `ends`, counted from the end of the
+    pass (-1 is the last), where all rows end. All are [rows]."""
 
     rows: torch.Tensor
     starts: torch.Tensor
@@ -28,7 +29,7 @@ class _Columns(NamedTuple):
         """[rows, d_model] float32 means over the columns of a residual stream [batch, width, d_model]."""
         if single:
             return tensor[self.rows, self.starts].float()
-        columns = torch.arange(tensor.shape[1], device=tensor.device)
+        columns = torch.arange(-tensor.shape[1], 0, device=tensor.device)
         outside = (columns < self.starts[:, None]) | (columns >= self.ends[:, None])
         chosen = tensor if len(self.rows) == len(tensor) else tensor[self.rows]
         total = chosen.masked_fill(outside[..., None], 0).sum(dim=1, dtype=torch.float32)
@@ -56,11 +57,10 @@ class Recorder:
         self.stops = stops
         self._layers = layers
         self._count = len(ranges)
-        offsets = [max(lengths) - length for length in lengths]
         by_position: dict[str, dict[int, Span]] = {}
         for row, own in enumerate(ranges):
             for position, (start, end) in own.items():
-                by_position.setdefault(position, {})[row] = (offsets[row] + start, offsets[row] + end)
+                by_position.setdefault(position, {})[row] = (start - lengths[row], end - lengths[row])
         self._ranges = by_position
         self._single = [all(end - start == 1 for start, end in own.values()) for own in by_position.values()]
         columns = [

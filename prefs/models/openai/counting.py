@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from prefs.models.counting import COMPLETER, Counts, MadeUp, role_of
 from prefs.models.loading import ModelSpec
-from prefs.models.openai.engine import CHOICE_TOKENS, NO_LIMIT
-from prefs.models.types import Reply, Request, Score, Usage
+from prefs.models.openai.engine import CHOICE_TOKENS
+from prefs.models.types import NO_LIMIT, Reply, Request, Score, Usage
 
 # A server's tokens are not known here: about so many characters are one, and so many mark a message.
 CHARACTERS_A_TOKEN, MARKS = 4, 4

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefs.errors import ConfigError, UserError
 from prefs.models.openai.keys import key_of
-from prefs.models.openai.replies import Answer, Malformed, Parted, first_of_answer, part
+from prefs.models.openai.replies import Answer, Malformed, first_of_answer, part
 from prefs.models.openai.server import FormatRefused, RowRefused, Server
 from prefs.models.openai.text_options import (
     SharedToken,
@@ -27,18 +27,30 @@ from prefs.models.openai.text_options import (
     one_of,
     opened,
     seen_beginnings,
+    spelled,
     whole_string_masses,
 )
 from prefs.models.sampling import row_seed
-from prefs.models.types import Conversation, Message, Question, Reply, Request, Sample, Sampling, Score, Usage, as_dicts
+from prefs.models.thoughts import Parted, without_thought
+from prefs.models.types import (
+    NO_LIMIT,
+    Conversation,
+    Message,
+    Question,
+    Reply,
+    Request,
+    Sample,
+    Sampling,
+    Score,
+    Usage,
+    as_dicts,
+)
 
 if TYPE_CHECKING:
     from prefs.models.loading import ModelSpec
 
 log = logging.getLogger(__name__)
 
-# A server whose context is not known takes what it takes; it says where a prompt is too long.
-NO_LIMIT = 2**31
 # No tokenizer puts two words into one token, and few tokens are as long as this.
 LONG_TOKEN = 16
 # Room for a choice as JSON.
@@ -70,6 +82,7 @@ class _Part:
     score: Score | None = None
     top: Top | None = None
     choice: str | None = None
+    invalid: str | None = None
 
 
 class OpenAIEngine:
@@ -215,7 +228,7 @@ class OpenAIEngine:
     async def _score(self, request: Request) -> _Part:
         """The score of a model that answers at once."""
         assert request.question is not None
-        (seed, *_), (opening, options) = request.scores, opened(request.question)
+        (seed, *_), opening = request.scores, opened(request.question)[0]
 
         async def likeliest(beginning: str) -> Top:
             answer = await self._ask(request, 0, NEUTRAL, opening + beginning, self.spec.api.top_logprobs)
@@ -223,7 +236,7 @@ class OpenAIEngine:
 
         try:
             if self.spec.api.prefill:
-                return _Part(seed, score=Score(await whole_string_masses(options, likeliest)))
+                return _Part(seed, score=Score(await whole_string_masses(spelled(request.question), likeliest)))
             return _Part(seed, score=Score(None), top=await likeliest(""))
         except RowRefused as refused:
             return _Part(seed, score=Score(None, invalid=refused.reason))
@@ -251,9 +264,9 @@ class OpenAIEngine:
                     " options as it stands",
                 )
                 answer = await self.server.ask(strict=False, **asked)
-        except RowRefused:
-            return _Part(0)
-        return _Part(0, choice=chosen(self._part(answer).text, options))
+        except RowRefused as refused:
+            return _Part(0, invalid=refused.reason)
+        return _Part(0, choice=chosen(without_thought(self._part(answer).text).text, options))
 
     async def _ask(
         self, request: Request, seed: int, sampling: Sampling, opening: str, top_logprobs: int | None
@@ -313,7 +326,7 @@ class OpenAIEngine:
             question = questions[number]
             if question is None or one.top is None or one.score is None:
                 return one
-            masses = first_token_masses(opened(question)[1], one.top, self._seen[question])
+            masses = first_token_masses(opened(question)[1], one.top, self._seen[question], spelled(question))
             return replace(one, score=replace(one.score, mass=masses))
 
         try:
@@ -362,4 +375,5 @@ def _reply(parts: Sequence[_Part]) -> Reply:
         samples={one.seed: one.sample for one in parts if one.sample is not None},
         scores={one.seed: one.score for one in parts if one.score is not None},
         choice=next((one.choice for one in parts), None),
+        invalid=next((one.invalid for one in parts), None),
     )

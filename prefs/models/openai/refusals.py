@@ -41,6 +41,8 @@ _BLOCKED = re.compile(
     r"(?:flagged|blocked)|input was flagged|requires moderation|responsible ?ai ?policy",
     re.IGNORECASE,
 )
+# Python's words for a NaN, which vLLM's and SGLang's servers cannot send: log-probabilities of logits that are none.
+_NOT_FINITE = "Out of range float values are not JSON compliant"
 _BLOCKED_CODES = ("content_filter", "content_policy_violation", "invalid_prompt")
 
 
@@ -54,9 +56,37 @@ def refusal_of_row(status: int, code: str, message: str) -> str | None:
         return "too_long"
     if status in (400, 413, 422) and (code in _TOO_LONG_CODES or _TOO_LONG.search(message)):
         return "too_long"
+    if _NOT_FINITE in message:
+        return "not_finite"
     if status in (400, 403, 422) and (code in _BLOCKED_CODES or _BLOCKED.search(message)):
         return "blocked"
     return None
+
+
+_ENDED = ("stop", "stop_sequence", "end_turn", "eos", "eos_token", "complete", "completed", "unspecified")
+_CUT_OFF = ("length", "max_tokens", "max_output_tokens", "max_new_tokens", "max_length", "model_length", "token_limit")
+_FAILED = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource")
+_FILTERED = re.compile(
+    r"content_?filter|safety|recitation|prohibited|blocklist|spii|sensitive|refusal|guardrail|toxic|moderat|flagged"
+    r"|blocked|policy|model_armor"
+)
+
+
+def ending(*reasons: str | None) -> str | None:
+    """How an answer ended, by a server's reasons (``finish_reason``, ``native_finish_reason``): ``stop``, ``length``,
+    ``blocked`` by a filter, ``error``, or what the first one says; None where none says anything.
+
+    Providers have names of their own, in any case and with a prefix: SAFETY, FINISH_REASON_MAX_TOKENS,
+    ``content_filter: PROHIBITED_CONTENT``. A filter that only the second names has stopped the answer all the same.
+    """
+    said = [re.sub(r"[^a-z0-9]+", "_", reason.lower()).strip("_") for reason in reasons if reason and reason.strip()]
+    if any(_FILTERED.search(reason) for reason in said):
+        return "blocked"
+    if not said:
+        return None
+    name = re.sub(r"^finish_?reason_", "", said[0])
+    kinds = {"stop": _ENDED, "length": _CUT_OFF, "error": _FAILED}
+    return next((kind for kind, names in kinds.items() if name in names), name)
 
 
 def asked_wait(headers: Mapping[str, str]) -> float | None:

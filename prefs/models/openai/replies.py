@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice
 
-from prefs.models.openai.refusals import words
+from prefs.models.openai.refusals import ending, words
+from prefs.models.thoughts import Parted
 from prefs.models.types import Usage
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Position:
-    """One token of an answer, and the likeliest tokens in its place with their probabilities.
+    """One token of an answer, and the likeliest tokens in its place with their probabilities: NaN where the server has
+    no number for one, as its logits were not finite (JSON has no NaN: some servers send null).
 
     Tokens are known by their text. Some that differ read the same (one with and one without a leading blank that a
     tokenizer drops), so the probabilities of a text are added up.
@@ -37,8 +39,8 @@ class Position:
 class Answer:
     """One answer. ``positions`` is None where the server sent no log-probabilities.
 
-    ``thought`` is what came apart from the answer; a thought inside ``text`` is still there. ``hidden_tokens`` were
-    spent on a thought that may not be shown.
+    ``thought`` is what came apart from the answer; a thought inside ``text`` is still there. ``finish`` is that of
+    `prefs.models.openai.refusals.ending`. ``hidden_tokens`` were spent on a thought that may not be shown.
     """
 
     text: str
@@ -78,19 +80,19 @@ def read_answer(body: ChatCompletion) -> Answer:
 
 
 def _answer(body: ChatCompletion, choice: Choice) -> Answer:
-    message, finish = choice.message, choice.finish_reason
-    error = getattr(choice, "error", None)
+    message, error = choice.message, getattr(choice, "error", None)
+    finish = ending(choice.finish_reason, getattr(choice, "native_finish_reason", None))
     if error or finish == "error":
         raise Malformed(f"an error in place of an answer: {words(error)}")
     thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     thought = thought if isinstance(thought, str) else None
-    content = message.refusal if message.content is None and isinstance(message.refusal, str) else message.content
-    if not isinstance(content, str | None) or not isinstance(finish, str | None):
+    content = message.content or (message.refusal if isinstance(message.refusal, str) else message.content)
+    if not isinstance(content, str | None):
         raise TypeError
     usage, hidden = read_usage(body), _count(body, "usage", "completion_tokens_details", "reasoning_tokens")
     positions, tokens = _positions(choice), usage.completion_tokens
     answer = Answer(content or "", thought, finish, positions, usage.prompt_tokens, tokens, hidden)
-    if content is None and (finish is None or not (finish == "content_filter" or thought or hidden)):
+    if content is None and (finish is None or (finish in ("stop", "length") and not thought and not hidden)):
         raise Malformed("a message without content", answer if finish is not None else None)
     return answer
 
@@ -103,9 +105,10 @@ def _positions(choice: Choice) -> tuple[Position, ...] | None:
     for entry in content:
         top: dict[str, float] = {}
         for likely in entry.top_logprobs or ():
-            if not isinstance(likely.token, str) or math.isnan(likely.logprob):
+            log_prob = math.nan if likely.logprob is None else likely.logprob
+            if not isinstance(likely.token, str):
                 raise TypeError
-            top[likely.token] = top.get(likely.token, 0.0) + math.exp(min(likely.logprob, 0.0))
+            top[likely.token] = top.get(likely.token, 0.0) + math.exp(min(log_prob, 0.0))
         if not isinstance(entry.token, str):
             raise TypeError
         positions.append(Position(entry.token, top))
@@ -132,15 +135,6 @@ def read_listing(body: object) -> dict[str, dict[str, Any]]:
     entries = body.get("data") if isinstance(body, dict) else body
     entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     return {entry["id"]: entry for entry in entries if isinstance(entry.get("id"), str)}
-
-
-@dataclass(frozen=True)
-class Parted:
-    """An answer with its thought taken apart; ``closed`` is False where the thought was cut off before an answer."""
-
-    text: str
-    thought: str | None
-    closed: bool
 
 
 def part(answer: Answer, thinking: ThinkingConfig | None) -> Parted:

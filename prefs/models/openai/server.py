@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import random
 import re
 import time
@@ -210,7 +211,7 @@ class Server:
         Raises
         ------
         RowRefused
-            If the server will not answer this one (too long, blocked).
+            If the server will not answer this one (too long, blocked, ended without a text).
         FormatRefused
             If it does not offer the response format.
         UserError
@@ -264,8 +265,12 @@ class Server:
             answer = read_answer(body)
         except Malformed as error:
             raise _Again("body", self._redacted(str(error)), fallback=error.fallback) from None
-        if answer.finish == "content_filter":
+        if answer.finish == "blocked":
             raise RowRefused("blocked")
+        if any(math.isnan(p) for position in answer.positions or () for p in position.top.values()):
+            raise RowRefused("not_finite")
+        if answer.finish not in (None, "stop", "length") and not answer.text.strip():
+            raise RowRefused("no_answer")
         if "logprobs" in parameters and answer.positions is None:
             raise self._target.no_logprobs("it answers without them")
         if "logprobs" in parameters and not answer.positions and not answer.text:
@@ -296,13 +301,13 @@ class Server:
         message = self._redacted(words(error.body) or error.response.reason_phrase)
         if status == 429 and code == "insufficient_quota":
             return UserError(f"{self.address} gives no more: {message}")
+        if reason := refusal_of_row(status, str(code), message):
+            return RowRefused(reason)
         if status in (408, 409, 429) or status >= 500:
             after = asked_wait(error.response.headers)
             if after is not None and after > LONGEST_WAIT_S:
                 return self._target.long_wait(after, f"{status} {message}")
             return _Again(str(status), f"{status} {message}", after, busy=status in (429, 503, 529))
-        if reason := refusal_of_row(status, str(code), message):
-            return RowRefused(reason)
         if status in (400, 403, 404, 422) and "logprobs" in parameters and re.search("log_?prob", message, re.I):
             return self._target.no_logprobs(message)
         if status in (400, 422):

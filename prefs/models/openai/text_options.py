@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from prefs.models.options import spellings
 from prefs.models.types import Question
 
 # A way to spell an option that is less likely than this is not followed. It bounds what one path can take away.
@@ -35,16 +36,30 @@ def opened(question: Question) -> tuple[str, tuple[str, ...]]:
     return prefill, question.options
 
 
+def spelled(question: Question) -> dict[str, int]:
+    """What an answer may begin with after the opening given to a server → the number of the option that it then is."""
+    opening, options = opened(question)
+    written = {option: number for number, option in enumerate(options)}
+    return written | {
+        text: number
+        for text, number in spellings(question.words, ("",) if opening.endswith(" ") else ("", " "))
+        if text not in written
+    }
+
+
 def seen_beginnings(options: Sequence[str], tops: Sequence[Top]) -> set[str]:
     """The tokens among these that some option begins with."""
     return {token for top in tops for token in top if token and any(option.startswith(token) for option in options)}
 
 
-def first_token_masses(options: Sequence[str], top: Top, seen: Collection[str]) -> tuple[float, ...]:
-    """Probabilities of options by their first tokens alone.
+def first_token_masses(
+    options: Sequence[str], top: Top, seen: Collection[str], spelled: Mapping[str, int]
+) -> tuple[float, ...]:
+    """Probabilities of options by their first tokens alone. What follows these is not known, a further digit either.
 
     A token belongs to the option that begins with it. Where several do, it belongs to none that is known to begin with
-    a longer token: if "10" has been seen as a token, "1" is not how "10" begins.
+    a longer token: if "10" has been seen as a token, "1" is not how "10" begins. Of other spellings only those count
+    that are one token ("a" may begin "agree" or "a good one").
 
     Parameters
     ----------
@@ -54,6 +69,8 @@ def first_token_masses(options: Sequence[str], top: Top, seen: Collection[str]) 
         The likeliest first tokens and their probabilities.
     seen
         Beginnings of options that this model's tokenizer has shown to be tokens.
+    spelled
+        Their spellings, with the options' numbers.
 
     Raises
     ------
@@ -72,45 +89,55 @@ def first_token_masses(options: Sequence[str], top: Top, seen: Collection[str]) 
             masses[owners[0]] += probability
         elif owners and probability >= NEGLIGIBLE:
             raise SharedToken(token, [options[number] for number in owners])
+        elif not owners and token in spelled:
+            masses[spelled[token]] += probability
     return tuple(masses)
 
 
 async def whole_string_masses(
-    options: Sequence[str], ask: Callable[[str], Awaitable[Top]], least: float = NEGLIGIBLE
+    spelled: Mapping[str, int], ask: Callable[[str], Awaitable[Top]], least: float = NEGLIGIBLE
 ) -> tuple[float, ...]:
-    """Disjoint probabilities of options as whole strings, going on from each beginning token by token.
+    """Disjoint probabilities of options, going on from each beginning token by token: see `prefs.models.options`.
 
-    The masses are those of `prefs.models.prompts.option_masses`: an option that opens another keeps what the other does
-    not take. All ways to spell an option count that are likely enough to be followed.
+    All ways to tokenize a spelling count that are likely enough to be followed.
 
     Parameters
     ----------
-    options
-        The options.
+    spelled
+        What an answer may begin with, and the number of the option that it then is.
     ask
         Gives the likeliest tokens after a beginning of the answer ("": its first tokens).
     least
         Beginnings less likely than this are not followed.
     """
-    masses = dict.fromkeys(options, 0.0)
+    masses = [0.0] * (1 + max(spelled.values()))
     after: dict[str, Top] = {}
-    # A beginning, its probability, and the longest option that it has passed.
-    pending: list[tuple[str, float, str | None]] = [("", 1.0, None)]
+    # A beginning, its probability, and the option of the longest spelling that it has passed.
+    pending: list[tuple[str, float, int | None]] = [("", 1.0, None)]
     while pending:
         text, probability, passed = pending.pop()
         if text not in after:
             after[text] = await ask(text)
         for token, share in after[text].items():
             longer, reached = text + token, probability * share
-            if not token or not any(option.startswith(longer) for option in options):
+            on_the_way = token and any(spelling.startswith(longer) for spelling in spelled)
+            further_digit = text in spelled and text[-1].isdecimal() and token[:1].isdecimal()
+            if passed is not None and (longer in spelled or (further_digit and not on_the_way)):
+                masses[passed] -= reached
+            if not on_the_way:
                 continue
-            if longer in masses:
-                masses[longer] += reached
-                if passed is not None:
-                    masses[passed] -= reached
-            if reached >= least and any(option.startswith(longer) and option != longer for option in options):
-                pending.append((longer, reached, longer if longer in masses else passed))
-    return tuple(max(masses[option], 0.0) for option in options)
+            if longer in spelled:
+                masses[spelled[longer]] += reached
+            goes_on = any(spelling.startswith(longer) and spelling != longer for spelling in spelled)
+            if reached >= least and (goes_on or _digits_follow(longer, after[""])):
+                pending.append((longer, reached, spelled.get(longer, passed)))
+    return tuple(max(mass, 0.0) for mass in masses)
+
+
+def _digits_follow(text: str, top: Top) -> bool:
+    """Whether another digit would be another token: not where a longer number has been seen as one."""
+    digits = len(text) - len(text.rstrip("0123456789"))
+    return digits > 0 and not any(token.strip().isdecimal() and len(token.strip()) > digits for token in top)
 
 
 def one_of(options: Sequence[str]) -> dict[str, Any]:

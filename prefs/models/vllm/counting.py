@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from prefs.models.architecture import architecture
+from prefs.models.architecture import architecture, context_length
 from prefs.models.counting import COMPLETER, Counts, MadeUp, role_of, tokenizer_of
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec, model_folder
+from prefs.models.sampling import Stops
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Reply, Request
 from prefs.models.vllm.engine import VllmEngine
@@ -21,10 +22,9 @@ class CountingVllm(VllmEngine):
     """The vLLM engine itself, with workers below it that count."""
 
     def __init__(self, spec: ModelSpec, counts: Counts):
-        self._counts, tokenizer = counts, tokenizer_of(spec)
-        encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
+        self._counts, encoder = counts, ChatEncoder(tokenizer_of(spec), spec.chat_template_kwargs, spec.thinking)
         # Nothing that is drawn here ends by itself.
-        super().__init__(lambda: _CountingWorkers(spec, counts, encoder), tokenizer, frozenset(), spec)  # pyright: ignore[reportArgumentType]
+        super().__init__(lambda: _CountingWorkers(spec, counts, encoder), encoder, Stops(), spec)  # pyright: ignore[reportArgumentType]
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         self._counts.role = role_of(requests[0])  # of a stage, and so the same for all
@@ -38,7 +38,8 @@ class _CountingWorkers:
 
     def __init__(self, spec: ModelSpec, counts: Counts, encoder: ChatEncoder):
         self._counts, self._encoder, self._made_up = counts, encoder, MadeUp(counts, encoder)
-        self.max_context = spec.max_context or architecture(model_folder(spec), spec.revision).context
+        context = architecture(model_folder(spec), spec.revision).context
+        self.max_context = spec.max_context or context_length(context, encoder.tokenizer)
         on_cpu = resolve_device(spec.device).type == "cpu"
         self._block = int(spec.vllm.engine.get("block_size") or (BLOCK_ON_CPU if on_cpu else BLOCK))
         self._caches = bool(spec.vllm.engine.get("enable_prefix_caching", True))
@@ -59,7 +60,7 @@ class _CountingWorkers:
         if call.looked:
             return Output((0,), False, dict.fromkeys(call.looked, -1.0), cached)
         counts, end, thinking = self._counts, self._encoder.thought_end, self._encoder.thinking
-        if thinking is not None and end in call.stops:
+        if thinking is not None and end in call.stops.tokens:
             length = counts.thought(thinking.max_tokens, self._encoder)
             counts.tally.thoughts += 1
         else:

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from prefs.data.template import Invalid
-from prefs.errors import UserError, first_line
+from prefs.errors import UserError, explained
 from prefs.models.loading import ModelSpec
-from prefs.models.prompts import THOUGHT, Thought, branchings, encode_prompt, option_masses, request_tokens
-from prefs.models.sampling import row_seed, stop_tokens
+from prefs.models.options import Path, branchings, option_masses
+from prefs.models.prompts import THOUGHT, Thought, chosen, encode_prompt, request_tokens, scored
+from prefs.models.sampling import Stops, row_seed
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Reply, Request, Sample, Sampling, Score, Usage
 from prefs.models.vllm.workers import Call, Output, Workers, WorkersDied
+from prefs.models.weights import check_file, check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class _Opening:
     scores: tuple[int, ...]
     thought: Thought | None = None
     ids: tuple[int, ...] | None = None
-    tails: tuple[tuple[int, ...], ...] = ()
+    options: int = 0
+    beginnings: Mapping[Path, int] = field(default_factory=dict)
 
 
 class VllmEngine:
@@ -56,9 +58,9 @@ class VllmEngine:
 
     rows_apart = True
 
-    def __init__(self, start: Callable[[], Workers], tokenizer: Any, stops: frozenset[int], spec: ModelSpec):
+    def __init__(self, start: Callable[[], Workers], encoder: ChatEncoder, stops: Stops, spec: ModelSpec):
         self.spec = spec
-        self.encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
+        self.encoder = encoder
         self._stops = stops
         self._start = start
         self._workers = start()
@@ -75,15 +77,19 @@ class VllmEngine:
             If vLLM, the model, its tokenizer or the device are not there, or vLLM refuses them.
         """
         options: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": False}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        with explained(f"cannot load {spec.name} from {path}"):
+            tokenizer, config = (
+                AutoTokenizer.from_pretrained(path, **options),
+                AutoConfig.from_pretrained(path, **options),
+            )
             try:
                 generation = GenerationConfig.from_pretrained(path, revision=spec.revision or "main")
             except OSError:  # none: then the model's config says it
-                generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, **options))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot load {spec.name} from {path}: {first_line(error)}") from None
-        engine = cls(lambda: Workers(spec, path), tokenizer, stop_tokens(tokenizer, generation), spec)
+                generation = GenerationConfig.from_model_config(config)
+        encoder = ChatEncoder(tokenizer, spec.chat_template_kwargs, spec.thinking)
+        check_vocabulary(encoder, config.get_text_config().vocab_size)
+        check_file(path, spec.revision)
+        engine = cls(lambda: Workers(spec, path), encoder, Stops.of(encoder, generation), spec)
         for note in engine.encoder.notes(spec.name):
             log.info("%s", note)
         return engine
@@ -137,40 +143,44 @@ class VllmEngine:
     def _encoded(self, opening: _Opening) -> _Opening:
         """With the tokens that it begins after, if anything can be asked there."""
         request, thought = opening.request, opening.thought
-        if thought is not None and not thought.ended:
+        if thought is not None and thought.invalid is not None:
             return opening
         text = None if thought is None else thought.text
         if request.question is None:
-            ids, tails = self.encoder.encode(request.messages, answer="", thought=text).ids, ()
+            opening = replace(opening, ids=self.encoder.encode(request.messages, answer="", thought=text).ids)
         else:
             prompt = encode_prompt(self.encoder, request.messages, request.question, text)
-            ids, tails = prompt.ids, prompt.tails
+            beginnings = (prompt.as_said if request.choose else prompt).beginnings
+            opening = replace(opening, ids=prompt.ids, options=len(prompt.tails), beginnings=beginnings)
         # Callers see to that, but the text of a thought can have more tokens than were drawn for it.
         answer = [_sampling(request).max_new_tokens] if opening.seeds else []
-        fits = len(ids) + max([*answer, *map(len, tails)], default=0) <= self.max_context
-        return replace(opening, ids=ids if fits else None, tails=tails)
+        assert opening.ids is not None
+        fits = len(opening.ids) + max([*answer, *map(len, opening.beginnings)], default=0) <= self.max_context
+        return opening if fits else replace(opening, ids=None)
 
     def _think(self, requests: Sequence[Request], openings: Sequence[_Opening]) -> list[Thought]:
         """Draw the thought before each opening."""
         thinking, end = self.encoder.thinking, self.encoder.thought_end
         assert thinking is not None
         assert end is not None
+        stops = replace(self._stops, tokens=self._stops.tokens | {end})
         calls = []
         for opening in openings:
             turns, (seed, *_) = opening.request.turns, (*opening.seeds, *opening.scores)
             budget = replace(_sampling(opening.request), max_new_tokens=thinking.max_tokens)
             # Other random numbers than the answer's.
             drawn = row_seed(seed, (*turns, THOUGHT))
-            calls.append((opening.number, Call(self.encoder.open_thought(turns), budget, drawn, self._stops | {end})))
+            calls.append((opening.number, Call(self.encoder.open_thought(turns), budget, drawn, stops)))
         outputs, died = self._generate(requests, calls)
         if died is not None:
             raise died from None
         thoughts = []
         for output in outputs:
             assert output is not None
-            sample = self._sample(output)
-            ended = output.stopped and output.ids[-1] == end
-            thoughts.append(Thought(sample.text or "", sample.tokens, ended or thinking.force_close))
+            sample = self._sample(output, stops)
+            ended = thinking.force_close or (output.stopped and output.ids[-1] == end)
+            reason = sample.invalid or (None if ended else Invalid.thought_cut_off.value)
+            thoughts.append(Thought(sample.text or "", sample.tokens, reason))
         return thoughts
 
     def _calls(self, opening: _Opening) -> Iterator[tuple[Use, Call]]:
@@ -178,7 +188,7 @@ class VllmEngine:
         if opening.ids is None:
             return
         if opening.scores:
-            for beginning, tokens in branchings(opening.tails).items():
+            for beginning, tokens in branchings(opening.beginnings).items():
                 for start in range(0, len(tokens), LOOKED_AT_ONCE):
                     looked = tokens[start : start + LOOKED_AT_ONCE]
                     yield beginning, Call(opening.ids + beginning, LIKELIEST, looked=looked)
@@ -197,15 +207,17 @@ class VllmEngine:
             samples = dict.fromkeys(opening.seeds, Sample(None, 0, False, invalid=reason))
             score = Score(None, invalid=reason)
         else:
-            samples = {seed: self._sample(outputs[seed][0]) for seed in opening.seeds}
-            score = Score(_mass(opening.tails, outputs)) if opening.scores else None
+            samples = {seed: self._sample(outputs[seed][0], self._stops) for seed in opening.seeds}
+            score = scored(_mass(opening, outputs)) if opening.scores else None
         reply = Reply(samples, dict.fromkeys(opening.scores, score) if score is not None else {})
         return reply if opening.thought is None else opening.thought.reply(reply)
 
-    def _sample(self, output: Output) -> Sample:
-        ids = output.ids[:-1] if output.stopped else output.ids
-        (text,) = self.encoder.tokenizer.batch_decode([list(ids)], skip_special_tokens=True)
-        return Sample(text, len(ids), output.stopped)
+    def _sample(self, output: Output, stops: Stops) -> Sample:
+        if not output.finite:
+            return Sample(None, 0, True, invalid=Invalid.not_finite.value)
+        ids = output.ids[:-1] if output.ids and output.ids[-1] in stops.tokens else output.ids
+        (text,) = self.encoder.texts([ids])
+        return Sample(stops.cut(text), len(ids), output.stopped)
 
     def _generate(
         self, requests: Sequence[Request], calls: Sequence[tuple[int, Call]]
@@ -233,17 +245,16 @@ class VllmEngine:
         return outputs, died
 
 
-def _mass(tails: tuple[tuple[int, ...], ...], outputs: Mapping[Use, Sequence[Output]]) -> tuple[float, ...]:
+def _mass(opening: _Opening, outputs: Mapping[Use, Sequence[Output]]) -> tuple[float, ...]:
     """The options' masses from the log-probabilities after each of their beginnings."""
-    looked: dict[tuple[int, ...], float] = {
+    looked = {
         (*beginning, token): log_prob
         for beginning, some in outputs.items()
         if isinstance(beginning, tuple)
         for output in some
         for token, log_prob in output.log_probs.items()
     }
-    log_probs = [sum(looked[tail[:end]] for end in range(1, len(tail) + 1)) for tail in tails]
-    return tuple(option_masses(np.array([log_probs]), tails)[0].tolist())
+    return tuple(option_masses(looked, opening.beginnings, opening.options).tolist())
 
 
 def _merged(request: Request, parts: Sequence[Reply]) -> Reply:
@@ -252,11 +263,7 @@ def _merged(request: Request, parts: Sequence[Reply]) -> Reply:
         {seed: sample for part in parts for seed, sample in part.samples.items()},
         {seed: score for part in parts for seed, score in part.scores.items()},
     )
-    if not request.choose:
-        return reply
-    assert request.question is not None
-    mass = reply.scores[0].mass
-    return Reply(choice=None if mass is None else request.question.options[int(np.argmax(mass))])
+    return chosen(request, reply) if request.choose else reply
 
 
 def _sampling(request: Request) -> Sampling:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import signal
@@ -32,6 +33,7 @@ import torch
 from prefs.errors import ConfigError, UserError
 from prefs.models.device import resolve_device
 from prefs.models.loading import ModelSpec
+from prefs.models.sampling import Stops
 from prefs.models.types import Sampling
 
 # vLLM would take nine tenths of a machine's memory for its cache, since it thinks of a processor as of a GPU.
@@ -61,21 +63,20 @@ class Call:
     ids: tuple[int, ...]
     sampling: Sampling
     seed: int = 0
-    stops: frozenset[int] = frozenset()
+    stops: Stops = field(default_factory=Stops)
     looked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Output:
-    """Tokens drawn, a stop token among them; whether it was one that ended them; log-probabilities of the first.
-
-    ``cached`` tokens of the prompt had been run before.
-    """
+    """Tokens drawn, those that stop among them; whether these ended them; log-probabilities of the first; tokens of the
+    prompt that had been run before; whether logits were finite (vLLM draws "!!!!" where they are not)."""
 
     ids: tuple[int, ...]
     stopped: bool
     log_probs: Mapping[int, float] = field(default_factory=dict)
     cached: int = 0
+    finite: bool = True
 
 
 class WorkersDied(UserError):
@@ -244,13 +245,11 @@ def _run(
     while llm.llm_engine.has_unfinished_requests():
         for answered in llm.llm_engine.step():
             drawn = answered.outputs[0]
-            first = drawn.logprobs[0] if drawn.logprobs else {}
-            outputs[numbers[answered.request_id]] = Output(
-                tuple(drawn.token_ids),
-                drawn.finish_reason == "stop",
-                {token: float(entry.logprob) for token, entry in first.items()},
-                answered.num_cached_tokens or 0,
-            )
+            places = [{token: entry.logprob for token, entry in place.items()} for place in drawn.logprobs or [{}]]
+            finite = not any(math.isnan(log_prob) for place in places for log_prob in place.values())
+            ids, stopped = tuple(drawn.token_ids), drawn.finish_reason == "stop"
+            number, cached = numbers[answered.request_id], answered.num_cached_tokens or 0
+            outputs[number] = Output(ids, stopped, places[0], cached, finite)
 
 
 def _params(call: Call) -> Any:
@@ -264,9 +263,11 @@ def _params(call: Call) -> Any:
         top_p=call.sampling.top_p,
         max_tokens=call.sampling.max_new_tokens,
         seed=call.seed,
-        stop_token_ids=sorted(call.stops),
+        stop_token_ids=sorted(call.stops.tokens),
+        stop=call.stops.text,
         logprob_token_ids=list(call.looked) or None,
-        detokenize=False,
+        logprobs=None if call.looked else 0,  # of the token drawn, to see that logits are finite
+        detokenize=call.stops.text is not None,
     )
 
 

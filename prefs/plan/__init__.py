@@ -27,6 +27,7 @@ from prefs.models.loading import Models, ModelSpec, has_weights, model_folder
 from prefs.models.types import Engine
 from prefs.results.result import Result, View
 from prefs.results.terminal import MISSING
+from prefs.stages.choose import choose
 from prefs.stages.concept import reader_of
 from prefs.stages.dose_response import steered_along
 from prefs.stages.measure import Roles, Sites, job_tasks, measure, sites
@@ -140,7 +141,7 @@ def plan(config: Config) -> Plan:
     UserError
         For what would stop the run before it asks a model: a bad row, a model that is not there.
     """
-    config = _anywhere(config)
+    config = anywhere(config)
     tasks, roles = job_tasks(config), Roles.of(config)
     captured = sites(config, roles.rater)
     config = replace(config, probe=replace(config.probe, layers=list(captured.probed)))
@@ -173,7 +174,7 @@ def plan(config: Config) -> Plan:
     )
 
 
-def _anywhere(config: Config) -> Config:
+def anywhere(config: Config) -> Config:
     """A config whose devices need not be here: a plan may be made where the run will not."""
 
     def freed(role: Any) -> Any:
@@ -195,18 +196,43 @@ class _Counted:
 def _counted(config: Config, tasks: Sequence[Task], roles: Roles, captured: Sites, *, bound: bool) -> _Counted:
     """Run the stages of a job with engines that count."""
     store = PlannedStore(store_root(config.store.dir), 0.0)
-    counts, done, remarks = Counts(bound, store.stored), JobCounts(logged=False), []
-    models = CountingModels(counts=counts)
-    _, rated, _ = measure(config, tasks, roles, config.template, captured.capture, store, models, done)
+    counts = Counts(bound, store.stored)
+    work, remarks = run_stages(config, tasks, roles, captured, store, CountingModels(counts=counts))
+    return _Counted(work, counts, ([count.bytes for count in work], store.sizes), remarks)
+
+
+def run_stages(
+    config: Config,
+    tasks: Sequence[Task],
+    roles: Roles,
+    captured: Sites,
+    store: PlannedStore,
+    models: Models,
+    *,
+    steered_every: int = 1,
+) -> tuple[list[StageCounts], list[str]]:
+    """What the stages that ask models find in a store and make, with engines that compute nothing; and what there is to
+    say of vectors that are not known. Of so many completions one is steered."""
+    done, remarks = JobCounts(logged=False), []
+    completions, rated, _ = measure(config, tasks, roles, config.template, captured.capture, store, models, done)
+    if config.choice.kind != "none" and config.shard is None:
+        chosen = choose(config.choice, completions, roles.rater, store, models)
+        done.add([chosen.work])
+        if chosen.work.computed and len(chosen.rounds) > 1 and config.choice.pairs.select != "random":
+            remarks.append(
+                "Choices: which pairs later rounds ask for follows from the answers, and so do their lengths."
+            )
     reader = reader_of(config, roles.completer, roles.rater, captured.capture, store, models)
     if reader is not None:
         read_all(config.concept, tasks, reader)
         done.add(reader.done())
     if config.steering.vector != "none":
-        vectors, remarks = _steering_vectors(config, tasks, captured, reader)
+        vectors, unknown = _steering_vectors(config, tasks, captured, reader)
+        remarks += unknown
         for ratings in rated.ratings.values() if vectors else ():
+            ratings = replace(ratings, completions=ratings.completions[::steered_every])
             steered_along(config, vectors, ratings, roles.rater, store, models, done)
-    return _Counted(done.work, counts, ([work.bytes for work in done.work], store.sizes), remarks)
+    return done.work, remarks
 
 
 def _steering_vectors(
@@ -286,8 +312,7 @@ def plan_result(plan: Plan, config: Config, *, sweep: bool) -> Result:
 def _records(work: Sequence[StageCounts]) -> View:
     kinds: dict[str, dict[str, list[StageCounts]]] = {role: {} for role in (COMPLETER, RATER, JUDGE)}
     for counts in work:
-        # What a stage makes is the same for every template.
-        kind = counts.stage if counts.stage.startswith("concepts, ") else counts.stage.partition(", ")[0]
+        kind = kind_of(counts)
         role = {"completions": COMPLETER, "verdicts": JUDGE}.get(kind.removeprefix("concepts, "), RATER)
         kinds[role].setdefault(kind, []).append(counts)
     rows = []
@@ -296,6 +321,11 @@ def _records(work: Sequence[StageCounts]) -> View:
             reused, computed = sum(one.reused for one in counts), sum(one.computed for one in counts)
             rows.append(["" if number else role, kind, *map(_whole, (reused + computed, reused, computed))])
     return View("Records: exact", ["role", Column("of"), "wanted", "in the store", "to make"], rows)
+
+
+def kind_of(counts: StageCounts) -> str:
+    """The kind of record that a stage makes, which is the same for every template."""
+    return counts.stage if counts.stage.startswith("concepts, ") else counts.stage.partition(", ")[0]
 
 
 def _costs(roles: Sequence[RoleCost]) -> View:

@@ -1,0 +1,33 @@
+"""Every family that loads against plain transformers, alone and in a batch; and batches against single rows."""
+
+from __future__ import annotations
+
+import pytest
+from batches import pool, thinking, worst_of_batches
+from families import errors
+from zoo import FAMILIES, zoo_model
+
+from prefs.models.loading import Models
+from prefs.models.local.engine import LocalEngine
+
+# By default: windows, a state that takes up padding and is gone on from token by token, positions that change.
+SAMPLE = ("gemma3_text", "jamba", "phi3_longrope")
+ROUNDING = 1e-3
+
+
+@pytest.mark.parametrize("name", [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
+def test_a_family_equals_plain_transformers_alone_and_in_a_batch(tmp_path, name):
+    """Scores, answers, vectors and likelihoods, steered or not, and after thoughts of unequal lengths."""
+    off = {beside: own for beside, own in errors(zoo_model(tmp_path, name)).items() if max(own.values()) > ROUNDING}
+    assert not off
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_row_does_not_depend_on_the_batch_it_is_in(tmp_path, thinks):
+    """Of a family with windows, with thoughts of unequal lengths and without."""
+    engine = Models().get(zoo_model(tmp_path, "olmo3"))
+    assert isinstance(engine, LocalEngine)
+    worst = worst_of_batches(thinking(engine) if thinks else engine, 12, pool(10, seed=0), seed=1)
+    assert worst.padding > 32
+    assert worst.texts == 0
+    assert max(worst.scores, worst.vectors) < ROUNDING
