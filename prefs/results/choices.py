@@ -228,7 +228,7 @@ def _view(table: pd.DataFrame) -> View:
             "valid mass": lambda row: number(row["valid_mass"]),
             "P(first)": lambda row: number(row["p_first"]),
             "same in both": lambda row: number(row["order_consistency"]),
-            "r between orders": lambda row: number(row["r_between_orders"]),
+            "r of orders": lambda row: number(row["r_between_orders"]),
         },
         bold=is_all,
     )
