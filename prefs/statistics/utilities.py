@@ -377,18 +377,19 @@ def held_out(choices: Choices, utilities: Utilities, draws: Resamples | None = N
         return HeldOut(*[Estimate.missing(NO_HELD_OUT, 0)] * 5)
     draws = draws or Resamples.none(count)
     wanted, predicted = left_out.preference, utilities.log_odds(left_out.pairs)
+    unknown = ~np.isfinite(predicted)
+    predicted = np.where(unknown, 0.0, predicted)
     p = expit(wanted)
     loss = np.logaddexp(0, predicted) - p * predicted
-    residual = known_mean((wanted - predicted) ** 2, draws, NO_HELD_OUT).map(np.sqrt)
-    unknown = ~np.isfinite(predicted)
+    residual = known_mean(np.where(unknown, np.nan, (wanted - predicted) ** 2), draws, NO_HELD_OUT).map(np.sqrt)
     ceilings = [np.maximum(p, 1 - p), -(xlogy(p, p) + xlogy(1 - p, 1 - p))]
     best = [known_mean(np.where(unknown, np.nan, ceiling), draws, NO_HELD_OUT) for ceiling in ceilings]
     if choices.answers > 1:
         best = [Estimate.missing(SAMPLED_CEILING, count)] * 2
     return HeldOut(
-        accuracy=preferred(wanted, predicted, draws),
+        accuracy=preferred(wanted, np.where(unknown, np.nan, predicted), draws),
         most_accurate=best[0],
-        log_loss=known_mean(loss, draws, NO_HELD_OUT),
+        log_loss=known_mean(np.where(unknown, np.nan, loss), draws, NO_HELD_OUT),
         least_log_loss=best[1],
         residual=residual,
     )
