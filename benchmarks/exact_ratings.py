@@ -36,6 +36,7 @@ from prefs.data.task import load_tasks
 from prefs.data.template import Template
 from prefs.models.device import resolve_device, resolve_dtype
 from prefs.models.loading import BATCH_TOKENS, ModelSpec
+from prefs.models.options import NO_OPTION
 from prefs.models.prompts import Prompt, encode_prompt
 from prefs.models.types import Conversation, Message, Question, Reply, Request
 from prefs.statistics.exact import exact_summary
@@ -232,11 +233,10 @@ def compare_means(
 
 
 def begins(ids: Sequence[int], prompt: Prompt, template: Template) -> float | None:
-    """The value of the longest option whose tokens an answer begins with."""
-    for tail, value in sorted(zip(prompt.tails, template.values, strict=True), key=lambda pair: -len(pair[0])):
-        if tuple(ids[: len(tail)]) == tail:
-            return value
-    return None
+    """The value of the option that an answer begins with."""
+    longest = max((path for path in prompt.beginnings if tuple(ids[: len(path)]) == path), key=len, default=())
+    option = prompt.beginnings.get(longest, NO_OPTION)
+    return None if option == NO_OPTION else template.values[option]
 
 
 if __name__ == "__main__":

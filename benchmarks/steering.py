@@ -69,8 +69,12 @@ class Plain:
             ).logits[:, -1]
         finally:
             hook.remove()
-        options = torch.tensor([[tail[0] for tail in row.tails] for row in asked], device=device)
-        return logits.float().softmax(dim=-1).gather(1, options).cpu()
+        p = logits.double().softmax(dim=-1).cpu()
+        masses = torch.zeros(len(asked), len(asked[0].tails), dtype=torch.float64)
+        for number, row in enumerate(asked):
+            for (token,), option in row.beginnings.items():
+                masses[number, option] += p[number, token]
+        return masses
 
 
 def main() -> None:
@@ -91,10 +95,11 @@ def main() -> None:
     spec = ModelSpec(given.shape, given.shape, dtype=given.dtype, device=str(device), prefill="Answer: ")
     backend = prefs_model(spec)
     (template,) = (each for each in templates() if each.name == "anchored_1_5")
-    question = Question(template.question, template.says, spec.prefill)
+    # Words of one token: a digit can have another behind it, which takes a pass of its own.
+    question = Question(template.question, ("yes", "no"), spec.prefill)
     turns = conversations(given.conversations, given.tokens, backend)
     asked = [encode_prompt(backend.encoder, row, question) for row in turns]
-    if any(len(tail) != 1 for row in asked for tail in row.tails):
+    if any(len(path) != 1 for row in asked for path in row.beginnings):
         raise SystemExit("the plain side scores options of one token")
     batches = [slice(at, at + given.batch) for at in range(0, len(turns), given.batch)]
     plain = Plain(spec, backend.encoder.tokenizer.pad_token_id or 0)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
+import torch
 from conftest import template
 
+from prefs.models.options import NO_OPTION
+from prefs.models.prompts import Prompt
 from prefs.models.types import (
     Capture,
     Conversation,
@@ -37,6 +41,20 @@ def question(name: str) -> Question:
     """Of a shipped template, with an opening."""
     shipped = template(name)
     return Question(shipped.question, shipped.says, "Answer: ", shipped.also)
+
+
+def masses_of(prompt: Prompt, p: Callable[[tuple[int, ...]], torch.Tensor]) -> list[float]:
+    """The options' masses by a plain model, `p` of which gives the probabilities [vocabulary] after some tokens."""
+    before = {path[:end] for path in prompt.beginnings for end in range(len(path))}
+    after = {tokens: p((*prompt.ids, *tokens)) for tokens in before}
+    masses = [0.0] * len(prompt.tails)
+    for path, option in prompt.beginnings.items():
+        whole = math.prod(float(after[path[:end]][path[end]]) for end in range(len(path)))
+        opened = next((path[:end] for end in range(len(path) - 1, 0, -1) if path[:end] in prompt.beginnings), None)
+        for owner, share in ((option, whole), (prompt.beginnings.get(opened, NO_OPTION), -whole)):
+            if owner != NO_OPTION:
+                masses[owner] += share
+    return masses
 
 
 def replies(engine: Engine, requests: Sequence[Request]) -> list[Reply]:

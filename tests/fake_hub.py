@@ -1,6 +1,6 @@
-"""A model hub on loopback that serves data sets from a folder, as much of one as `datasets` asks for.
+"""A model hub on loopback that serves data sets and models from a folder, as much of one as their libraries ask for.
 
-A data set is ``ROOT/owner/name``, with one folder a commit. ``gated`` names those that want a token; ``asked`` records
+Each is ``ROOT/owner/name``, with one folder a commit. ``gated`` names those that want a token; ``asked`` records
 the requests.
 """
 
@@ -75,10 +75,14 @@ def respond(hub: FakeHub, path: str, body: bytes) -> Response:
             return _checked(hub, f"{owner}/{name}", revision, "resolve", rest, body)
         case ["api", "datasets", owner, name, what, revision, *rest]:
             return _checked(hub, f"{owner}/{name}", revision, what, rest, body)
-        case ["api", "datasets", owner, name]:
+        case ["api", "models", owner, name, what, revision, *rest]:
+            return _checked(hub, f"{owner}/{name}", revision, what, rest, body)
+        case ["api", "models" | "datasets", owner, name]:
             return _checked(hub, f"{owner}/{name}", "main", "revision", [], body)
         case ["broken"]:
             return 500, b"", {}
+        case [owner, name, "resolve", revision, *rest]:
+            return _checked(hub, f"{owner}/{name}", revision, "resolve", rest, body)
         case [""]:
             return 200, b"", {}
     return 404, b"", {}

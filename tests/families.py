@@ -27,9 +27,8 @@ ROWS: list[Conversation] = [
     (Message("user", "Why is the sky blue? " * 4), Message("assistant", "Scattering.\n\n1. Light\n2. Air")),
 ]
 # Options of one token and of several, none of which opens another.
-QUESTION = Question("Did you like it?", ("yes", "not at all", "quite"), "Answer: ")
+QUESTION = Question("Did you like it?", ("yes", "not at all"), "Answer: ")
 SAMPLING = Sampling(1.0, 1.0, 3)
-SEEDS = (0, 1)
 THINKING = ThinkingConfig(open="", close=".", gap=" ", max_tokens=16, force_close=True)
 
 Errors = dict[str, float]
@@ -63,15 +62,14 @@ def _merge(own: Errors, kind: str, ask, engine, plain: Plain, batch: list[Conver
 
 def observed(engine, plain: Plain, rows: list[Conversation]) -> Errors:
     capture = Capture(tuple(range(engine.n_layers)), tuple(POSITIONS))
-    replies = [reply for (reply,) in observe(engine, rows, [QUESTION], SAMPLING, seeds=SEEDS, capture=capture)]
+    replies = [reply for (reply,) in observe(engine, rows, [QUESTION], SAMPLING, seeds=(0,), capture=capture)]
     worst = {"scores": 0.0, "samples": 0.0, "residuals": 0.0}
     for row, reply in zip(rows, replies, strict=True):
         prompt = encode_prompt(engine.encoder, row, QUESTION)
         worst["scores"] = max(worst["scores"], _off(reply, plain.log_masses(prompt)))
         turns = (*row, Message("user", QUESTION.text))
-        for seed in SEEDS:
-            ids = plain.drawn(prompt.ids, seed, turns, SAMPLING, engine.decoder.stops)
-            worst["samples"] = max(worst["samples"], float(_text(engine, ids) != reply.samples[seed].text))
+        ids = plain.drawn(prompt.ids, 0, turns, SAMPLING, engine.decoder.stops)
+        worst["samples"] = max(worst["samples"], float(_text(engine, ids) != reply.samples[0].text))
         _, residuals = plain.run(prompt.ids)
         for position, (start, end) in token_ranges(prompt.spans, list(POSITIONS)).items():
             expected = residuals[:, start:end].mean(dim=1)
@@ -82,7 +80,7 @@ def observed(engine, plain: Plain, rows: list[Conversation]) -> Errors:
 
 def steered(engine, plain: Plain, rows: list[Conversation]) -> Errors:
     vector = torch.randn(engine.d_model, generator=torch.Generator().manual_seed(0))
-    doses = [()] + [(Steering(2, vector, 3.0, at),) for at in ("completion", "last")]
+    doses = [(), (Steering(2, vector, 3.0, "completion"),)]
     by_dose = dose_replies(engine, rows, QUESTION, SAMPLING, doses, seeds=(0,))
     worst = {"steered": 0.0, "nll": 0.0}
     for dose, replies in zip(doses, by_dose, strict=True):
@@ -91,8 +89,7 @@ def steered(engine, plain: Plain, rows: list[Conversation]) -> Errors:
             start, end = prompt.spans.completion
             change = None
             if dose:
-                first, last = (start, end) if dose[0].at == "completion" else (len(prompt.ids) - 1, 10**6)
-                change = Change(2, 3.0 * vector, first, last)
+                change = Change(2, 3.0 * vector, start, end)
             worst["steered"] = max(worst["steered"], _off(reply, plain.log_masses(prompt, change)))
             log_probs, _ = plain.run(prompt.ids, change)
             nll = -sum(float(log_probs[place - 1, prompt.ids[place]]) for place in range(start, end)) / (end - start)
@@ -126,20 +123,19 @@ def thought(engine, plain: Plain, rows: list[Conversation]) -> Errors:
                 off = reply.residuals["rating"] - residuals[:, len(prompt.ids) - 1]
                 off = (off.norm(dim=-1) / residuals[:, len(prompt.ids) - 1].norm(dim=-1)).max()
                 worst["residuals after thoughts"] = max(worst["residuals after thoughts"], float(off))
-        if not _thinks_alike(engine, plain, turns, reply.scores[0].thought):
-            worst["thoughts"] = 1.0
+    # A thought is many tokens: of the first row only.
+    if not _thinks_alike(engine, plain, (*rows[0], Message("user", QUESTION.text)), replies[0].scores[0].thought):
+        worst["thoughts"] = 1.0
     return worst
 
 
 def completed(engine, plain: Plain, rows: list[Conversation]) -> Errors:
     """Completions after thoughts."""
-    prompts, worst = [row[:-1] for row in rows], {"completions": 0.0, "thoughts": 0.0}
+    prompts, worst = [row[:-1] for row in rows], {"completions": 0.0}
     for turns, sample in zip(prompts, complete(engine, prompts, 0, SAMPLING), strict=True):
         ids = engine.encoder.encode(turns, answer="", thought=sample.thought).ids
         drawn = plain.drawn(ids, 0, turns, SAMPLING, engine.decoder.stops)
         worst["completions"] = max(worst["completions"], float(_text(engine, drawn) != sample.text))
-        if not _thinks_alike(engine, plain, turns, sample.thought):
-            worst["thoughts"] = 1.0
     return worst
 
 

@@ -80,6 +80,7 @@ def test_a_folder_of_one_s_own_is_taken_as_it_is_but_not_while_another_run_write
         _, said = process.communicate(timeout=120)
         assert (process.returncode, said.strip()) == (2, f"prefs: hydra.run.dir: {taken}")
         assert [path.name for path in mine.iterdir()] == [".lock"]
+    assert not list(mine.iterdir())
     _, said = start(tmp_path, argument).communicate(timeout=120)
     assert "model.nosuch" in said
     assert config.hydra.run.dir == str(mine)

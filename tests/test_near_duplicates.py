@@ -15,11 +15,11 @@ from prefs.data.task import Task, load_tasks, same_tasks
 from prefs.models.loading import Models
 from prefs.models.types import Capture, Sampling
 from prefs.probes.crossval import held_out_origins
-from prefs.probes.folds import Splits, assign_folds
+from prefs.probes.folds import Splits, assign_folds, resampled, shuffled, tasks_of
 from prefs.probes.outcome import Outcome
 from prefs.probes.targets import Target
 from prefs.probes.tested import train_and_test
-from prefs.statistics.estimates import Estimate
+from prefs.statistics.estimates import Estimate, Resamples
 from prefs.statistics.measured import Measured
 from prefs.store.table import Store
 
@@ -102,6 +102,23 @@ def test_twins_validate_together():
     splits = Splits.draw(np.repeat(np.arange(3), 20), 0, same)
     assert (splits.validation[::2] == splits.validation[1::2]).all()
     assert 0 < splits.validation.sum() < 30
+
+
+def test_twins_are_shuffled_and_resampled_together():
+    task = tasks_of(np.array(list("baacdbee")))
+    assert task.tolist() == [0, 1, 1, 2, 3, 0, 4, 4]
+    orders = [shuffled(task, np.random.default_rng(seed)) for seed in range(50)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(8))
+        moved = task[order]
+        assert (moved[[0, 1, 6]] == moved[[5, 2, 7]]).all()
+    assert len({tuple(order) for order in orders}) == 12  # 3! of those that occur twice, 2! of the others
+    times = resampled(task, 100, 0).times
+    assert (times[:, [0, 1, 6]] == times[:, [5, 2, 7]]).all()
+    # Where all differ, as if there were none.
+    alone = tasks_of(np.array([f"t{row}" for row in range(20)]))
+    assert shuffled(alone, np.random.default_rng(1)).tolist() == np.random.default_rng(1).permutation(20).tolist()
+    assert (resampled(alone, 30, 2).times == Resamples.draw(20, 30, 2).times).all()
 
 
 def test_a_task_of_two_origins_is_in_no_test_on_an_origin_held_out():

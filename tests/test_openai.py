@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from prefs.models.openai import server as served
 from prefs.models.openai.engine import OpenAIEngine
 from prefs.models.sampling import row_seed
 from prefs.models.types import Capture, Message, Question, Request, Sample, Sampling, Score
+from prefs.results import answers as results
 from prefs.stages.complete import complete
 from prefs.stages.rate import rate
 from prefs.stages.records import Completion
@@ -365,13 +367,23 @@ BLOCKED = {
     "OpenAI": error("Your prompt was flagged as potentially violating our usage policy.", code="invalid_prompt"),
     "OpenRouter": error("Your chosen model requires moderation and your input was flagged for violence", 403),
     "a filter on the answer": Say(chat("I", finish="content_filter")),
+    "Gemini on the answer": Say(chat("", finish="SAFETY")),
+    "a prohibited answer": Say(chat(None, finish="content_filter: PROHIBITED_CONTENT")),
+}
+NO_ANSWER = {
+    "a tool call": Say(chat(None, finish="tool_calls")),
+    "a reason nobody knows": Say(chat(" ", finish="OTHER")),
 }
 
 
 @pytest.mark.parametrize(
     ("refusal", "reason"),
-    [(refusal, "too_long") for refusal in TOO_LONG.values()] + [(refusal, "blocked") for refusal in BLOCKED.values()],
-    ids=[*TOO_LONG, *BLOCKED],
+    [
+        (refusal, reason)
+        for reason, refusals in (("too_long", TOO_LONG), ("blocked", BLOCKED), ("no_answer", NO_ANSWER))
+        for refusal in refusals.values()
+    ],
+    ids=[*TOO_LONG, *BLOCKED, *NO_ANSWER],
 )
 def test_a_row_that_a_server_refuses_has_its_reason_and_the_others_are_answered(refusal, reason):
     with serving_engine(lambda asked: refusal if asked.prompt == "refused" else echo(asked)) as (engine, server):
@@ -379,6 +391,58 @@ def test_a_row_that_a_server_refuses_has_its_reason_and_the_others_are_answered(
         assert len(server.asked) == 3
     assert refused == Sample(None, 0, True, invalid=reason)
     assert (first.text, third.text) == ("re: a", "re: c")
+
+
+@pytest.mark.parametrize(
+    ("body", "sample"),
+    [
+        (chat("", finish="MAX_TOKENS"), Sample("", 2, False)),
+        (chat("Here", finish="tool_calls"), Sample("Here", 2, True)),
+        (chat("Here", finish="length"), Sample("Here", 2, False)),
+        (chat("", refusal="I won't."), Sample("I won't.", 2, True)),
+    ],
+)
+def test_what_is_cut_off_or_has_a_text_is_an_answer(body, sample):
+    with serving_engine(lambda asked: Say(body)) as (engine, _):
+        assert samples(engine, "p") == [sample]
+
+
+def test_thoughts_of_a_server_that_was_not_to_think_are_no_completions_and_are_told(tmp_path):
+    """In the text, in a field of its own, and cut off."""
+    bodies = {
+        "a": chat("<think>\nI can't help with that? Easy.\n</think>\n\nHere."),
+        "b": chat("Here.", reasoning_content="Easy."),
+        "c": chat("<think>\nIs this", finish="length"),
+        "d": chat("Here."),
+        "e": chat(""),
+    }
+
+    def answer(asked: Asked) -> Say:
+        question = len(asked.body["messages"]) > 1
+        return Say(chat("<think>\nA 2 at first.\n</think>\n\n4") if question else bodies[asked.prompt])
+
+    store, models = Store.open(str(tmp_path)), Models()
+    with serving(answer) as server:
+        spec = spec_of(server)
+        completions, _ = run(store, spec, [Task(name, name, origin="A") for name in bodies])
+        options: dict[str, Any] = {"seeds": (0,), "exact": False, "capture": None, "system_prompt": None}
+        rated = rate(completions, spec, {"a": template("stated")}, SHORT, store=store, models=models, **options)
+        models.keep_only([])
+    ratings = rated.ratings["a"]
+    assert [made.text for made in completions] == ["Here.", "Here.", None, "Here.", ""]
+    assert [made.thought and made.thought.strip() for made in completions[:3]] == [
+        "I can't help with that? Easy.", "Easy.", "Is this",
+    ]  # fmt: skip
+    assert completions[2].invalid is Invalid.thought_cut_off
+    assert [row[0].value for row in ratings.answers] == [4, 4, None, 4, 4]
+    config = SimpleNamespace(completer=SimpleNamespace(model=None))
+    job = SimpleNamespace(roles=SimpleNamespace(completer=spec), config=config)
+    cell = SimpleNamespace(ratings=ratings, job=job, config=config, measured=ratings.measured([None] * 5))
+    remarks = " ".join(results.answers(cell).remarks)
+    assert "3 of 5 completions came with a thought" in remarks
+    assert "4 of 5 sampled answers came with a thought" in remarks
+    assert "1 of 5 completions are empty" in remarks
+    assert "1 task without a completion (the completer's thought did not end" in remarks
 
 
 def test_an_answer_that_the_servers_context_cut_short_is_too_long():
@@ -468,13 +532,13 @@ def test_what_a_server_does_not_do_is_one_line_before_anything_is_asked(changes,
 
 
 def test_a_score_is_the_probability_of_each_options_token(prefs_log):
-    # Some servers tell apart tokens that read the same; what else there is does not count.
+    # Some servers tell apart tokens that read the same; a blank before it changes nothing; what else there is is none.
     top = likeliest(("4", {"4": 0.5, "5": 0.25, "The": 0.125, " 4": 0.0625}))
     top["content"][0]["top_logprobs"].append({"token": "4", "logprob": float(np.log(0.03125))})
     with serving_engine(lambda asked: Say(chat("4", logprobs=top))) as (engine, server):
         (scored,) = scores(engine, "p")
         body = server.asked[0].body
-    assert scored.mass == pytest.approx((0, 0, 0, 0.53125, 0.25))
+    assert scored.mass == pytest.approx((0, 0, 0, 0.59375, 0.25))
     assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
     # At these, a server's probabilities are the model's whether it reports them before or after it applies them.
     assert (body["temperature"], body["top_p"]) == (1.0, 1.0)

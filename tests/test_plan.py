@@ -220,11 +220,13 @@ def test_vllm_caches_whole_blocks_of_what_questions_share(smollm2_fp32, backend)
     request = Request(row, question, Sampling(1.0, 1.0, 4), seeds=(0, 1), scores=(0,))
     (reply,) = dict(engine.run([request])).values()
     assert (set(reply.samples), set(reply.scores)) == ({0, 1}, {0})
-    prompt = backend.tokens(request) - 1
-    # The score's request runs it all; of the two answers' the whole blocks of 32 are there.
+    prompt = backend.tokens(request) - 2
+    # The score's first request runs it all; of the five that look behind a digit, and of the two answers', the whole
+    # blocks of 32 are there.
     tally = counts.tallies[RATER]
-    assert tally.requests == 3
-    assert tally.prompt_tokens == prompt + 2 * (prompt - (prompt - 1) // 32 * 32)
+    assert tally.requests == 8
+    behind = prompt + 1 - prompt // 32 * 32
+    assert tally.prompt_tokens == prompt + 5 * behind + 2 * (prompt - (prompt - 1) // 32 * 32)
     assert tally.drawn_tokens == 2 * 3
 
 

@@ -128,3 +128,18 @@ def test_an_empty_completion_is_rated_but_has_no_vector(store, spec, models):
         assert both.residuals["last_prompt"].present().all()
         assert np.isfinite(both.ratings["anchored"].mass).all()
     assert [work.computed for work in both.work] == [0] * 3
+
+
+def test_other_words_for_an_option_change_exact_ratings_alone(store, spec, models):
+    first = run(store, spec, models)
+    more = template("anchored")
+    more.options[4].also = ["very much"]
+    completions = first.ratings["anchored"].completions
+    options = {"seeds": (0, 1), "exact": True, "capture": CAPTURE, "system_prompt": None}
+    again = rate(completions, spec, {"anchored": more}, SHORT, store=store, models=models, **options)
+    assert {work.stage: work.computed for work in again.work} == {
+        "residual vectors": 0,
+        "sampled ratings, anchored_1_5": 0,
+        "exact ratings, anchored_1_5": len(TASKS),
+    }
+    assert (again.ratings["anchored"].mass[:, 4] > first.ratings["anchored"].mass[:, 4]).all()

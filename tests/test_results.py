@@ -19,9 +19,10 @@ from prefs.errors import UserError
 from prefs.results.answers import cut_off
 from prefs.results.files import LONGEST, plain, write
 from prefs.results.result import Artifact, Figure, Result, Series, Table, View, joined
+from prefs.results.stability import share_remarks
 from prefs.results.terminal import number, show
 from prefs.results.wandb import tracker
-from prefs.stages.records import Completion
+from prefs.stages.records import Answer, Completion
 
 FRAME = pd.DataFrame({"origin": ["MATH", "ALL"], "r": [0.5, None], "r_reason": [None, "few tasks"]})
 
@@ -133,3 +134,24 @@ def test_completions_that_were_cut_off_are_told():
         " smollm2): what is rated is their beginning."
     ]
     assert cut_off(made[:3], "smollm2", 64) == []
+
+
+@pytest.mark.parametrize(
+    ("valid", "answers", "mass", "told"),
+    [
+        (55, 100, 0.99, True),
+        (99, 100, 0.4, True),
+        (95, 100, 0.9, False),  # within .1
+        (7, 10, 0.99, False),  # too few to say
+        (18, 25, 0.9, False),  # within three standard errors
+        (0, 0, 0.99, False),
+    ],
+)
+def test_a_valid_mass_that_sampled_answers_do_not_bear_out_is_told_with_both_numbers(valid, answers, mass, told):
+    read = [Answer(0, "4", 4.0, None)] * valid + [Answer(0, "No.", None, Invalid.no_option)] * (answers - valid)
+    unasked = [Answer(0, None, None, Invalid.too_long)] * 50
+    remarks = share_remarks([(answer,) for answer in [*read, *unasked]], mass)
+    assert bool(remarks) == told
+    if told:
+        assert f"Valid mass is {number(mass)}, but {number(valid / answers)} of the sampled answers" in remarks[0]
+    assert share_remarks([], mass) == share_remarks([(read[0],)] if read else [], None) == []

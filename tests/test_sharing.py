@@ -25,6 +25,7 @@ from prefs.models.types import Capture
         ("qwen3_5_text", Sharing(gaps=False)),
         ("llama4_text", Sharing(gaps=False)),
         ("phi3_longrope", Sharing(switch=64)),
+        ("glm_moe_dsa", Sharing(gaps=False, switch=16, indexed=True)),
     ],
 )
 def test_what_a_config_tells(name, sharing):
@@ -45,6 +46,7 @@ def test_what_a_config_tells(name, sharing):
         (Sharing(switch=8), [3, 5], [1, 3], True),
         (Sharing(switch=8), [3, 5], [1, 4], False),
         (Sharing(switch=8), [9, 9], [1, 4], True),
+        (Sharing(switch=8, indexed=True), [9, 9], [1, 1], False),
     ],
 )
 def test_where_a_pass_goes_on_from_what_was_kept(sharing, done, rows, goes_on):

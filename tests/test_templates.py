@@ -190,8 +190,8 @@ def test_words_that_read_the_same_are_refused(words):
 
 
 def test_huge_answers_are_read_in_reasonable_time():
-    assert ANCHORED.read("bla " * 500_000) == Invalid.no_option
-    assert isinstance(ANCHORED.read("4 3 " * 100_000), Invalid)
-    assert LIKERT.read("not " * 100_000 + "positive, " * 10_000) == Invalid.ambiguous
-    assert LETTERS.read("I, (B). " * 50_000) == 1
-    assert SIGNED.read("- " * 200_000 + "(1" * 100_000) == 1
+    assert ANCHORED.read("bla " * 100_000) == Invalid.no_option
+    assert isinstance(ANCHORED.read("4 3 " * 20_000), Invalid)
+    assert LIKERT.read("not " * 20_000 + "positive, " * 2_000) == Invalid.ambiguous
+    assert LETTERS.read("I, (B). " * 10_000) == 1
+    assert SIGNED.read("- " * 40_000 + "(1" * 20_000) == 1

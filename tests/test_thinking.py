@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import template
-from engine_calls import complete, observe, question, replies
+from engine_calls import complete, masses_of, observe, question, replies
 
 from prefs.config import ThinkingConfig
 from prefs.data.task import Task
 from prefs.data.template import Invalid
 from prefs.models.loading import Models
+from prefs.models.prompts import encode_prompt
 from prefs.models.types import Capture, Message, Request, Sampling
 from prefs.stages.complete import complete as completed
 from prefs.stages.rate import rate
@@ -72,11 +73,12 @@ def test_scores_are_those_of_the_whole_text_with_the_thought_in_it(thinker):
     score, turns = reply.scores[5], (*ROWS[0], Message("user", QUESTION.text))
     ids = thinker.encoder.encode(turns, answer="Answer: ", thought=score.thought).ids
     assert thinker.encoder.tokenizer.decode(ids).endswith(f"<|im_start|>assistant\n{score.thought}. Answer: ")
+    prompt = encode_prompt(thinker.encoder, ROWS[0], QUESTION, score.thought)
+    assert prompt.ids == ids[: len(prompt.ids)]
+    plain = thinker.bridge.original_model
     with torch.inference_mode():
-        logits = thinker.bridge.original_model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-    for say, mass in zip(QUESTION.options, score.mass, strict=True):
-        token = thinker.encoder.encode(turns, answer=f"Answer: {say}", thought=score.thought).ids[-1]
-        assert mass == pytest.approx(float(logits[token].exp()), rel=1e-3)
+        expected = masses_of(prompt, lambda ids: plain(torch.tensor([ids])).logits[0, -1].float().softmax(-1))
+    assert score.mass == pytest.approx(expected, rel=1e-3)
 
 
 def test_completions_leave_the_thought_aside(thinker):

@@ -64,17 +64,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision_config": {**VISION, "image_size": 28},
     },
     "gemma3_text": {**GEMMA, "layer_types": SLIDING_TYPES},
-    "gemma3n_text": {
-        **GEMMA,
-        "layer_types": SLIDING_TYPES,
-        "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": VOCABULARY,
-        "activation_sparsity_pattern": [0.0] * 5,
-        "altup_num_inputs": 2,
-        "laurel_rank": 8,
-        "intermediate_size": [128] * 5,
-    },
     "gemma4_text": {
         **WINDOW,
         "layer_types": SLIDING_TYPES,
@@ -201,8 +190,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
         "hybrid_layer_ids": [1, 3],
     },
-    "deepseek_v4": {**EXPERTS},
-    "gemma3n": {"text_config": {**SMALL, **GEMMA}},
     "gemma4": {"text_config": {**SMALL, **WINDOW, "layer_types": SLIDING_TYPES}},
     "gemma4_unified": {"text_config": {**SMALL, **WINDOW, "layer_types": SLIDING_TYPES}},
     "glm_moe_dsa": {
@@ -213,8 +200,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "index_head_dim": 16,
         "index_n_heads": 2,
     },
-    "hrm_text": {},
-    "laguna": {**EXPERTS, **WINDOW},
+    "laguna": {**EXPERTS, **WINDOW, "layer_types": SLIDING_TYPES},
 }
 
 

@@ -65,7 +65,7 @@ def difference_of_means(
     second: Features,
     folds: np.ndarray,
     *,
-    same: np.ndarray,
+    task: np.ndarray,
     splits: int,
     draws: Resamples,
     flips: int,
@@ -84,8 +84,9 @@ def difference_of_means(
         Vectors of the same n tasks in the same order, at the same sites.
     folds
         [n] from 0 to K - 1: which tasks are held out together.
-    same
-        [n] alike for tasks of one prompt, which are in one fold and in one half.
+    task
+        [n] which task a row is, as `prefs.probes.folds.tasks_of` numbers them: rows of one are in one fold and half and
+        have their conditions exchanged together.
     splits, flips
         How many random halves, and exchanges of conditions.
     draws
@@ -103,15 +104,15 @@ def difference_of_means(
     n, sites = first.n, first.sites
     if (second.n, second.sites, second.d_model) != (n, sites, first.d_model) or len(folds) != n:
         raise ValueError("the two conditions must have vectors of the same tasks at the same sites")
-    if n < 2:
-        raise ValueError(f"{n} tasks have no halves: give 2 or more")
+    if n < 2 or not task.any():
+        raise ValueError(f"{min(n, 1)} tasks have no halves: give 2 or more")
     k = int(folds.max()) + 1
     without_fold = np.stack([*(folds != fold for fold in range(k)), np.ones(n, dtype=bool)]).astype(np.float64)
     # Half of the tasks (where n is odd, one more in the other half).
-    orders = np.random.default_rng([seed, 0]).permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
-    _, one_of, which = np.unique(same, return_index=True, return_inverse=True)
-    half = (orders < n // 2)[:, one_of[which]].astype(np.float64)
-    signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], size=(flips, n))
+    count = int(task.max()) + 1
+    orders = np.random.default_rng([seed, 0]).permuted(np.tile(np.arange(count), (splits, 1)), axis=1)
+    half = (orders < count // 2)[:, task].astype(np.float64)
+    signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], size=(flips, count))[:, task]
     weights = np.concatenate([without_fold, half, 1 - half, draws.times.astype(np.float64), signs])
     weights /= np.abs(weights).sum(axis=1, keepdims=True)
     ends = np.cumsum([k + 1, splits, splits, len(draws.times)])

@@ -19,7 +19,7 @@ from prefs.concepts.separation import separation
 from prefs.config import ConceptConfig
 from prefs.data.task import Task, same_tasks
 from prefs.probes.features import NOT_FINITE, Captured, NotFinite
-from prefs.probes.folds import assign_folds
+from prefs.probes.folds import assign_folds, resampled, tasks_of
 from prefs.probes.probe import Site
 from prefs.probes.scores import permutation_p
 from prefs.results.tables import columns, numeric
@@ -201,18 +201,19 @@ def _extract(
     contrast = next(pairs)
     _, first, second, own = contrast
     ids = [task.id for task in contrast.paired]
+    first_ids = [same[name] for name in ids]
+    task_of_row = tasks_of(np.array(first_ids))
     needed = max(config.folds, 3)
     readings = list(zip(config.contrast, (first, second), strict=True))
-    if len(ids) < needed:
+    if (count := len(set(first_ids))) < needed:
         have = [f"{name} has {sum(task.id in read.present for task in own)} of {len(own)}" for name, read in readings]
         return (
-            f"{len(ids)} tasks have a vector at every position under both conditions ({', '.join(have)}), and"
+            f"{count} tasks have a vector at every position under both conditions ({', '.join(have)}), and"
             f" {config.folds} folds need {needed} (concept.{key}.folds)"
             + "".join(f"; {broken}" for broken in _not_finite(first, second))
         )
     draws = cache(lambda n: Resamples.draw(n, bootstrap, config.seed))
-    own_same = [same[task] for task in ids]
-    folds = assign_folds(own_same, [task.origin for task in contrast.paired], config.folds, config.seed)
+    folds = assign_folds(first_ids, [task.origin for task in contrast.paired], config.folds, config.seed)
     a, b = first.features(ids), second.features(ids)
     remarks = []
     if len(ids) < len(own):
@@ -227,20 +228,20 @@ def _extract(
             a,
             b,
             folds,
-            same=np.array(own_same),
+            task=task_of_row,
             splits=config.splits,
-            draws=draws(len(ids)),
+            draws=resampled(task_of_row, bootstrap, config.seed),
             flips=FLIPS,
             seed=config.seed,
         )
-        fold_of_same = dict(zip(own_same, folds.tolist(), strict=True))
-        fold_of = {task: fold_of_same[first] for task, first in same.items() if first in fold_of_same}
+        fold_of_first = dict(zip(first_ids, folds.tolist(), strict=True))
+        fold_of = {name: fold_of_first[twin] for name, twin in same.items() if twin in fold_of_first}
         vectors = _vectors_table(config.name, difference)
         concept = Concept(key, config, difference, a, b, fold_of, vectors, pd.DataFrame(), remarks)
-        rows = [row for pair in (contrast, *pairs) for row in _test(concept, pair, draws)]
+        tests = [row for pair in (contrast, *pairs) for row in _test(concept, pair, draws)]
     except NotFinite as error:
         return f"the vector of a task at {error.site} {NOT_FINITE}"
-    return replace(concept, tests=numeric(pd.DataFrame(rows), words=WORDS))
+    return replace(concept, tests=numeric(pd.DataFrame(tests), words=WORDS))
 
 
 def _not_finite(*readings: Read) -> list[str]:

@@ -104,6 +104,7 @@ def _lock(folder: Path, key: str) -> None:
     try:
         # Of the system, and so gone with the process, however it ends.
         locks.enter_context(FileLock(folder / ".lock", timeout=0, fallback_to_soft=False))
+        locks.callback((folder / ".lock").unlink, missing_ok=True)
     except Timeout:
         raise ConfigError(key, str(folder), "a folder that no other run is writing to") from None
     except OSError:  # a file system without locks

@@ -131,6 +131,7 @@ class ModelConfig:
     path: str = MISSING
     """``embedded:NAME``, a local folder, a model-hub name, or a server's model name."""
     revision: str | None = None
+    """A commit, tag or branch of the hub's; of a served model, a word of yours for what stands under its name now."""
     backend: str = limited("transformer_lens", one_of("transformer_lens", "vllm", "openai"))
     dtype: ModelDType = ModelDType.auto
     device: str = limited("auto", DEVICE)

@@ -263,7 +263,8 @@ def _word(word: str) -> str:
     if len(word) == 1 and word.isalpha():
         upper, lower = re.escape(word.upper()), re.escape(word)
         behind = "(?! ?[a-z'])(?!,)" if word in "ai" else ""
-        return rf"(?-i:(?<![\w']){upper}(?![\w']){behind}|(?:(?<=\n)|(?<=\n\()|(?<![\s\S])|(?<=\A\()){lower}(?=\W*(?:\n|\Z)|[).:]))"
+        begins = r"(?:(?<=\n)|(?<=\n\()|(?<![\s\S])|(?<=\A\())"
+        return rf"(?-i:(?<![\w']){upper}(?![\w']){behind}|{begins}{lower}(?=\W*(?:\n|\Z)|[).:]))"
     parts = [re.escape(part) for part in word.split()]
     orders = [parts, parts[::-1]] if len(parts) == 2 else [parts]
     return "|".join(rf"(?<!\w){'(?: ?[,-] ?| )'.join(order)}(?!\w)" for order in orders)

@@ -41,7 +41,7 @@ def hub_model(path: str, revision: str | None) -> HubModel:
     pinned = COMMIT.fullmatch(revision or "")
     if pinned and isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
         return HubModel(pinned[0], path)
-    with _quiet():
+    with quiet():
         if not reachable():
             return _cached(path, revision)
         try:
@@ -75,7 +75,7 @@ def to_load(path: str, revision: str | None) -> HubModel:
     from prefs.data.hub import reachable
 
     model = hub_model(path, revision)
-    with _quiet():
+    with quiet():
         if model.path == path and not reachable():
             model = _cached(path, model.commit)
         if model.path == path:
@@ -111,7 +111,7 @@ def _cached(path: str, revision: str | None) -> HubModel:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what the library says of each try out of the log, which has it twice, since it also prints itself."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level

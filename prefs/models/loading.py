@@ -44,6 +44,9 @@ ENGINES = {
     "vllm": "prefs.models.vllm.engine.VllmEngine",
     "openai": "prefs.models.openai.engine.OpenAIEngine",
 }
+# Raised when answers and vectors of models from folders and hubs mean something else than those stored before. 2: text
+# is encoded whole, and answers end at what the chat template writes after a turn.
+RECORDS = 2
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 # Hosts that have one server, where a model's name means one model.
 PUBLIC_HOSTS = ("api.openai.com", "openrouter.ai")
@@ -226,7 +229,7 @@ def _on_hub(spec: ModelSpec) -> bool:
 
 
 def identity(spec: ModelSpec) -> dict[str, Any]:
-    """What of a model goes into store keys: id, revision, precision, and how it thinks. Loads no weights.
+    """Which model it is: id, revision, precision, and how it thinks. Loads no weights.
 
     An embedded model is its package and hash, a hub model its name and commit, and a local folder a fingerprint of
     its files, so that a folder that is moved is the same model and one that is trained on is another. A served model
@@ -285,6 +288,12 @@ def scored_by(spec: ModelSpec) -> dict[str, Any]:
     """What goes into the keys of exact ratings beside the model: how many probabilities its server shows, and whether
     options are scored as whole strings there or by their first tokens."""
     return {"top_logprobs": spec.api.top_logprobs, "whole": spec.api.prefill} if spec.backend == "openai" else {}
+
+
+def recorded(spec: ModelSpec) -> dict[str, Any]:
+    """What of a model goes into store keys: its `identity`, and what its records mean. Raises as that does."""
+    changed = spec.backend != "openai" and not spec.path.startswith(EMBEDDED)
+    return {**identity(spec), **({"records": RECORDS} if changed else {})}
 
 
 def _fingerprint(folder: Path) -> str:

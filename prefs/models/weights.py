@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from prefs.errors import UserError, explained, first_line
+from prefs.models import hub
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Message
 
@@ -142,8 +143,8 @@ def check_vocabulary(encoder: ChatEncoder, embeddings: int) -> None:
     if beyond := sorted(token for token in text.union(encoder.encode(turns, answer="").ids) if token >= embeddings):
         texts = _some(map(str, tokenizer.convert_ids_to_tokens(beyond)))
         raise UserError(
-            f"model.path: the tokenizer of {tokenizer.name_or_path} writes {texts}, with ids up to {beyond[-1]}, and the"
-            f" model has {embeddings:,} embeddings; give it the tokenizer that it was trained with"
+            f"model.path: the tokenizer of {tokenizer.name_or_path} writes {texts}, with ids up to {beyond[-1]}, and"
+            f" the model has {embeddings:,} embeddings; give it the tokenizer that it was trained with"
         )
 
 
@@ -180,12 +181,13 @@ def _some(names: Iterable[str]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and warnings: its report on what it loaded is read here."""
+    """Without the libraries' progress bars and warnings: transformers' report on what it loaded is read here."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with hub.quiet():
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()

@@ -127,6 +127,11 @@ def _captured(
     request = Request(turns, source.question, sampling, scores=scores, capture=capture)
     reply = _reply(engine, request, "the conversation is")
     if position in reply.residuals:
+        if not bool(reply.residuals[position].isfinite().all()):
+            raise UserError(
+                f"the vector at {probe.site} is not finite, so the probe has nothing to read: {engine.spec.name}"
+                f" overflows {engine.spec.dtype} on this text"
+            )
         return reply.residuals[position][0], reply.scores[seed].thought if source.thought else None
     if source.question is None:
         raise UserError(f"an empty completion has no {position}, where the probe reads; give another one")

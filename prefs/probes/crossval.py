@@ -11,12 +11,11 @@ import torch
 
 from prefs.config import ProbeConfig
 from prefs.probes.features import Features
-from prefs.probes.folds import Splits
+from prefs.probes.folds import Splits, resampled, shuffled, tasks_of
 from prefs.probes.outcome import MIN_TASKS, CrossValidated, Nothing
 from prefs.probes.scores import auc_columns, p_value, r2_columns, score
 from prefs.probes.targets import Target, alike
 from prefs.probes.train import Trained, bank_class, train
-from prefs.statistics.estimates import Resamples
 
 TOO_FEW = "too few to validate with some of them in every fold: use fewer folds (probe.folds), or probe=ridge"
 
@@ -65,7 +64,8 @@ def cross_validate(
     # Targets of the same tasks share passes, sums and decompositions.
     for members in together.values():
         rows = np.flatnonzero(targets[members[0]].observed)
-        splits = Splits.draw(folds[rows], config.seed, None if same is None else same[rows])
+        task = np.arange(len(rows)) if same is None else tasks_of(same[rows])
+        splits = Splits.draw(folds[rows], config.seed, task)
         if bank_class(config).validates and not splits.validates:
             outcomes |= {
                 number: Nothing(targets[number], f"{len(rows)} tasks have it, {TOO_FEW}") for number in members
@@ -73,7 +73,7 @@ def cross_validate(
             continue
         some = [targets[number] for number in members]
         shared = {"values": values, "show_progress": show_progress}
-        made = _validated(features, some, rows, splits, np.asarray(origins)[rows], config, bootstrap, shared)
+        made = _validated(features, some, rows, task, splits, np.asarray(origins)[rows], config, bootstrap, shared)
         outcomes |= zip(members, made, strict=True)
     return [outcomes[number] for number in range(len(targets))]
 
@@ -161,6 +161,7 @@ def _validated(
     features: Features,
     targets: Sequence[Target],
     rows: np.ndarray,
+    task: np.ndarray,
     splits: Splits,
     origins: np.ndarray,
     config: ProbeConfig,
@@ -183,7 +184,7 @@ def _validated(
     first = len(numbers)
     for number, target in enumerate(targets):
         rng = np.random.default_rng([config.seed, zlib.crc32(target.key.encode())])
-        orders = np.array([rng.permutation(m) for _ in range(permutations)], dtype=np.int64).reshape(-1, m).T
+        orders = np.array([shuffled(task, rng) for _ in range(permutations)], dtype=np.int64).reshape(-1, m).T
         labels.append(labels[number][:, 0][orders])
         numbers.append(numbers[number][:, 0][orders])
     y = np.concatenate(numbers, axis=1)
@@ -196,7 +197,7 @@ def _validated(
         **shared,
     )
     folds, best, last = splits.group, trained.best_sites(), splits.k
-    draws = Resamples.draw(m, bootstrap, config.seed)
+    draws = resampled(task, bootstrap, config.seed)
     results = []
     for number, target in enumerate(targets):
         columns = auc_columns if target.binary else r2_columns

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefs.statistics.estimates import Resamples
+
 log = logging.getLogger(__name__)
 
 # Of the training tasks of a fit, the share that validates it where training has no closed form.
@@ -83,6 +85,28 @@ class Splits:
         """Whether every fit has tasks to validate with, and others to train on."""
         fits = map(self.training, range(self.fits))
         return all(0 < self.validation[training].sum() < training.sum() for training in fits)
+
+
+def tasks_of(same: np.ndarray) -> np.ndarray:
+    """[n] int64, 0, 1, ...: the task of each row, numbered by first appearance; rows with one value are one task."""
+    _, first, which = np.unique(same, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[which]
+
+
+def shuffled(task: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[n] an order of rows in which tasks (as `tasks_of` numbers them) have exchanged places with others of as many
+    rows."""
+    size, order = np.bincount(task), np.empty(len(task), dtype=np.int64)
+    for count in np.unique(size):
+        members = np.flatnonzero(size[task] == count)
+        rows = members[np.argsort(task[members], kind="stable")].reshape(-1, count)
+        order[rows] = rows[rng.permutation(len(rows))]
+    return order
+
+
+def resampled(task: np.ndarray, resamples: int, seed: int) -> Resamples:
+    """Resamples of tasks (as `tasks_of` numbers them), each with all its rows."""
+    return Resamples(Resamples.draw(int(task.max(initial=-1)) + 1, resamples, seed).times[:, task])
 
 
 def assign_folds(keys: Sequence[str], strata: Sequence[str], folds: int, seed: int) -> np.ndarray:

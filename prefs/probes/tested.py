@@ -16,7 +16,7 @@ from prefs.errors import UserError
 from prefs.probes import baselines, controls
 from prefs.probes.crossval import cross_validate, held_out_origins
 from prefs.probes.features import NOT_FINITE, Features, NotFinite
-from prefs.probes.folds import assign_folds
+from prefs.probes.folds import assign_folds, resampled, tasks_of
 from prefs.probes.outcome import AUC, R2, CrossValidated, NoProbe, Nothing, Outcome
 from prefs.probes.scores import Scores, auc_columns, r2_columns, score
 from prefs.probes.targets import Target
@@ -52,7 +52,7 @@ def train_and_test(
     prompts, completions
         [n] texts; what a reader could have predicted the rating from.
     """
-    used, values, alike = measured.only(rows), sorted(measured.values), np.array(same)[rows]
+    used, values, task = measured.only(rows), sorted(measured.values), tasks_of(np.array(same)[rows])
     with _heard(logging.getLogger("prefs.probes")) as warnings:
         try:
             folds = assign_folds(same, measured.origins, config.folds, config.seed)[rows]
@@ -66,7 +66,7 @@ def train_and_test(
                 used.origins,
                 config,
                 bootstrap=bootstrap,
-                same=alike,
+                same=task,
                 values=values,
                 show_progress=True,
             )
@@ -74,13 +74,13 @@ def train_and_test(
             nothing = [result for result in made if isinstance(result, Nothing)]
             if not results:
                 return NoProbe("; ".join(f"{result.target.name}: {result.reason}" for result in nothing))
-            draws = Resamples.draw(len(rows), bootstrap, config.seed)
+            draws = resampled(task, bootstrap, config.seed)
             predictors, without = _predictors(prompts, completions, used.origins, folds, config)
             compared = _controls(results, predictors, features, folds, draws, config)
-            origins = _origins(results, features, used.origins, alike, draws, config, values)
+            origins = _origins(results, features, used.origins, task, draws, config, values)
         except NotFinite as error:
-            task = used.tasks[error.row]
-            return NoProbe(f"the vector of task {task} at {error.site} {NOT_FINITE}")
+            broken = used.tasks[error.row]
+            return NoProbe(f"the vector of task {broken} at {error.site} {NOT_FINITE}")
     return Outcome(
         metric=AUC if results[0].target.binary else R2,
         scores=_scores(results, features, compared),

@@ -16,7 +16,7 @@ from prefs.results import figures
 from prefs.results.result import Figure, Result, Row, Table, View
 from prefs.results.tables import all_last, by_origin, columns, is_all, metrics_by_origin, numeric
 from prefs.results.terminal import MISSING, number
-from prefs.stages.records import Ratings
+from prefs.stages.records import Answer, Ratings
 from prefs.statistics.estimates import Estimate
 from prefs.statistics.exact import (
     ONE_THOUGHT,
@@ -197,7 +197,7 @@ def _remarks(ratings: Ratings, whole: Stability, target_r: float) -> list[str]:
             f"Only {valid_mass:.0%} of the model's probability is on the options: it mostly answers with"
             " something else, and only that part is measured. Try a prefill (template.NAME.prefill or model.prefill)."
         )
-    remarks += _share_remarks(ratings, valid_mass)
+    remarks += share_remarks(ratings.answers, valid_mass)
     if r.value is None and ratings.seeds:
         remarks.append(f"Cross-seed r is undefined: {r.reason}.")
     elif r.value is not None and r.value < 0.3:
@@ -226,10 +226,10 @@ def _remarks(ratings: Ratings, whole: Stability, target_r: float) -> list[str]:
     return remarks
 
 
-def _share_remarks(ratings: Ratings, valid_mass: float | None) -> list[str]:
+def share_remarks(answers: Sequence[Sequence[Answer]], valid_mass: float | None) -> list[str]:
     """Where sampled answers are ratings more often, or less, than the valid mass lets expect (by three standard errors
     and .1)."""
-    values = [answer.value for row in ratings.answers for answer in row if answer.text is not None]
+    values = [answer.value for row in answers for answer in row if answer.text is not None]
     if valid_mass is None or len(values) < FEW_ANSWERS:
         return []
     share = sum(value is not None for value in values) / len(values)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from prefs.data.task import Task
 from prefs.data.template import Invalid
 from prefs.job import StageCounts
-from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.loading import Models, ModelSpec, recorded
 from prefs.models.types import Request, Sampling, as_dicts
 from prefs.stages.records import Completion, conversation, own_text, sample_row
 from prefs.store.missing import Record, ReplyTable, Unit, Wanted, fill
@@ -55,7 +55,7 @@ def complete(
     UserError
         If the completer stops in the middle of a batch; what it has answered is in the store.
     """
-    table = store.table("completions", {"model": identity(completer), "sampling": asdict(sampling)}, SCHEMA)
+    table = store.table("completions", {"model": recorded(completer), "sampling": asdict(sampling)}, SCHEMA)
     kept = ReplyTable(table, "samples", sample_row)
     units = []
     for task in tasks:

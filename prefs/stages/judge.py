@@ -17,7 +17,7 @@ from hydra.utils import get_method
 from prefs.config import JudgeConfig
 from prefs.data.template import Invalid
 from prefs.job import StageCounts
-from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.loading import Models, ModelSpec, recorded
 from prefs.models.size import billions
 from prefs.models.types import Question, Reply, Request, as_dicts
 from prefs.stages.phrases import refuses
@@ -98,7 +98,7 @@ def judged_by_llm(
     if model is None:
         return by_phrases
     options = (config.refusal, config.compliance)
-    table = store.table("verdicts", {"model": identity(model), "options": list(options)}, VERDICTS)
+    table = store.table("verdicts", {"model": recorded(model), "options": list(options)}, VERDICTS)
     kept = ReplyTable(table, "choice", _verdict)
     units: dict[int, Unit] = {}
     for row, completion in enumerate(completions):

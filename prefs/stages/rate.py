@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
-from prefs.models.loading import Models, ModelSpec, identity, scored_by
+from prefs.models.loading import Models, ModelSpec, recorded, scored_by
 from prefs.models.options import MASS
 from prefs.models.types import Capture, Conversation, Message, Question, Request, Sampling, as_dicts
 from prefs.stages.records import (
@@ -84,7 +84,7 @@ def rate(
         if completion.text is not None
     }
     messages = {row: as_dicts(conversed) for row, conversed in turns.items()}
-    spec = {"model": identity(rater), "dtype": dtype}
+    spec = {"model": recorded(rater), "dtype": dtype}
     # The vectors at positions that lie before any question.
     early = capture and replace(capture, positions=tuple(name for name in capture.positions if name != "rating"))
     positions = {

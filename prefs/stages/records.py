@@ -174,10 +174,12 @@ def not_finite(residuals: Sequence[Residuals]) -> str | None:
     # Float16 has no numbers beyond 65,504. Where the model computes in it, they were infinite before they were stored.
     spec = residuals[0].vectors.spec
     model, stored = spec["model"]["dtype"], spec["dtype"]
-    key, dtype = ("capture.dtype", stored) if stored == "float16" != model else ("model.dtype", model)
+    overflow = stored == "float16" != model
+    what = f"overflow {stored}" if overflow else f"are not finite in {model}"
+    mend = OTHER_DTYPE.format("capture.dtype" if overflow else "model.dtype")
     return (
-        f"vectors of {len(tasks)} of {len(residuals[0].keys)} tasks are not finite in {dtype} ({', '.join(positions)};"
-        f" layers {', '.join(map(str, sorted(layers)))}), and are not used: {OTHER_DTYPE.format(key)}"
+        f"vectors of {len(tasks)} of {len(residuals[0].keys)} tasks {what} ({', '.join(positions)}; layers"
+        f" {', '.join(map(str, sorted(layers)))}), and are not used: {mend}"
     )
 
 

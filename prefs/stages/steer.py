@@ -14,7 +14,7 @@ import torch
 
 from prefs.data.template import Invalid, Template
 from prefs.job import StageCounts
-from prefs.models.loading import Models, ModelSpec, identity
+from prefs.models.loading import Models, ModelSpec, recorded
 from prefs.models.options import MASS
 from prefs.models.types import Message, Question, Reply, Request, Sampling, Steering, as_dicts
 from prefs.stages.rate import QUESTION_ALLOWANCE
@@ -151,7 +151,7 @@ def steer(
         if coefficient != 0
     ]
     doses = (Dose(None), *given)
-    spec = {"model": identity(rater), "options": list(question.options), "prefill": question.prefill}
+    spec = {"model": recorded(rater), "options": list(question.options), "prefill": question.prefill}
     spec |= {"also": list(map(list, template.also)), "mass": MASS}
     table = store.table("steered", {**spec, "sampling": asdict(sampling)}, STEERED)
     kept = ReplyTable(table, "reply", partial(_row, seeds=seeds))

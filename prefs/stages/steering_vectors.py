@@ -54,7 +54,7 @@ def steering_vectors(
     Raises
     ------
     UserError
-        If there is no vector at a layer, or it is zero.
+        If there is no vector at a layer, or it is zero or not finite.
     """
     controls = config.controls
     vectors: list[SteeringVector] = []
@@ -63,6 +63,8 @@ def steering_vectors(
         vector, activation_norm = saved.vector(site)
         if not bool(vector.any()):
             raise UserError(f"the vector of {saved.concept} at {site} is zero: its two conditions do not differ there")
+        if not bool(vector.isfinite().all()) or not math.isfinite(activation_norm):
+            raise UserError(f"the vector of {saved.concept} at {site}, or the activations there, overflow float32")
         vector = vector if config.unit == "vector" else vector / vector.norm() * activation_norm
         length = float(vector.norm())
         relative = length / activation_norm if activation_norm else math.nan

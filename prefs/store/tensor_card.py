@@ -68,7 +68,7 @@ def load_pair(
     Raises
     ------
     UserError
-        If a file is missing, damaged, or not of the other; it says what to do.
+        If a file is missing, damaged, not of the other, or has numbers that are not finite; it says what to do.
     """
     card_file = tensors_file.with_suffix(".json")
     try:
@@ -84,6 +84,9 @@ def load_pair(
     if hashlib.sha256(content).hexdigest() != card["sha256"]:
         raise UserError(f"{tensors_file} is damaged or not of the {what} in {card_file.name} beside it: {again}")
     try:
-        return load(content), card
+        tensors = load(content)
     except SafetensorError as error:
         raise UserError(f"{tensors_file} is not safetensors ({error}): {again}") from None
+    if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise UserError(f"{tensors_file} holds a NaN or an infinity ({', '.join(broken)}): {again}")
+    return tensors, card

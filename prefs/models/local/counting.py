@@ -38,8 +38,7 @@ class CountingLocal(LocalEngine):
         self.encoder = ChatEncoder(tokenizer_of(spec), spec.chat_template_kwargs, spec.thinking)
         self.d_model, self.n_layers = shape.d_model, shape.layers
         self.max_context = spec.max_context or context_length(shape.context, self.encoder.tokenizer)
-        config = AutoConfig.from_pretrained(model_folder(spec), revision=spec.revision, trust_remote_code=False)
-        self.passes = _CountingPasses(shape, counts, Sharing.of_config(config))
+        self.passes = _CountingPasses(shape, counts, _sharing(spec))
         self.device, self.recorder = self.passes.device, partial(_Unread, shape.d_model)
         self.decoder = _MakingUp(counts, self.encoder, self.passes)
         self._halving, self._requests, self.proof = Halving(spec.name), 0, None
@@ -56,10 +55,20 @@ class CountingLocal(LocalEngine):
         pass
 
 
+def _sharing(spec: ModelSpec) -> Sharing:
+    """What passes may share by the config, which `architecture` has brought here; all, of a family that is not known.
+    What is only found out with the weights is not counted."""
+    try:
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        return Sharing.of_config(AutoConfig.from_pretrained(model_folder(spec), revision=spec.revision, **options))
+    except (OSError, ValueError, KeyError):
+        return Sharing()
+
+
 class _CountingPasses(Passes):
     """Runs nothing. A pass counts as its share of the blocks; its residual stream and its logits have no numbers."""
 
-    shares_blocks = True  # pyright: ignore[reportAssignmentType]
+    _begins_above = True  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, shape: Architecture, counts: Counts, sharing: Sharing):
         self.device, self.n_layers, self.sharing = torch.device("cpu"), shape.layers, sharing

@@ -126,8 +126,7 @@ class Passes:
         self._pad = pad
         self._name = name
         # Where tokens go. With a device map, blocks and logits may be elsewhere.
-        embedding = bridge.original_model.get_input_embeddings().weight
-        self.device, self.dtype = embedding.device, embedding.dtype
+        self.device = bridge.original_model.get_input_embeddings().weight.device
         takes = inspect.signature(bridge.original_model.forward).parameters
         # Mamba's families have another name for the cache, and a mask of the new tokens alone.
         self._states_alone = "cache_params" in takes

@@ -122,9 +122,7 @@ class Proof:
         off, bound = self._off(vectors, logits), BOUNDS[self._dtype]
         wrong = [row for row, gap in enumerate(off) if not gap <= bound]
         if wrong:
-            why = (
-                f"they give log-probabilities that are up to {max(off):.2g} off those of the pass (allowed: {bound:g})"
-            )
+            why = f"log-probabilities come out of them up to {max(off):.2g} off those of the pass (allowed: {bound:g})"
             raise self._not_captured([conversations[row] for row in wrong], self._engine.n_layers - 1, why)
 
     def _off(self, vectors: torch.Tensor, logits: torch.Tensor) -> list[float]:
@@ -157,7 +155,7 @@ class Proof:
         if not all(bool(logits.isfinite().all()) for logits in plain.logits):
             return  # nor will any row's be, which is its reason
         none = self._run([replace(change, coefficient=0.0) for change in changes])
-        for before, after in ((plain.out, none.out), (plain.kept, none.kept)):
+        for before, after in ((plain.kept, none.kept), (plain.out, none.out)):
             for layer, of_passes in before.items():
                 if not all(map(torch.equal, of_passes, after[layer])):
                     raise self._not_steered(f"coefficient 0 changes the residual stream after layer {layer}")

@@ -8,9 +8,25 @@ from typing import Any, NamedTuple
 
 import torch
 
+from prefs.errors import UserError
 from prefs.models.positions import Span
 
 Hook = Callable[..., torch.Tensor | None]
+
+
+def one_stream(tensor: torch.Tensor) -> None:
+    """Refuse a residual stream [rows, width, streams, d_model] of several, which is no vector a token (DeepSeek-V4).
+
+    Raises
+    ------
+    UserError
+        If it is one.
+    """
+    if tensor.dim() > 3:
+        raise UserError(
+            f"this model has {tensor.shape[2]} residual streams, which can be neither captured nor steered; give"
+            " capture=none probe=none"
+        )
 
 
 class AllRecorded(Exception):
@@ -75,6 +91,7 @@ class Recorder:
         return [(layer, partial(self._keep, index)) for index, layer in enumerate(self._layers)]
 
     def _keep(self, index: int, tensor: torch.Tensor, hook: Any) -> None:
+        one_stream(tensor)
         if self._ranges:
             columns = zip(self._on(tensor.device), self._single, strict=True)
             self._kept[index] = torch.cat([position.means(tensor, single) for position, single in columns])

@@ -31,6 +31,9 @@ class Sharing:
         Going on from kept keys and values for several tokens at once, and for one.
     switch
         Rows of more tokens than this have other positions (longrope): they are run alone, and no pass goes on across.
+    indexed
+        Whether they choose what they attend to instead (DeepSeek's sparse attention): then no pass goes on beyond,
+        where transformers 5.19 chooses otherwise than in a whole pass.
     """
 
     rows: bool = True
@@ -38,6 +41,7 @@ class Sharing:
     several: bool = True
     single: bool = True
     switch: int | None = None
+    indexed: bool = False
 
     @classmethod
     def of_config(cls, config: Any) -> Sharing:
@@ -49,7 +53,8 @@ class Sharing:
         rope = getattr(config, "rope_parameters", None) or {}
         by_kind = [rope, *(part for part in rope.values() if isinstance(part, dict))]
         switches = [part["original_max_position_embeddings"] for part in by_kind if part.get("rope_type") == "longrope"]
-        return cls(gaps=full, switch=min(switches, default=None))
+        indexed = "indexed_attention" in kinds
+        return cls(gaps=full, switch=config.index_topk if indexed else min(switches, default=None), indexed=indexed)
 
     def goes_on(self, done: Sequence[Tokens], rows: Sequence[Tokens]) -> bool:
         """Whether these tokens may be run after those that are `done`, by what was kept of these."""
@@ -58,7 +63,7 @@ class Sharing:
         width = max(map(len, rows))
         gap = any(before and len(row) < width for before, row in zip(done, rows, strict=True))
         ends = [len(before) + len(row) for before, row in zip(done, rows, strict=True)]
-        crosses = self.switch is not None and max(map(len, done)) <= self.switch < max(ends)
+        crosses = self.switch is not None and max(ends) > self.switch >= (0 if self.indexed else max(map(len, done)))
         return (self.several if width > 1 else self.single) and (self.gaps or not gap) and not crosses
 
     def note(self) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from prefs.errors import UserError
+from prefs.models.local.residuals import one_stream
 from prefs.models.positions import Span
 from prefs.models.types import Steering
 
@@ -59,6 +60,7 @@ class BatchSteering:
 
 def _steer(steering: Steering, where: torch.Tensor, tensor: torch.Tensor, hook: Any) -> torch.Tensor:
     """Change a residual stream [rows, width, d_model] at the tokens `where`; computed in float32, rounded once."""
+    one_stream(tensor)
     before = tensor.float()
     vector = steering.vector.to(tensor.device, torch.float32)
     if steering.kind == "add":

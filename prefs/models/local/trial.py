@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -41,7 +42,7 @@ def tried(passes: Passes, config: Any, text: Sequence[int]) -> Sharing:
     gaps = known.gaps and rows and trial.holds(trial.going_on, MORE - 1, MORE)
     several = gaps or trial.holds(trial.going_on, *[MORE] * len(trial.rows))
     single = trial.holds(trial.going_on, *[1] * len(trial.rows))
-    return Sharing(rows, gaps, several, single, known.switch)
+    return replace(known, rows=rows, gaps=gaps, several=several, single=single)
 
 
 class _Trial:
