@@ -15,7 +15,9 @@ from prefs.config import Config
 from prefs.job import JobCounts
 from prefs.models.loading import Models, identity, served_nearby
 from prefs.probes.outcome import AUC
+from prefs.probes.targets import UTILITY
 from prefs.results.answers import answers, completions
+from prefs.results.choices import choices, pairs_by_probe, utility_and_rating
 from prefs.results.distribution import cell_distribution
 from prefs.results.files import Written, write
 from prefs.results.judges import judges
@@ -150,6 +152,7 @@ def _probe(cell: CellContext) -> Result:
         prompts=[completion.task.prompt for completion in completions],
         completions=[completion.text or "" for completion in completions],
         residuals=residuals,
+        utilities=None if job.revealed is None else job.revealed.of_tasks(cell.measured.tasks),
     )
 
     def trainer() -> dict[str, Any]:
@@ -205,16 +208,24 @@ def _whole(config: Config) -> bool:
     return config.shard is None
 
 
+def _chooses(config: Config) -> bool:
+    """Rounds of pairs are of all tasks, and not of a shard of them."""
+    return _whole(config) and config.choice.kind != "none"
+
+
 # What a job does, in this order: first what it does once, then what it does for each of its cells. What they found is
 # printed in this order, too.
 STAGES = (
     Stage("measure", _measure, by_cell=False),
     Stage("completions", completions, wanted=_whole, by_cell=False),
+    Stage("choices", choices, wanted=_chooses, by_cell=False),
     Stage("answers", answers),
     Stage("stability", cell_stability),
     Stage("distribution", cell_distribution),
     Stage("refusals", cell_refusals),
+    Stage("utilities and ratings", utility_and_rating, wanted=_chooses),
     Stage("probe", _probe, wanted=lambda config: config.probe.kind != "none"),
+    Stage("pairs by probe", pairs_by_probe, wanted=lambda config: _chooses(config) and UTILITY in config.probe.targets),
     Stage("judges", judges, wanted=_whole, by_cell=False),
     Stage("concepts", extract_concepts, wanted=lambda config: bool(config.concept), by_cell=False),
     Stage("concepts of the cell", compare_concepts, wanted=lambda config: bool(config.concept)),

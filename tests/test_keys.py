@@ -43,7 +43,6 @@ ANEW = "what is made of the records, anew by each run"
 NAME = "a name in tables"
 UNKEYED = {
     "MODEL.name": NAME,
-    "MODEL.revision": "of a hub model, whose commit is in the key; an embedded one and a folder have none",
     **dict.fromkeys(("MODEL.device", "MODEL.device_map", "MODEL.attn_implementation", "MODEL.batch_tokens"), ROUNDING),
     **dict.fromkeys(("MODEL.gpus", "MODEL.vllm.tensor_parallel_size", "MODEL.vllm.data_parallel_size"), SPEED),
     **dict.fromkeys(("MODEL.vllm.gpu_memory_utilization", "MODEL.vllm.enforce_eager"), SPEED),

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from prefs.config.choice import ChoiceConfig, ChoiceTemplate, PairsConfig, UtilityConfig
 from prefs.config.keys import check_keys
 from prefs.config.rules import check, conditions
 from prefs.config.schema import (
@@ -80,7 +81,7 @@ def typed(cfg: DictConfig) -> Config:
     """
     config = filled(cfg, Config)
     check(config)
-    for role in (config.completer, config.rating):
+    for role in (config.completer, config.rating, config.choice):
         if role.condition is not None:
             role.system_prompt = conditions(config)[role.condition]
     return config
@@ -119,7 +120,7 @@ def with_prompts(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A plain config in which the system prompts stand that its conditions mean, where it has conditions that exist."""
     concept = next(iter((plain.get("concept") or {}).values()), {})
     conditions = concept.get("conditions") or {}
-    roles = {role: plain.get(role) or {} for role in ("completer", "rating")}
+    roles = {role: plain.get(role) or {} for role in ("completer", "rating", "choice")}
     return dict(plain) | {
         name: {**role, "system_prompt": conditions[role["condition"]]}
         for name, role in roles.items()

@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from prefs.config.choice import check_choice
 from prefs.config.limits import above, at_least, check_limits, is_layers
 from prefs.config.schema import ConceptConfig, Config, DatasetConfig, JudgeConfig, ModelConfig, ProbeConfig, RowReader
 from prefs.errors import ConfigError
 from prefs.sweep import Shard
 
-NUMBER_TARGETS = ("exact", "sampled", "single")
+NUMBER_TARGETS = ("exact", "sampled", "single", "utility")
 BINARY_TARGETS = ("good", "refused")
 
 
@@ -51,6 +52,7 @@ def check(config: Config) -> None:
         _check_probe(config)
     for key, concept in config.concept.items():
         _check_concept(f"concept.{key}", concept)
+    check_choice(config)
     _check_conditions(config)
     if config.steering.vector != "none":
         _check_steering(config)
@@ -137,6 +139,8 @@ def _check_probe(config: Config) -> None:
             raise ConfigError("probe.targets", probe.targets, "sampled or single, since rating.exact=false")
         if target in ("sampled", "single") and not config.rating.seeds:
             raise ConfigError("probe.targets", probe.targets, "exact, since rating.seeds=[]")
+        if target == "utility" and config.choice.kind == "none":
+            raise ConfigError("probe.targets", probe.targets, "exact or sampled, since choice=none; or choice=exact")
         if target == "refused" and config.judge.kind == "none":
             raise ConfigError("probe.targets", probe.targets, "good, since judge=none")
     limit = above(0) if probe.kind == "ridge" else at_least(0)
@@ -170,7 +174,7 @@ def conditions(config: Config) -> dict[str, str | None]:
 
 def _check_conditions(config: Config) -> None:
     names = tuple(conditions(config))
-    for key, role in (("completer", config.completer), ("rating", config.rating)):
+    for key, role in (("completer", config.completer), ("rating", config.rating), ("choice", config.choice)):
         if role.condition is None:
             continue
         if role.condition not in names:

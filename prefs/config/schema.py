@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from prefs.config.choice import ChoiceConfig
 from prefs.config.limits import (
     DEVICE,
     SEED,
@@ -430,6 +431,7 @@ class Config:
     capture: CaptureConfig = MISSING
     probe: ProbeConfig = MISSING
     steering: SteeringConfig = MISSING
+    choice: ChoiceConfig = MISSING
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
     shard: str | None = None
     """``i/n``: makes the i-th of n shares of what models are asked for, and leaves the rest to other jobs on the same

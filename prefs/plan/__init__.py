@@ -27,6 +27,7 @@ from prefs.models.loading import Models, ModelSpec, has_weights, model_folder
 from prefs.models.types import Engine
 from prefs.results.result import Result, View
 from prefs.results.terminal import MISSING
+from prefs.stages.choose import choose
 from prefs.stages.concept import reader_of
 from prefs.stages.dose_response import steered_along
 from prefs.stages.measure import Roles, Sites, job_tasks, measure, sites
@@ -213,13 +214,21 @@ def run_stages(
     """What the stages that ask models find in a store and make, with engines that compute nothing; and what there is to
     say of vectors that are not known. Of so many completions one is steered."""
     done, remarks = JobCounts(logged=False), []
-    _, rated, _ = measure(config, tasks, roles, config.template, captured.capture, store, models, done)
+    completions, rated, _ = measure(config, tasks, roles, config.template, captured.capture, store, models, done)
+    if config.choice.kind != "none" and config.shard is None:
+        chosen = choose(config.choice, completions, roles.rater, store, models)
+        done.add([chosen.work])
+        if chosen.work.computed and len(chosen.rounds) > 1 and config.choice.pairs.select != "random":
+            remarks.append(
+                "Choices: which pairs later rounds ask for follows from the answers, and so do their lengths."
+            )
     reader = reader_of(config, roles.completer, roles.rater, captured.capture, store, models)
     if reader is not None:
         read_all(config.concept, tasks, reader)
         done.add(reader.done())
     if config.steering.vector != "none":
-        vectors, remarks = _steering_vectors(config, tasks, captured, reader)
+        vectors, unknown = _steering_vectors(config, tasks, captured, reader)
+        remarks += unknown
         for ratings in rated.ratings.values() if vectors else ():
             ratings = replace(ratings, completions=ratings.completions[::steered_every])
             steered_along(config, vectors, ratings, roles.rater, store, models, done)

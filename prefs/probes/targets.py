@@ -13,7 +13,17 @@ from prefs.statistics.exact import ceiling, predicted_r, reliability
 from prefs.statistics.measured import Measured, valid_means
 from prefs.statistics.sampled import intraclass
 
+# The target that is not of ratings.
+UTILITY = "utility"
 NO_CEILING = "no ceiling is known for a target of yes and no"
+
+
+@dataclass(frozen=True, eq=False)
+class TaskUtilities:
+    """Utilities [n] of a cell's tasks (NaN: none), and their reliability."""
+
+    values: np.ndarray
+    reliability: Estimate
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +67,11 @@ def alike(values: np.ndarray) -> bool:
 
 
 def targets_of(
-    measured: Measured, sampling: Sampling, wanted: tuple[str, ...], threshold: str | float = "midpoint"
+    measured: Measured,
+    sampling: Sampling,
+    wanted: tuple[str, ...],
+    threshold: str | float = "midpoint",
+    utilities: TaskUtilities | None = None,
 ) -> list[Target]:
     """The targets wanted, of those that these ratings have.
 
@@ -68,9 +82,11 @@ def targets_of(
     sampling
         How the ratings were sampled: at temperature 1 exact ratings say how noisy they are.
     wanted
-        Of ``exact``, ``sampled``, ``single``, ``good``, ``refused``.
+        Of ``exact``, ``sampled``, ``single``, ``utility``, ``good``, ``refused``.
     threshold
         What a ``good`` rating lies above: ``midpoint`` of the scale, ``median`` of the ratings, or a number.
+    utilities
+        Of the same tasks, where they were chosen between.
     """
     order = np.argsort(measured.values)
     scale = np.array(measured.values)[order]
@@ -88,6 +104,8 @@ def targets_of(
                 continue  # the same
             ratings = measured.sampled[:, :seeds]
             found.append(_sampled(measured, ratings, key, scale, known=known))
+        elif key == UTILITY and utilities is not None:
+            found.append(Target(key, UTILITY, utilities.values, ceiling(utilities.reliability).r2))
         elif key == "good":
             values = measured.task_means
             cut = _cut(values, scale, threshold)

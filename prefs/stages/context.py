@@ -16,6 +16,7 @@ from prefs.job import JobCounts, ModelUsage
 from prefs.models.loading import Models, ModelSpec
 from prefs.models.types import Usage
 from prefs.probes.outcome import NoProbe
+from prefs.results.choices import Revealed
 from prefs.results.result import Result
 from prefs.stages.concept import Concepts
 from prefs.stages.judge import Judged
@@ -46,7 +47,7 @@ class JobContext:
         The config as plain containers, as cards and W&B have it.
     sites
         What is captured, probed and steered.
-    completions, rated, judged, concepts
+    completions, rated, judged, concepts, revealed
         What stages brought; not there before they ran.
     probes
         Of the cells so far, for the transfer between them.
@@ -66,6 +67,7 @@ class JobContext:
     rated: Rated = field(init=False)
     judged: Judged = field(init=False)
     concepts: Concepts = field(default_factory=dict)
+    revealed: Revealed | None = None
     probes: list[ProbeReport] = field(default_factory=list)
 
     @property

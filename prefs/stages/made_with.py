@@ -14,7 +14,18 @@ from prefs.stages.measure import Roles
 from prefs.store.keys import digest
 
 # What determines the records that models are asked for.
-DETERMINING = ("model", "completer", "template", "dataset", "rating", "judge", "capture", "concept", "steering")
+DETERMINING = (
+    "model",
+    "completer",
+    "template",
+    "dataset",
+    "rating",
+    "judge",
+    "capture",
+    "concept",
+    "choice",
+    "steering",
+)
 
 
 def made_with(config: Config, roles: Roles, tasks: Sequence[Task]) -> dict[str, Any]:

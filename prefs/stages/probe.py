@@ -28,7 +28,7 @@ from prefs.probes.controls import BLIND
 from prefs.probes.features import Captured, Features
 from prefs.probes.outcome import AUC, MIN_TASKS, CrossValidated, NoProbe, Outcome, put_together, taken_apart
 from prefs.probes.scores import score
-from prefs.probes.targets import Target, targets_of
+from prefs.probes.targets import Target, TaskUtilities, targets_of
 from prefs.results import figures
 from prefs.results.result import Figure, Result, Series, Table, View
 from prefs.results.tables import columns, numeric
@@ -61,6 +61,8 @@ class Subject:
         [T] texts; what a reader could have predicted the rating from.
     residuals
         One for each position.
+    utilities
+        Of the T tasks, where they were chosen between.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Subject:
     prompts: Sequence[str]
     completions: Sequence[str]
     residuals: Sequence[Residuals]
+    utilities: TaskUtilities | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +142,8 @@ def probe(
             f"{len(rows)} tasks have a vector at {positions}; {config.folds} folds need {needed} or more"
             + (f" ({broken})" if broken else "")
         )
-    targets = targets_of(measured.only(rows), subject.sampling, tuple(config.targets), config.threshold)
+    utilities = subject.utilities and replace(subject.utilities, values=subject.utilities.values[rows])
+    targets = targets_of(measured.only(rows), subject.sampling, tuple(config.targets), config.threshold, utilities)
     if not targets:
         return NoProbe(f"these ratings have none of the targets {', '.join(config.targets)}")
     same = same_tasks(measured.tasks, subject.prompts)
@@ -207,8 +211,11 @@ def _key(subject: Subject, same: Sequence[str], rows: np.ndarray, config: ProbeC
     others = {} if config._target_.startswith("prefs.") else {"class": config._target_}
     measured = subject.measured
     arrays = (measured.sampled, measured.mass, measured.refused, measured.by_thought, rows)
+    utilities = subject.utilities
+    chosen = {} if utilities is None else {"utilities": [_digest(utilities.values), asdict(utilities.reliability)]}
     return digest(
         {
+            **chosen,
             "format": FORMAT,
             "vectors": features_digest(subject.residuals),
             "sites": [[captured.position, list(captured.layers)] for captured in subject.residuals],

@@ -131,6 +131,24 @@ def _captured(
     return ReplyVectors(vectors, layers, spec["dtype"]), keys
 
 
+def thoughts_drawn(rater: ModelSpec, sampling: Sampling) -> dict[str, Any]:
+    """What of the sampling determines the options' scores: how the thoughts before them are drawn, if there are any."""
+    return {"temperature": sampling.temperature, "top_p": sampling.top_p} if rater.thinking is not None else {}
+
+
+def scores_table(store: Store, rater: ModelSpec, question: Question, sampling: Sampling) -> ReplyTable:
+    """Where the options' scores are kept, of all questions with these options and this opening."""
+    asked = {"options": list(question.options), "prefill": question.prefill, "also": list(map(list, question.also))}
+    how = {**scored_by(rater), "mass": MASS, **thoughts_drawn(rater, sampling)}
+    return ReplyTable(store.table("scores", {"model": recorded(rater), **how, **asked}, SCORES), "scores", score_row)
+
+
+def answers_table(store: Store, rater: ModelSpec, question: Question, sampling: Sampling) -> ReplyTable:
+    """Where sampled answers are kept, of all questions with these options and this opening."""
+    asked = {"options": list(question.options), "prefill": question.prefill, "sampling": asdict(sampling)}
+    return ReplyTable(store.table("answers", {"model": recorded(rater), **asked}, ANSWERS), "samples", sample_row)
+
+
 class _Cell:
     """One template's records: keys by row and seed, and where they are kept.
 
@@ -156,11 +174,10 @@ class _Cell:
         self.thinks = rater.thinking is not None
         self.thoughts = thought_seeds(seeds, thoughts) if self.thinks else (0,) * bool(thoughts)
         asked = {"options": list(template.says), "prefill": prefill}
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if self.thinks else {}
-        how = {**scored_by(rater), "also": list(map(list, template.also)), "mass": MASS}
-        scores = store.table("scores", {"model": spec["model"], **how, **asked, **drawn}, SCORES)
-        answers = store.table("answers", {"model": spec["model"], **asked, "sampling": asdict(sampling)}, ANSWERS)
-        self.scores, self.answers = ReplyTable(scores, "scores", score_row), ReplyTable(answers, "samples", sample_row)
+        drawn = thoughts_drawn(rater, sampling)
+        self.scores = scores_table(store, rater, self.question, sampling)
+        self.answers = answers_table(store, rater, self.question, sampling)
+        scores, answers = self.scores.table, self.answers.table
         turns = {row: [*before, *as_dicts([Message("user", self.question.text)])] for row, before in messages.items()}
         self.score_keys = {
             (row, seed): scores.key(messages=conversed, **({"thought": seed} if self.thinks else {}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from prefs.models.local.bridge import load_bridge
 from prefs.models.local.decoding import Decoder
 from prefs.models.local.doses import DosePasses, likelihood_alone
 from prefs.models.local.grouping import (
+    QuestionBatch,
     Row,
     Steerings,
     active,
@@ -53,29 +54,6 @@ TRIAL = " ".join(f"{n} and {n} are {2 * n}." for n in range(1, 31))
 
 # By row, what its requests brought, by number.
 Replies = list[dict[int, Reply]]
-
-
-@dataclass(frozen=True, eq=False)
-class QuestionBatch:
-    """One question put to some conversations; ``request`` says what is wanted of it.
-
-    ``done`` are the tokens of each row's prompt that have been run.
-    """
-
-    request: Request
-    conversations: Sequence[Conversation]
-    prompts: Sequence[Prompt]
-    done: Sequence[int]
-
-    @property
-    def turns(self) -> list[Conversation]:
-        """The conversations, with the question."""
-        return [replace(self.request, messages=messages).turns for messages in self.conversations]
-
-    @property
-    def rest(self) -> list[tuple[int, ...]]:
-        """What has not been run of each prompt."""
-        return [prompt.ids[done:] for prompt, done in zip(self.prompts, self.done, strict=True)]
 
 
 class LocalEngine:
@@ -131,10 +109,16 @@ class LocalEngine:
             check(request.steering, self.n_layers, self.d_model)
         if self.proof is not None:
             self.proof.before(requests)
-        kinds = {"complete": self._complete, "choose": self._choose, "doses": self._doses, "observe": self._observe}
+        kinds = {
+            "complete": self._complete,
+            "choose": self._choose,
+            "open": self._open,
+            "doses": self._doses,
+            "observe": self._observe,
+        }
         for group in grouped(requests):
             self._requests += group.count
-            whole = group.kind in ("complete", "choose")
+            whole = group.kind in ("complete", "choose", "open")
             for rows in self._side_by_side(group.rows):
                 for replies in self._halving.run(
                     kinds[group.kind],
@@ -269,6 +253,15 @@ class LocalEngine:
         return replies
 
     @torch.inference_mode()
+    def _open(self, rows: Sequence[Row]) -> Replies:
+        """Questions that open a conversation, each a prompt of its own."""
+        requests = [row.request for row in rows]
+        prompts = [encode_prompt(self.encoder, request.messages, request.question) for request in requests]
+        answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
+        replies = answer(self.passes.nothing(len(rows)), QuestionBatch(requests, prompts, [0] * len(rows)))
+        return [dict.fromkeys(row.requests, reply) for row, reply in zip(rows, replies, strict=True)]
+
+    @torch.inference_mode()
     def _observe(self, rows: Sequence[Row]) -> Replies:
         """Run each conversation once; capture as it goes by, and let every question go on from it."""
         replies: Replies = [dict.fromkeys(row.requests, Reply()) for row in rows]
@@ -302,11 +295,10 @@ class LocalEngine:
         answer = self._answer if self.encoder.thinking is None else self._answer_after_thoughts
         for alike in asked:
             numbers = [row for row, _ in alike]
-            request = rows[alike[0][0]].requests[alike[0][1]]
+            own = [rows[row].requests[number] for row, number in alike]
             batch = QuestionBatch(
-                request,
-                [rows[row].messages for row in numbers],
-                [prompts[row][request.question] for row in numbers],
+                own,
+                [prompts[row][request.question] for row, request in zip(numbers, own, strict=True)],
                 [len(prefixes[row]) for row in numbers],
             )
             begun = state.fork()
@@ -344,7 +336,7 @@ class LocalEngine:
             return replies
         vectors = recorder.vectors()
         if self.proof is not None and capture is not None and reads_logits(request):
-            self.proof.rating(batch.conversations, capture, vectors, logits)
+            self.proof.rating([asked.messages for asked in batch.requests], capture, vectors, logits)
         return [replace(reply, residuals=own) for reply, own in zip(replies, vectors, strict=True)]
 
     def _read(self, state: State, logits: torch.Tensor, batch: QuestionBatch) -> list[Reply]:
@@ -371,16 +363,15 @@ class LocalEngine:
         replies = [Reply() for _ in turns]
         for seed in seeds:
             prompts = [
-                encode_prompt(self.encoder, messages, request.question, own[seed].text)
-                for messages, own in zip(batch.conversations, thoughts, strict=True)
+                encode_prompt(self.encoder, asked.messages, asked.question, own[seed].text)
+                for asked, own in zip(batch.requests, thoughts, strict=True)
             ]
-            once = replace(
-                request,
+            once = replace(batch, prompts=prompts).wanting(
                 seeds=(seed,) * (seed in request.seeds),
                 scores=(seed,) * (seed in request.scores),
                 capture=request.capture if seed == seeds[0] else None,
             )
-            brought = self._answer(state.fork(), replace(batch, request=once, prompts=prompts))
+            brought = self._answer(state.fork(), once)
             for row, (own, reply) in enumerate(zip(thoughts, brought, strict=True)):
                 reply, before = own[seed].reply(reply), replies[row]
                 replies[row] = Reply(
@@ -399,8 +390,8 @@ class LocalEngine:
         prompts = [encode_prompt(self.encoder, row.messages, request.question) for row in rows]
 
         def read(state: State, logits: torch.Tensor) -> list[Reply]:
-            conversations, done = [row.messages for row in rows], [len(prompt.ids) for prompt in prompts]
-            return self._read(state, logits, QuestionBatch(request, conversations, prompts, done))
+            asked, done = [row.request for row in rows], [len(prompt.ids) for prompt in prompts]
+            return self._read(state, logits, QuestionBatch(asked, prompts, done))
 
         if self.encoder.thinking is None and self.passes.shares_blocks and not any(map(self._alone, rows)):
             by_dose = DosePasses(self.passes, request, prompts, read).run(doses)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from prefs.models.positions import POSITIONS, Span
 from prefs.models.prompts import Prompt
@@ -34,11 +34,12 @@ class Row:
 class Group:
     """Rows that are run together, in the order in which their conversations first appear.
 
-    ``complete``: generated, under one sampling and steering. ``choose``: the same options. ``doses``: the same
-    question under the same steerings. ``observe``: captured and asked, each row what its requests want.
+    ``complete``: generated, under one sampling and steering. ``choose``: the same options. ``open``: questions with the
+    same options and wishes, which no turn of the user stands before. ``doses``: the same question under the same
+    steerings. ``observe``: captured and asked, each row what its requests want.
     """
 
-    kind: Literal["complete", "choose", "doses", "observe"]
+    kind: Literal["complete", "choose", "open", "doses", "observe"]
     rows: list[Row]
 
     @property
@@ -47,6 +48,37 @@ class Group:
         if self.kind == "complete":
             return sum(len(request.seeds) for row in self.rows for request in row.requests.values())
         return sum(len(row.requests) for row in self.rows) if self.kind == "doses" else len(self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class QuestionBatch:
+    """Questions put to some conversations, of all of which the same is wanted.
+
+    ``done`` are the tokens of each row's prompt that have been run.
+    """
+
+    requests: Sequence[Request]
+    prompts: Sequence[Prompt]
+    done: Sequence[int]
+
+    @property
+    def request(self) -> Request:
+        """The first: what is wanted of all."""
+        return self.requests[0]
+
+    @property
+    def turns(self) -> list[Conversation]:
+        """The conversations, with the questions."""
+        return [request.turns for request in self.requests]
+
+    def wanting(self, **wanted: Any) -> QuestionBatch:
+        """The same questions, of which something else is wanted."""
+        return replace(self, requests=[replace(request, **wanted) for request in self.requests])
+
+    @property
+    def rest(self) -> list[tuple[int, ...]]:
+        """What has not been run of each prompt."""
+        return [prompt.ids[done:] for prompt, done in zip(self.prompts, self.done, strict=True)]
 
 
 def grouped(requests: Sequence[Request]) -> list[Group]:
@@ -60,9 +92,12 @@ def grouped(requests: Sequence[Request]) -> list[Group]:
             key = ("complete", request.sampling, request.steering)
         elif request.question is not None and request.capture is None and (request.likelihood or request.steering):
             key = ("doses", request.question, request.sampling, request.seeds, request.scores, request.likelihood)
+        elif request.question is not None and all(message.role == "system" for message in request.messages):
+            asked = request.question
+            key = ("open", asked.options, asked.prefill, request.sampling, request.seeds, request.scores)
         else:
             key = ("observe", request.steering)
-        messages = request.turns if request.choose else request.messages
+        messages = request.turns if key[0] in ("choose", "open") else request.messages
         groups.setdefault(key, {}).setdefault(messages, {})[number] = request
     split: dict[tuple, list[Row]] = {}
     for key, conversations in groups.items():

@@ -55,10 +55,8 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Call:
-    """Tokens to go on from, and what is wanted there.
-
-    ``looked`` are tokens whose log-probabilities are wanted for the first place. ``seed`` is of the random numbers.
-    """
+    """Tokens to go on from, and what is wanted there: the log-probabilities of tokens ``looked`` at in the first place;
+    ``seed`` is of the random numbers."""
 
     ids: tuple[int, ...]
     sampling: Sampling
@@ -69,7 +67,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Output:
-    """Tokens drawn, those that stop among them; whether these ended them; log-probabilities of the first; tokens of the
+    """Tokens drawn, with those that stop, and whether these ended them; log-probabilities of the first; tokens of the
     prompt that had been run before; whether logits were finite (vLLM draws "!!!!" where they are not)."""
 
     ids: tuple[int, ...]
