@@ -91,6 +91,8 @@ class Digesting(Models):
 
     def get(self, spec: ModelSpec) -> Any:
         told = {name: value for name, value in asdict(spec).items() if name not in SPEC_UNKEYED}
+        if spec.backend != "openai":
+            told.pop("revision")  # of a hub model, whose commit is in the key; an embedded one and a folder have none
         scheduled = {name: value for name, value in spec.vllm.engine.items() if name not in VLLM_SCHEDULING}
         told["vllm"] = (spec.vllm.quantization, scheduled) if spec.backend == "vllm" else (None, {})
         told["api"] = spec.api.extra_body if spec.backend == "openai" else {}
