@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +23,6 @@ from prefs.results.terminal import MISSING, number, used, with_interval
 from prefs.stages.probe import ProbeReport
 from prefs.stages.records import OTHER_DTYPE, Completion, Ratings
 from prefs.stages.steer import Dose, Responses, SteeringVector, Tokens, steer
-from prefs.stages.steered_tokens import steered_tokens, tokens_view
 from prefs.stages.steering_vectors import steering_vectors
 from prefs.statistics.dose import mean_of, slope
 from prefs.statistics.estimates import Estimate, Resamples
@@ -54,8 +53,6 @@ class DoseResponse:
         One row a vector, layer, coefficient and task.
     remarks
         What to be careful about.
-    tokens_of_one
-        One conversation token by token; see `steered_tokens`. Empty: none is shown.
     """
 
     tokens: str
@@ -63,7 +60,6 @@ class DoseResponse:
     slopes: pd.DataFrame
     ratings: pd.DataFrame
     remarks: Sequence[str]
-    tokens_of_one: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def curves(self) -> pd.DataFrame:
         """Doses as `prefs.results.figures.dose_response` draws them: a panel a layer and a line a vector, all
@@ -103,16 +99,7 @@ def steered(cell: CellContext) -> DoseResponse | str:
     if not responses.rated.any():
         mend = OTHER_DTYPE.format("model.dtype")
         return f"No steering: unsteered, the logits are not finite for any task ({mend})."
-    example = steered_tokens(
-        ratings.completions,
-        job.roles.rater,
-        ratings.question,
-        at=steering.at,
-        position=steering.position,
-        system_prompt=config.rating.system_prompt,
-        store=job.store,
-    )
-    doses = dose_response(
+    return dose_response(
         ratings.completions,
         responses,
         ratings.template.values,
@@ -123,7 +110,6 @@ def steered(cell: CellContext) -> DoseResponse | str:
         seed=config.stats.seed,
         without=without,
     )
-    return replace(doses, tokens_of_one=example)
 
 
 def steered_along(
@@ -311,7 +297,6 @@ def dose_result(doses: DoseResponse | str, title: str, unit: str) -> Result:
     if isinstance(doses, str):
         return Result(remarks=(doses,))
     tokens = "all tokens" if doses.tokens == "all" else doses.tokens
-    example = doses.tokens_of_one
     draw = partial(
         figures.dose_response,
         title=f"Steering at {tokens}: {title}",
@@ -325,13 +310,8 @@ def dose_result(doses: DoseResponse | str, title: str, unit: str) -> Result:
             Table("steering_doses", doses.doses, "Steered ratings"),
             Table("steering_slopes", doses.slopes, f"Rating points a unit ({unit})"),
             Table("steering_ratings", doses.ratings, "Steered ratings of each task", large=True),
-            *([Table("steering_tokens", example, "One task's tokens: steered, and read")] if len(example) else []),
         ),
-        views=(
-            _slope_view(doses, unit),
-            _dose_view(doses.doses),
-            *([tokens_view(example, doses.tokens)] if len(example) else []),
-        ),
+        views=(_slope_view(doses, unit), _dose_view(doses.doses)),
         figures=(Figure("dose_response", draw, "Steered ratings"),),
         remarks=tuple(doses.remarks),
         metrics={
