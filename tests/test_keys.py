@@ -41,8 +41,10 @@ ROUNDING = "the same numbers, but for rounding (shown by the tests of the engine
 SPEED = "how fast, and on how many devices"
 ANEW = "what is made of the records, anew by each run"
 NAME = "a name in tables"
+PAIRS = "which pairs are asked for: their prompts are in the keys"
 UNKEYED = {
     "MODEL.name": NAME,
+    "MODEL.completion_tokens": "what completer.max_new_tokens is by default, which is in the key",
     **dict.fromkeys(("MODEL.device", "MODEL.device_map", "MODEL.attn_implementation", "MODEL.batch_tokens"), ROUNDING),
     **dict.fromkeys(("MODEL.gpus", "MODEL.vllm.tensor_parallel_size", "MODEL.vllm.data_parallel_size"), SPEED),
     **dict.fromkeys(("MODEL.vllm.gpu_memory_utilization", "MODEL.vllm.enforce_eager"), SPEED),
@@ -52,7 +54,13 @@ UNKEYED = {
     "completer.name": NAME,
     **dict.fromkeys(("completer.condition", "rating.condition"), "stands for the system prompt, which is in the key"),
     "template.*.name": NAME,
-    **dict.fromkeys(("template.*.reading", "template.*.options.*.value", "template.*.options.*.also"), ANEW),
+    "template.*.scale": "stands for the options, which are in the key",
+    **dict.fromkeys(("template.*.reading", "template.*.options.*.value"), ANEW),
+    **dict.fromkeys(("choice.name", "choice.template.name"), NAME),
+    "choice.thoughts": "of exact choices of a model that thinks, whose seeds are in the keys",
+    "choice.condition": "stands for the system prompt, which is in the key",
+    **{f"choice.pairs.{name}": PAIRS for name in ("degree", "first", "step", "select", "holdout", "stop_se", "seed")},
+    **{f"choice.utility.{name}": PAIRS for name in ("model", "position", "folds", "splits", "seed")},
     **dict.fromkeys(("judge.name", "judge.phrases", "judge.window"), ANEW),
     "capture.name": NAME,
     **dict.fromkeys(("concept.*.name", "concept.*.folds", "concept.*.splits", "concept.*.seed"), ANEW),
@@ -116,7 +124,8 @@ class Answering:
     def run(self, requests: list[Request]) -> Iterator[tuple[int, Reply]]:
         for number, request in enumerate(requests):
             question, drawn = request.question, request.sampling
-            asked = [self.told, as_dicts(request.turns), question and asdict(question)]
+            also = question and question.also  # other words for the options, which are scored but not shown
+            asked = [self.told, as_dicts(request.turns), question and asdict(replace(question, also=()))]
             asked += [
                 (change.vector.numpy().tobytes().hex(), change.layer, change.coefficient, change.at, change.kind)
                 for change in request.steering
@@ -125,7 +134,7 @@ class Answering:
             capture = request.capture or Capture((), ())
             yield number, Reply(
                 samples={s: Sample(digest([*asked, drawn and asdict(drawn), s]), 1, True) for s in request.seeds},
-                scores={s: Score((number_of(asked, thinks, self.shown, s),)) for s in request.scores},
+                scores={s: Score((number_of(asked, also, thinks, self.shown, s),)) for s in request.scores},
                 choice=question.options[number_of(asked) > 0.5] if question and request.choose else None,
                 residuals={
                     position: torch.tensor([[number_of(asked, thinks, position, layer)] for layer in capture.layers])
@@ -183,6 +192,10 @@ OTHER: dict[str, Any] = {
     "MODEL.api.key_env": "HOME",
     "judge._target_": "prefs.stages.judge.judged_by_phrases",
     "judge.kind": "none",
+    "choice.kind": "none",
+    "choice.labels": [["C", "D"]],
+    "choice.template.question": lambda question: f"{question}!",
+    "choice.template.when": "after",
     "concept.*.conditions": lambda prompts: {**prompts, "positive": "Be glad."},
     "concept.*.contrast": lambda pair: pair[::-1],
     "concept.*.wordings": {"other": {"positive": "Rejoice.", "negative": "Mourn."}},
@@ -247,7 +260,7 @@ def named(way: tuple[Any, ...]) -> str:
     """A field's name: of any template, concept or option, and of any of the roles' models."""
     keyed = [*way]
     for place, part in enumerate(way):
-        if place and (isinstance(part, int) or way[place - 1] in ("template", "concept", "sources")):
+        if place and (isinstance(part, int) or way[place - 1] in ("template", "concept", "sources")) and way[0] != "choice":
             keyed[place] = "*"
     name = ".".join(map(str, keyed))
     role = next((role for role in ROLES if name.startswith(role)), None)
@@ -297,6 +310,7 @@ IN_ROLES = ("model", "completer.model", "judge.model")
 CONFIGS = {
     "here": ("concept=[liking_math]", "capture.positions=[last_prompt,mean_completion,rating]", "capture.layers=[0,1]"),
     "steered": ("capture.positions=[rating]", "steering=concept", "steering.layers=[1]", "steering.seeds=[0]"),
+    "choosing": ("choice=sampled", "choice.seeds=[0]", "capture=none"),
     "thinking": (*(f"{role}.thinking.enabled=true" for role in IN_ROLES), "capture.positions=[rating]"),
     "vllm": (*(f"{role}.backend=vllm" for role in IN_ROLES), "capture=none"),
     "served": (
@@ -310,6 +324,7 @@ CONFIGS = {
 ACTING = {
     "here": ("",),
     "steered": ("steering.", "rating."),
+    "choosing": ("choice.",),
     **dict.fromkeys(("thinking", "vllm", "served"), ("MODEL.", "rating.", "completer.")),
 }
 
