@@ -15,6 +15,7 @@ from prefs.models.loading import Models, ModelSpec
 from prefs.models.local.engine import LocalEngine
 from prefs.models.positions import POSITIONS, token_ranges
 from prefs.models.prompts import THOUGHT, encode_prompt
+from prefs.models.sampling import Stops
 from prefs.models.types import Capture, Conversation, Message, Question, Reply, Sampling, Steering
 
 ROWS: list[Conversation] = [
@@ -42,7 +43,7 @@ def errors(spec: ModelSpec, rows: Sequence[Conversation] = ROWS) -> dict[str, Er
     thinking = LocalEngine(engine.bridge, engine.encoder.tokenizer, dataclasses.replace(spec, thinking=THINKING))
     thinking.passes.sharing = engine.passes.sharing
     # One token in eight ends a text, so that thoughts and answers are of unequal lengths.
-    engine.decoder.stops = thinking.decoder.stops = frozenset(range(0, 1 << 16, 8))
+    engine.decoder.stops = thinking.decoder.stops = Stops(frozenset(range(0, 1 << 16, 8)))
     plain = Plain(spec, engine.n_layers)
     table: dict[str, Errors] = {}
     for name, batches in {"batch": [list(rows)], "alone": [[rows[-1]]]}.items():
@@ -68,7 +69,7 @@ def observed(engine, plain: Plain, rows: list[Conversation]) -> Errors:
         prompt = encode_prompt(engine.encoder, row, QUESTION)
         worst["scores"] = max(worst["scores"], _off(reply, plain.log_masses(prompt)))
         turns = (*row, Message("user", QUESTION.text))
-        ids = plain.drawn(prompt.ids, 0, turns, SAMPLING, engine.decoder.stops)
+        ids = plain.drawn(prompt.ids, 0, turns, SAMPLING, engine.decoder.stops.tokens)
         worst["samples"] = max(worst["samples"], float(_text(engine, ids) != reply.samples[0].text))
         _, residuals = plain.run(prompt.ids)
         for position, (start, end) in token_ranges(prompt.spans, list(POSITIONS)).items():
@@ -116,7 +117,7 @@ def thought(engine, plain: Plain, rows: list[Conversation]) -> Errors:
                 worst["scores after thoughts"], _off(reply, plain.log_masses(prompt), seed)
             )
             if seed == 0:
-                ids = plain.drawn(prompt.ids, seed, turns, SAMPLING, engine.decoder.stops)
+                ids = plain.drawn(prompt.ids, seed, turns, SAMPLING, engine.decoder.stops.tokens)
                 if _text(engine, ids) != reply.samples[0].text:
                     worst["samples after thoughts"] = 1.0
                 _, residuals = plain.run(prompt.ids)
@@ -134,14 +135,14 @@ def completed(engine, plain: Plain, rows: list[Conversation]) -> Errors:
     prompts, worst = [row[:-1] for row in rows], {"completions": 0.0}
     for turns, sample in zip(prompts, complete(engine, prompts, 0, SAMPLING), strict=True):
         ids = engine.encoder.encode(turns, answer="", thought=sample.thought).ids
-        drawn = plain.drawn(ids, 0, turns, SAMPLING, engine.decoder.stops)
+        drawn = plain.drawn(ids, 0, turns, SAMPLING, engine.decoder.stops.tokens)
         worst["completions"] = max(worst["completions"], float(_text(engine, drawn) != sample.text))
     return worst
 
 
 def _thinks_alike(engine, plain: Plain, turns: Conversation, text: str) -> bool:
     budget = dataclasses.replace(SAMPLING, max_new_tokens=THINKING.max_tokens)
-    stops = frozenset([*engine.decoder.stops, engine.encoder.thought_end])
+    stops = frozenset([*engine.decoder.stops.tokens, engine.encoder.thought_end])
     ids = plain.drawn(engine.encoder.open_thought(turns), 0, (*turns, THOUGHT), budget, stops)
     return _text(engine, ids) == text
 

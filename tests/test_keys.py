@@ -260,7 +260,8 @@ def named(way: tuple[Any, ...]) -> str:
     """A field's name: of any template, concept or option, and of any of the roles' models."""
     keyed = [*way]
     for place, part in enumerate(way):
-        if place and (isinstance(part, int) or way[place - 1] in ("template", "concept", "sources")) and way[0] != "choice":
+        held = way[0] != "choice" and way[place - 1] in ("template", "concept", "sources")
+        if place and (isinstance(part, int) or held):
             keyed[place] = "*"
     name = ".".join(map(str, keyed))
     role = next((role for role in ROLES if name.startswith(role)), None)
@@ -390,7 +391,7 @@ def test_every_field_of_a_probe_gives_another_key_or_is_listed():
     config = ProbeConfig(name="x", _target_="prefs.probes.ridge.Ridge", penalties=[1.0])
     measured = Measured(("a", "b"), ("A", "B"), ("1", "2"), (1.0, 2.0), np.ones((2, 1)), None, np.zeros(2))
     subject = probe.Subject("cell", measured, Sampling(1, 1, 1), ("a", "b"), ("c", "d"), ())
-    key = partial(probe._key, subject, np.arange(2))
+    key = partial(probe._key, subject, subject.measured.tasks, np.arange(2))
     unkeyed = set()
     for name, way, value in leaves(config):
         if key(changed(config, way, value), 0) == key(config, 0):
