@@ -540,7 +540,7 @@ def test_hostile_names_and_texts_stay_as_they_are_and_all_files_where_they_belon
         Task(f"{text[:50]} {n}", f"{text} {n}", origins[n % 3])
         for n, text in enumerate(text for text in HOSTILE for _ in range(3))
     ]
-    texts = [Completion(task, f"I'm sorry {task.prompt}") for task in tasks]
+    texts = [Completion(task, f"I can't help with that. {task.prompt}") for task in tasks]
     texts[1] = Completion(tasks[1], "")
     for number, name in enumerate(raters):
         rated(folder / f"{number}", f"model.name='{name}'", texts=texts, draw=number)

@@ -76,8 +76,8 @@ def test_log_probabilities_are_rebuilt_as_plain_transformers_has_them(spec, dtyp
         expected = plain(torch.tensor([prompt.ids])).logits[0, -1].log_softmax(dim=-1)
         bound = 1e-4 if dtype == "float32" else 0.3
         torch.testing.assert_close(rebuilt, expected, rtol=bound / 10, atol=bound)
-        p = [float(rebuilt[tail[0]].exp()) for tail in prompt.tails]
-        assert reply.scores[0].mass[0] == pytest.approx(p[0], rel=1e-4)
+        p = sum(float(rebuilt[path[0]].exp()) for path, option in prompt.beginnings.items() if option == 0)
+        assert reply.scores[0].mass[0] == pytest.approx(p, rel=1e-4)
     spent = engine.usage()
     for at in AT:
         steering = (Steering(1, torch.ones(64), 1.0, at), Steering(4, torch.ones(64), 1.0, at, "project_out"))

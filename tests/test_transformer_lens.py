@@ -91,8 +91,8 @@ def walked(plain, tokenizer, ids, words: Sequence[Sequence[str]], least: float =
 @pytest.mark.parametrize(
     "name", ["anchored", *(pytest.param(name, marks=pytest.mark.slow) for name in ("likert", "agreement"))]
 )
-def test_option_masses_equal_a_walk_through_all_answers(backend, plain, name, prefill):
-    asked = dataclasses.replace(question(name), prefill=prefill)
+def test_option_masses_equal_a_walk_through_all_answers(backend, plain, name):
+    asked = question(name)
     ((reply,),) = observe(backend, CONVERSATIONS[:1], [asked])
     prompt = encode_prompt(backend.encoder, CONVERSATIONS[0], asked)
     # Some of the probability goes through tokens that no tokenizer writes an option with ("Ag", "ree").

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.generation.logits_process import TopPLogitsWarper
 
 from prefs.models.tokens import ChatEncoder
 from prefs.models.types import Conversation, Sampling, as_dicts
@@ -58,6 +57,9 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> to
         return tokens.expand(-1, uniforms.shape[1]).cpu()
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
+        # A job that finds everything in the store draws nothing, and loads no transformers.
+        from transformers.generation.logits_process import TopPLogitsWarper
+
         logits = TopPLogitsWarper(sampling.top_p)(torch.empty(0, dtype=torch.long), logits)  # type: ignore[arg-type]
     probabilities = logits.softmax(dim=-1)
     if probabilities.device.type == "mps":  # which has no float64

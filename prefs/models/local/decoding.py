@@ -46,8 +46,10 @@ class Decoder:
         paths: list[tuple[int, Path]] = [(row, (token,)) for row, _, token in first]
         values = [_log_probs(logits[:, -1:], first)]
         to_run = [runs(prompt.beginnings) for prompt in prompts]
-        for start in range(0, max(map(len, to_run)), COPIES):
-            streams = [(row, run) for row, own in enumerate(to_run) for run in own[start : start + COPIES]]
+        # Runs of different lengths side by side are padded.
+        copies = COPIES if self._passes.sharing.rows else 1
+        for start in range(0, max(map(len, to_run)), copies):
+            streams = [(row, run) for row, own in enumerate(to_run) for run in own[start : start + copies]]
             longest = max(len(run) for _, run in streams)
             begun = state.fork().select(self._passes.tensor([row for row, _ in streams]))
             _, after = self._passes.extend(begun, [run for _, run in streams], keep=longest)

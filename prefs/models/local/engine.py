@@ -409,8 +409,8 @@ class LocalEngine:
         stream."""
         if self.encoder.thinking is not None:
             prompts = self._thoughts_opened(prompts, [row.request.turns for row in rows])
-        alone = replace(request, steering=dose)
-        replies = [own[0] for own in self._observe([Row(row.messages, {0: alone}) for row in rows])]
+        alone = [Row(row.messages, {0: replace(row.request, steering=dose)}) for row in rows]
+        replies = [own[0] for own in self._observe(alone)]
         if not request.likelihood:
             return replies
         nll = [likelihood_alone(self.passes, prompt, dose) for prompt in prompts]

@@ -94,7 +94,8 @@ def grouped(requests: Sequence[Request]) -> list[Group]:
             key = ("doses", request.question, request.sampling, request.seeds, request.scores, request.likelihood)
         elif request.question is not None and all(message.role == "system" for message in request.messages):
             asked = request.question
-            key = ("open", asked.options, asked.prefill, request.sampling, request.seeds, request.scores)
+            wanted = (request.sampling, request.seeds, request.scores, request.capture, request.steering)
+            key = ("open", asked.options, asked.also, asked.prefill, *wanted)
         else:
             key = ("observe", request.steering)
         messages = request.turns if key[0] in ("choose", "open") else request.messages
