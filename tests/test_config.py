@@ -203,7 +203,7 @@ def test_conditions_are_the_first_concept_s_system_prompts():
         (["template=[a"], "no viable alternative at input '[a'"),
         (["+model.nosuch=1"], "model.nosuch: there is no such key. Known here: api, attn_implementation"),
         (["+rating.sedes=[0]"], "rating.sedes: there is no such key; did you mean 'seeds'? Known here: condition"),
-        (["+model.seeds=[0]"], "model.seeds: there is no such key; did you mean 'steering.seeds' or 'choice.seeds' or 'rating.seeds'?"),
+        (["+model.seeds=[0]"], "model.seeds: there is no such key; did you mean 'steering.seeds' or 'choice.seeds'"),
         ([f"+{OPTIONS}.0.worth=3"], "options.0.worth: there is no such key. Known here: also, say, value"),
         ([*CONCEPT, f"++{LIKING}.fold=3"], f"{LIKING}.fold: there is no such key; did you mean 'folds'?"),
         (["model.vllm.engine.seed=1"], "there is no such key yet; to add it, write +model.vllm.engine.seed=..."),

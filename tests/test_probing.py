@@ -159,12 +159,13 @@ def test_every_kind_goes_through(cell, kind, tmp_path, store):
     assert load_probe(tmp_path / "exact").probe.kind == {"mean_difference": "linear"}.get(kind, kind)
 
 
-def test_a_broken_vector_is_named_by_task_position_and_layer(tmp_path, x, store):
+def test_a_task_whose_vector_is_not_finite_is_left_out_and_counted(tmp_path, x, store):
     broken = x.clone()
     broken[9, 3, 3] = torch.nan
     found = probe(subject(tmp_path, broken), config(), 0, [], store)
-    assert isinstance(found, NoProbe)
-    assert found.reason.startswith("the vector of task task-9 at rating, layer 1 holds a NaN")
+    assert isinstance(found, ProbeReport)
+    assert 9 not in found.rows
+    assert len(found.rows) == N - 1
 
 
 def test_fewer_tasks_than_folds(tmp_path, x, store):
@@ -208,7 +209,7 @@ def test_what_was_trained_once_is_found_and_is_the_same(cell, store, report, tmp
     assert (report.work, found.work) == (StageCounts("probes, anchored", 0, 3), StageCounts("probes, anchored", 3, 0))
     assert files(found, tmp_path / "found") == files(report, tmp_path / "made")
     # Names are for people: a probe by another name is the same probe.
-    other = config(name="mine", _target_="elsewhere.RidgeBank")
+    other = config(name="mine")
     assert isinstance(probe(replace(again, name="other"), other, 50, [], store), ProbeReport)
 
 

@@ -133,7 +133,7 @@ def test_an_empty_completion_is_rated_but_has_no_vector(store, spec, models):
 def test_other_words_for_an_option_change_exact_ratings_alone(store, spec, models):
     first = run(store, spec, models)
     more = template("anchored")
-    more.options[4].also = ["very much"]
+    more.options[4].also = ["6"]
     completions = first.ratings["anchored"].completions
     options = {"seeds": (0, 1), "exact": True, "capture": CAPTURE, "system_prompt": None}
     again = rate(completions, spec, {"anchored": more}, SHORT, store=store, models=models, **options)
