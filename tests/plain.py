@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+from engine_calls import masses_of
 from tiny_models import plain_model
 from torch import nn
 
@@ -64,13 +66,9 @@ class Plain:
         return logits.float().log_softmax(-1), torch.stack(kept)
 
     def log_masses(self, prompt: Prompt, change: Change | None = None) -> list[float]:
-        """log P of each option's whole tokens; none of them may open another."""
-        masses = []
-        for tail in prompt.tails:
-            log_probs, _ = self.run(prompt.ids + tail, change)
-            first = len(prompt.ids) - 1
-            masses.append(sum(float(log_probs[first + place, token]) for place, token in enumerate(tail)))
-        return masses
+        """Log of the options' masses, one pass for each beginning."""
+        masses = masses_of(prompt, lambda ids: self.run(ids, change)[0][-1].double().exp())
+        return [math.log(mass) for mass in masses]
 
     def drawn(
         self, ids: tuple[int, ...], seed: int, turns: Conversation, sampling: Sampling, stops: frozenset[int]
