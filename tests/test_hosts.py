@@ -27,8 +27,9 @@ SERVER = Path("/usr/lib/openssh/sftp-server")
 pytestmark = pytest.mark.hosts
 
 # Several batches of each kind, so that there is something to share.
+TASKS = 12
 JOB = [
-    *("dataset.limit=12", "completer.max_new_tokens=8", "rating.seeds=[0,1]", "rating.max_new_tokens=4"),
+    *(f"dataset.limit={TASKS}", "completer.max_new_tokens=8", "rating.seeds=[0,1]", "rating.max_new_tokens=4"),
     *("capture.layers=[0]", "capture.positions=[rating]", "model.batch_tokens=200"),
     *("probe=none", "wandb.mode=disabled", "hydra.run.dir=out"),
 ]
@@ -136,7 +137,7 @@ def stopped_with_a_lease(site: Site, host: subprocess.Popen[str]) -> bool:
 def test_a_host_that_dies_is_inherited_from_after_a_term(site, alone):
     killed = site.begin("killed", f"{site.see}; job", TERM)
     until(
-        lambda: killed.poll() is not None or (0 < len(site.completed()) < 12 and stopped_with_a_lease(site, killed)),
+        lambda: killed.poll() is not None or (0 < len(site.completed()) < TASKS and stopped_with_a_lease(site, killed)),
         at_most_s=280,
     )
     assert killed.poll() is None, killed.communicate()[0]
