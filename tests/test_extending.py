@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -57,4 +58,5 @@ def test_the_examples_run_as_they_stand(tmp_path):
     assert list(completions["refused"]) == [len(text) < 40 for text in completions["completion"]]
     probe = pd.read_csv(cell / "probe.csv")
     assert set(probe["position"]) == {"middle_completion", "rating"}
-    assert set(probe["kind"]) == {"sign_difference"} if "kind" in probe else True
+    cards = [json.loads(card.read_text()) for card in cell.glob("probe/*/probe.json")]
+    assert {card["config"]["kind"] for card in cards} == {"sign_difference"}
