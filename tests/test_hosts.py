@@ -27,9 +27,8 @@ SERVER = Path("/usr/lib/openssh/sftp-server")
 pytestmark = pytest.mark.hosts
 
 # Several batches of each kind, so that there is something to share.
-TASKS = 12
 JOB = [
-    *(f"dataset.limit={TASKS}", "completer.max_new_tokens=8", "rating.seeds=[0,1]", "rating.max_new_tokens=4"),
+    *("dataset.limit=12", "completer.max_new_tokens=8", "rating.seeds=[0,1]", "rating.max_new_tokens=4"),
     *("capture.layers=[0]", "capture.positions=[rating]", "model.batch_tokens=200"),
     *("probe=none", "wandb.mode=disabled", "hydra.run.dir=out"),
 ]
@@ -98,11 +97,17 @@ def site(tmp_path) -> Site:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """What the job finds on a host with a disk of its own."""
+def whole(tmp_path_factory) -> Site:
+    """A disk with all of the job, which one host made."""
     site = Site(tmp_path_factory.mktemp("alone"))
-    ended(site.begin("alone", f"mount -t tmpfs none {site.seen}; job"))
-    return site.out("alone")
+    ended(site.begin("alone", f"mount --bind {site.disk} {site.seen}; job"))
+    return site
+
+
+@pytest.fixture(scope="module")
+def alone(whole) -> Path:
+    """What the job finds on a host with a disk of its own."""
+    return whole.out("alone")
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -137,7 +142,7 @@ def stopped_with_a_lease(site: Site, host: subprocess.Popen[str]) -> bool:
 def test_a_host_that_dies_is_inherited_from_after_a_term(site, alone):
     killed = site.begin("killed", f"{site.see}; job", TERM)
     until(
-        lambda: killed.poll() is not None or (0 < len(site.completed()) < TASKS and stopped_with_a_lease(site, killed)),
+        lambda: killed.poll() is not None or (0 < len(site.completed()) < 12 and stopped_with_a_lease(site, killed)),
         at_most_s=280,
     )
     assert killed.poll() is None, killed.communicate()[0]
@@ -169,12 +174,10 @@ def test_a_full_disk_is_one_line_and_with_more_room_the_job_goes_on(site, alone)
     assert_same_tables(site.out("node"), alone, more_than=4)
 
 
-def test_a_store_that_can_only_be_read_serves_whoever_lacks_nothing(site, alone):
-    ended(site.begin("writer", f"mount --bind {site.disk} {site.seen}; job"))
-    before = site.checksums()
+def test_a_store_that_can_only_be_read_serves_whoever_lacks_nothing(whole, alone):
+    site, before = whole, whole.checksums()
     read_only = f"mount --bind {site.disk} {site.seen}; mount -o remount,bind,ro {site.seen}"
     printed = ended(site.begin("reader", f"{read_only}; job; job rating.seeds=[0,1,2] || echo code $?"))
-    assert_same_tables(site.out("writer"), alone, more_than=4)
     assert_same_tables(site.out("reader"), alone, more_than=4)
     *_, line, code = printed.splitlines()
     assert code == "code 2"
