@@ -13,6 +13,7 @@ from engine_calls import observe
 from families import QUESTION, SAMPLING, THINKING
 
 from prefs.models.local.engine import LocalEngine
+from prefs.models.sampling import Stops
 from prefs.models.types import Capture, Conversation, Message, Reply
 
 WORDS = ("red", "river", "night", "five", "glass", "green", "seven", "never", "apple", "house", "or", "stone")
@@ -43,7 +44,7 @@ def thinking(engine: LocalEngine) -> LocalEngine:
     spec = dataclasses.replace(engine.spec, thinking=THINKING)
     thinker = LocalEngine(engine.bridge, engine.encoder.tokenizer, spec)
     thinker.passes.sharing = engine.passes.sharing
-    thinker.decoder.stops = frozenset(range(0, 1 << 16, 8))
+    thinker.decoder.stops = Stops(frozenset(range(0, 1 << 16, 8)))
     return thinker
 
 

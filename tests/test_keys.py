@@ -25,6 +25,7 @@ from prefs.concepts.export import SavedVectors, save_vectors
 from prefs.config import Config, ModelDType, ProbeConfig, typed
 from prefs.data.task import Task
 from prefs.errors import UserError
+from prefs.models.counting import tokenizer_of
 from prefs.models.loading import VLLM_SCHEDULING, Models, ModelSpec, identity
 from prefs.models.types import Capture, Reply, Request, Sample, Sampling, Score, Usage, as_dicts
 from prefs.plan import run_stages
@@ -349,8 +350,20 @@ def configs(tmp_path_factory) -> dict[str, Config]:
         return {name: typed(config) for name, config in made.items()}
 
 
-def test_another_value_gives_other_keys_or_the_same_records(configs, monkeypatch):
-    monkeypatch.setattr("prefs.store.planned.pq.write_table", lambda *part, **options: None)  # to measure it
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """What takes nearly all of the time, over and over: to measure what a part would take, and to load a tokenizer."""
+    loaded: dict[Any, Any] = {}
+
+    def tokenizer(spec: ModelSpec) -> Any:
+        which = spec.path, spec.revision
+        return loaded[which] if which in loaded else loaded.setdefault(which, tokenizer_of(spec))
+
+    monkeypatch.setattr("prefs.store.planned.pq.write_table", lambda *part, **options: None)
+    monkeypatch.setattr("prefs.stages.measure.tokenizer_of", tokenizer)
+
+
+def test_another_value_gives_other_keys_or_the_same_records(configs):
     keyed, names = set(), set()
     for kind, config in configs.items():
         tasks = job_tasks(config)

@@ -22,7 +22,7 @@ from prefs.models.local.memory import Halving
 from prefs.models.local.passes import Passes, State, Watcher, blocks_until_stopped
 from prefs.models.local.residuals import AllRecorded, Recorder
 from prefs.models.local.sharing import Sharing
-from prefs.models.options import runs
+from prefs.models.options import Path
 from prefs.models.positions import Span
 from prefs.models.prompts import Prompt, Thought
 from prefs.models.tokens import ChatEncoder
@@ -74,6 +74,12 @@ class _CountingPasses(Passes):
         self.device, self.n_layers, self.sharing = torch.device("cpu"), shape.layers, sharing
         self._d_model, self._counts = shape.d_model, counts
 
+    def extend_tree(
+        self, state: State, trees: Sequence[Sequence[Path]], watchers: Sequence[Watcher] = ()
+    ) -> torch.Tensor:
+        self._counts.tally.prompt_tokens += sum(map(len, trees))
+        return torch.empty((len(trees), max(map(len, trees)), 0))
+
     def nothing(self, rows: int, cached: bool = True) -> State:
         return replace(super().nothing(rows, cached=False), cache=DynamicCache())
 
@@ -114,10 +120,8 @@ class _MakingUp(Decoder):
         self._counts, self._encoder, self._made_up, self._passes = counts, encoder, MadeUp(counts, encoder), passes
 
     def masses(self, state: State, logits: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        streams = [(row, run) for row, prompt in enumerate(prompts) for run in runs(prompt.beginnings)]
-        if streams:
-            rows = self._passes.tensor([row for row, _ in streams])
-            self._passes.extend(state.fork().select(rows), [run for _, run in streams])
+        for _ in self._after_beginnings(state, prompts):
+            pass
         options = len(prompts[0].tails)
         return np.full((len(prompts), options), 1 / options)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -42,24 +42,13 @@ class Decoder:
     def masses(self, state: State, logits: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
         """Probability of each option, [rows, options]; see `prefs.models.options`."""
         looks = [branchings(prompt.beginnings) for prompt in prompts]
-        first = [(row, 0, token) for row, own in enumerate(looks) for token in own.get((), ())]
-        paths: list[tuple[int, Path]] = [(row, (token,)) for row, _, token in first]
-        values = [_log_probs(logits[:, -1:], first)]
-        to_run = [runs(prompt.beginnings) for prompt in prompts]
-        # Runs of different lengths side by side are padded.
-        copies = COPIES if self._passes.sharing.rows else 1
-        for start in range(0, max(map(len, to_run)), copies):
-            streams = [(row, run) for row, own in enumerate(to_run) for run in own[start : start + copies]]
-            longest = max(len(run) for _, run in streams)
-            begun = state.fork().select(self._passes.tensor([row for row, _ in streams]))
-            _, after = self._passes.extend(begun, [run for _, run in streams], keep=longest)
-            looked = []
-            for stream, (row, run) in enumerate(streams):
-                for length in range(1, len(run) + 1):
-                    for token in looks[row][run[:length]]:
-                        looked.append((stream, longest - len(run) + length - 1, token))
-                        paths.append((row, (*run[:length], token)))
-            values.append(_log_probs(after, looked))
+        begun = [((), row, row, 0) for row in range(len(prompts))]
+        paths: list[tuple[int, Path]] = []
+        values = []
+        for looked, after in ((begun, logits[:, -1:]), *self._after_beginnings(state, prompts)):
+            asked = [(*place, token) for path, row, *place in looked for token in looks[row].get(path, ())]
+            paths += [(row, (*path, token)) for path, row, *_ in looked for token in looks[row].get(path, ())]
+            values.append(_log_probs(after, asked))
         by_row: list[dict[Path, float]] = [{} for _ in prompts]
         for (row, path), value in zip(paths, torch.cat(values).tolist(), strict=True):
             by_row[row][path] = value
@@ -69,6 +58,30 @@ class Decoder:
                 for own, prompt in zip(by_row, prompts, strict=True)
             ]
         )
+
+    def _after_beginnings(
+        self, state: State, prompts: Sequence[Prompt]
+    ) -> Iterator[tuple[list[tuple[Path, int, int, int]], torch.Tensor]]:
+        """Logits [streams, places, vocabulary] after all beginnings that an option goes on from: with each one's
+        tokens, prompt, stream and place."""
+        trees = [[path for path in branchings(prompt.beginnings) if path] for prompt in prompts]
+        if self._passes.sharing.tree and any(trees):
+            looked = [(path, row, row, place) for row, own in enumerate(trees) for place, path in enumerate(own)]
+            yield looked, self._passes.extend_tree(state.fork(), trees)
+            return
+        to_run = [runs(prompt.beginnings) for prompt in prompts]
+        # Runs of different lengths side by side are padded.
+        copies = COPIES if self._passes.sharing.rows else 1
+        for start in range(0, max(map(len, to_run)), copies):
+            streams = [(row, run) for row, own in enumerate(to_run) for run in own[start : start + copies]]
+            longest = max(len(run) for _, run in streams)
+            begun = state.fork().select(self._passes.tensor([row for row, _ in streams]))
+            _, after = self._passes.extend(begun, [run for _, run in streams], keep=longest)
+            yield [
+                (run[:length], row, stream, longest - len(run) + length - 1)
+                for stream, (row, run) in enumerate(streams)
+                for length in range(1, len(run) + 1)
+            ], after
 
     def samples(
         self,

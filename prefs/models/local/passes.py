@@ -25,6 +25,7 @@ from prefs.models.local.memory import out_of_memory
 from prefs.models.local.residuals import AllRecorded, Hook
 from prefs.models.local.sharing import Sharing
 from prefs.models.local.steering import BatchSteering
+from prefs.models.options import Path
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class Passes:
         takes = inspect.signature(bridge.original_model.forward).parameters
         # Mamba's families have another name for the cache, and a mask of the new tokens alone.
         self._states_alone = "cache_params" in takes
+        self._dtype = bridge.original_model.dtype
         self.sharing = Sharing.of_config(bridge.original_model.config)
         if "position_ids" not in takes:  # which may be counted by columns (MPT)
             self.sharing = replace(self.sharing, gaps=False)
@@ -206,6 +208,40 @@ class Passes:
             return self._run(state, rows, keep, watchers, drawn=drawn)
         whole = [(*before, *row) for before, row in zip(state.ids, rows, strict=True)]
         return self.start(whole, state.steering, watchers, keep=keep, drawn=drawn)
+
+    def extend_tree(
+        self, state: State, trees: Sequence[Sequence[Path]], watchers: Sequence[Watcher] = ()
+    ) -> torch.Tensor:
+        """Run token sequences that all go on from a state, side by side in one row: each token sees the state and what
+        is before it in its own sequence. Only where `Sharing.tree`; the given state must not be used again.
+
+        Parameters
+        ----------
+        trees
+            Of each row, the sequences; with every one, all of its beginnings.
+
+        Returns
+        -------
+        torch.Tensor
+            [rows, sequences, vocabulary], logits after each; rows of fewer sequences are padded at the end.
+        """
+        width = max(map(len, trees))
+        padded = [(*own, *[()] * (width - len(own))) for own in trees]
+        ids = self.tensor([[path[-1] if path else self._pad for path in own] for own in padded])
+        depth = self.tensor([[len(path) for path in own] for own in padded])
+        sees = {own: [[one[: len(other)] == other for other in own] for one in own] for own in set(padded)}
+        branches = self.tensor([sees[own] for own in padded]) * depth.bool()[:, None]
+        # Padding sees itself, too: a softmax over nothing is not finite.
+        branches |= torch.eye(width, dtype=torch.long, device=self.device)
+        past = state.mask[:, None].expand(-1, width, -1)
+        seen = torch.cat([past, branches], dim=2).bool()[:, None]
+        blocked = torch.finfo(self._dtype).min
+        mask = torch.zeros(seen.shape, dtype=self._dtype, device=self.device).masked_fill(~seen, blocked)
+        real = (depth > 0).long()
+        positions = (state.lengths[:, None] + depth - 1) * real
+        logits, blocks = self._forward(state, ids, positions, real, mask, width, watchers)
+        self._ran_of_prompts += sum(map(len, trees)) * blocks
+        return logits
 
     def extend_above(
         self,
@@ -298,23 +334,8 @@ class Passes:
         # Padding stands at position 0: it is masked, and positions must lie inside the model's range.
         positions = (state.lengths[:, None] + real.cumsum(dim=1) - 1).clamp(min=0) * real
         mask = torch.cat([state.mask, real], dim=1)
-        # In this order, vectors are recorded as they flow on: after steering.
-        by_layer = [*state.steering.hooks(positions, real), *(hook for watcher in watchers for hook in watcher.hooks())]
-        logits, end = torch.empty((len(rows), 0, 0)), blocks_until_stopped(watchers)
-        with (
-            contextlib.suppress(AllRecorded),
-            self._bridge.hooks([(self._hooks[layer], hook) for layer, hook in by_layer]),
-        ):
-            logits = self._bridge(
-                ids,
-                attention_mask=real if self._states_alone else mask,
-                position_ids=positions,
-                use_cache=state.cache is not None,
-                logits_to_keep=keep,
-                return_type="logits",
-                **{"cache_params" if self._states_alone else "past_key_values": state.cache},
-            )[:, -keep:]
-            end = self.n_layers
+        seen = real if self._states_alone else mask
+        logits, end = self._forward(state, ids, positions, real, seen, keep, watchers)
         ran = sum(len(row) for row in rows) * (end - first)
         if drawn:
             self._ran_of_answers += ran
@@ -322,6 +343,36 @@ class Passes:
             self._ran_of_prompts += ran
         run = tuple((*before, *row) for before, row in zip(state.ids, rows, strict=True))
         return State(run, state.cache, mask, state.lengths + real.sum(dim=1), state.steering), logits
+
+    def _forward(
+        self,
+        state: State,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        real: torch.Tensor,
+        mask: torch.Tensor,
+        keep: int,
+        watchers: Sequence[Watcher],
+    ) -> tuple[torch.Tensor, int]:
+        """Logits [rows, keep, vocabulary], and the blocks that were run."""
+        # In this order, vectors are recorded as they flow on: after steering.
+        by_layer = [*state.steering.hooks(positions, real), *(hook for watcher in watchers for hook in watcher.hooks())]
+        logits, end = torch.empty((len(ids), 0, 0)), blocks_until_stopped(watchers)
+        with (
+            contextlib.suppress(AllRecorded),
+            self._bridge.hooks([(self._hooks[layer], hook) for layer, hook in by_layer]),
+        ):
+            logits = self._bridge(
+                ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=state.cache is not None,
+                logits_to_keep=keep,
+                return_type="logits",
+                **{"cache_params" if self._states_alone else "past_key_values": state.cache},
+            )[:, -keep:]
+            end = self.n_layers
+        return logits, end
 
     def _handing_over(self, layers: Sequence[int], hidden: torch.Tensor) -> contextlib.AbstractContextManager[object]:
         """Let blocks give `hidden` in place of running. Each gives the same: the last one's is what is read."""

@@ -29,6 +29,8 @@ class Sharing:
         Padding between its tokens.
     several, single
         Going on from kept keys and values for several tokens at once, and for one.
+    tree
+        Sequences that go on from the same tokens in one row, each with a mask that hides the others.
     switch
         Rows of more tokens than this have other positions (longrope): they are run alone, and no pass goes on across.
     indexed
@@ -40,6 +42,7 @@ class Sharing:
     gaps: bool = True
     several: bool = True
     single: bool = True
+    tree: bool = True
     switch: int | None = None
     indexed: bool = False
 
@@ -54,7 +57,8 @@ class Sharing:
         by_kind = [rope, *(part for part in rope.values() if isinstance(part, dict))]
         switches = [part["original_max_position_embeddings"] for part in by_kind if part.get("rope_type") == "longrope"]
         indexed = "indexed_attention" in kinds
-        return cls(gaps=full, switch=config.index_topk if indexed else min(switches, default=None), indexed=indexed)
+        switch = config.index_topk if indexed else min(switches, default=None)
+        return cls(gaps=full, tree=full and switch is None, switch=switch, indexed=indexed)
 
     def goes_on(self, done: Sequence[Tokens], rows: Sequence[Tokens]) -> bool:
         """Whether these tokens may be run after those that are `done`, by what was kept of these."""

@@ -42,7 +42,8 @@ def tried(passes: Passes, config: Any, text: Sequence[int]) -> Sharing:
     gaps = known.gaps and rows and trial.holds(trial.going_on, MORE - 1, MORE)
     several = gaps or trial.holds(trial.going_on, *[MORE] * len(trial.rows))
     single = trial.holds(trial.going_on, *[1] * len(trial.rows))
-    return replace(known, rows=rows, gaps=gaps, several=several, single=single)
+    tree = known.tree and gaps and trial.holds(trial.in_a_tree)
+    return replace(known, rows=rows, gaps=gaps, several=several, single=single, tree=tree)
 
 
 class _Trial:
@@ -78,6 +79,15 @@ class _Trial:
         order, kept = self._passes.tensor(range(len(more))[::-1]), Kept(range(self._passes.n_layers), stops=False)
         self._passes.extend(self._begun[0].fork().select(order), more[::-1], watchers=[kept])
         return self._error(kept, -1, lengths[0], -MORE)
+
+    def in_a_tree(self) -> float:
+        """The error of tokens that go on among others, in a tree, of which the row beside it has fewer."""
+        (row, beside), kept = self.rows, Kept(range(self._passes.n_layers), stops=False)
+        more, others = row[-MORE:], beside[-MORE:]
+        trunk = [more[: length + 1] for length in range(MORE)]
+        tree = [others[:1], others[:2], (*more[:1], others[1]), *trunk]
+        self._passes.extend_tree(self._begun[0].fork(), [tree, [others[:1]]], watchers=[kept])
+        return self._error(kept, 0, MORE, -MORE)
 
     @cached_property
     def _begun(self) -> tuple[State, Kept]:
