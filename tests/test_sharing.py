@@ -21,12 +21,12 @@ from prefs.models.types import Capture
     [
         ("llama", Sharing()),
         ("qwen2", Sharing()),  # whose window is switched off
-        ("gemma2", Sharing(gaps=False)),
-        ("gpt_neo", Sharing(gaps=False)),  # whose windows have another name
-        ("qwen3_5_text", Sharing(gaps=False)),
-        ("llama4_text", Sharing(gaps=False)),
-        ("phi3_longrope", Sharing(switch=64)),
-        ("glm_moe_dsa", Sharing(gaps=False, switch=512, indexed=True)),
+        ("gemma2", Sharing(gaps=False, tree=False)),
+        ("gpt_neo", Sharing(gaps=False, tree=False)),  # whose windows have another name
+        ("qwen3_5_text", Sharing(gaps=False, tree=False)),
+        ("llama4_text", Sharing(gaps=False, tree=False)),
+        ("phi3_longrope", Sharing(switch=64, tree=False)),
+        ("glm_moe_dsa", Sharing(gaps=False, tree=False, switch=512, indexed=True)),
     ],
 )
 def test_what_a_config_tells(name, sharing):
@@ -68,6 +68,14 @@ def elsewhere_with_several(cached, ids, options):
     options["position_ids"] = options["position_ids"] + 7 * bool(cached and ids.shape[1] > 1)
 
 
+def blind_to_branches(cached, ids, options):
+    mask = options["attention_mask"]
+    if mask.ndim == 4:
+        width = ids.shape[1]
+        causal = torch.full((width, width), torch.finfo(mask.dtype).min).triu(1)
+        options["attention_mask"] = torch.cat([mask[..., :-width], causal.expand(len(ids), 1, -1, -1)], dim=-1)
+
+
 def without_a_cache(cached, ids, options):
     if cached:
         raise NotImplementedError("no cache")
@@ -76,9 +84,10 @@ def without_a_cache(cached, ids, options):
 @pytest.mark.parametrize(
     ("fault", "sharing", "note"),
     [
-        (blind_to_padding, Sharing(rows=False, gaps=False), "rows are run one at a time"),
-        (elsewhere_with_several, Sharing(gaps=False, several=False), "questions are run with all that is before them"),
-        (without_a_cache, Sharing(gaps=False, several=False, single=False), "each token that is drawn"),
+        (blind_to_padding, Sharing(rows=False, gaps=False, tree=False), "rows are run one at a time"),
+        (elsewhere_with_several, Sharing(gaps=False, several=False, tree=False), "questions are run with all that is"),
+        (without_a_cache, Sharing(gaps=False, several=False, single=False, tree=False), "each token that is drawn"),
+        (blind_to_branches, Sharing(tree=False), ""),
     ],
 )
 def test_a_family_that_cannot_share_is_told_and_run_right(llama, monkeypatch, prefs_log, fault, sharing, note):

@@ -77,11 +77,14 @@ class Decoder:
             longest = max(len(run) for _, run in streams)
             begun = state.fork().select(self._passes.tensor([row for row, _ in streams]))
             _, after = self._passes.extend(begun, [run for _, run in streams], keep=longest)
-            yield [
-                (run[:length], row, stream, longest - len(run) + length - 1)
-                for stream, (row, run) in enumerate(streams)
-                for length in range(1, len(run) + 1)
-            ], after
+            yield (
+                [
+                    (run[:length], row, stream, longest - len(run) + length - 1)
+                    for stream, (row, run) in enumerate(streams)
+                    for length in range(1, len(run) + 1)
+                ],
+                after,
+            )
 
     def samples(
         self,
