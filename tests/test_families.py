@@ -6,6 +6,8 @@ import pytest
 import torch
 from batches import pool, thinking, worst_of_batches
 from families import errors
+from tiny_models import tiny_model
+from transformers import AutoConfig
 from zoo import FAMILIES, zoo_model
 
 from prefs.errors import UserError
@@ -34,6 +36,13 @@ def test_a_row_does_not_depend_on_the_batch_it_is_in(tmp_path, thinks):
     assert worst.padding > 32
     assert worst.texts == 0
     assert max(worst.scores, worst.vectors) < ROUNDING
+
+
+def test_blocks_that_transformer_lens_does_not_see_into_are_refused_in_one_line(tmp_path):
+    """GPT's give a list."""
+    spec = tiny_model(tmp_path, AutoConfig.for_model("openai-gpt", n_embd=64, n_head=4, n_layer=2, vocab_size=49152))
+    with pytest.raises(UserError, match="TransformerLens shows no residual stream after block 0"):
+        Models().get(spec)
 
 
 def test_several_residual_streams_are_refused_in_one_line():

@@ -152,7 +152,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": {**WINDOW, "layer_types": SLIDING_TYPES},
     "olmo_hybrid": DELTA,
     "olmoe": EXPERTS,
-    "openai-gpt": GPT,
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "phi": {},
     "phi3": WINDOW,
@@ -179,7 +178,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": WINDOW,
     "vaultgemma": {**GEMMA, "layer_types": SLIDING_TYPES},
     "xglm": {"d_model": 64, "ffn_dim": 128, "num_layers": 5, "attention_heads": 4},
-    "youtu": {**MLA, "num_key_value_heads": 4},
+    "youtu": {**MLA, "num_key_value_heads": 4, "head_dim": 8},
     "zamba2": {
         **MAMBA2,
         "mamba_ngroups": 1,

@@ -125,7 +125,7 @@ class Passes:
     def __init__(self, bridge: Any, pad: int, name: str):
         self._bridge = bridge
         self._pad = pad
-        self._name = name
+        self.name = name
         # Where tokens go. With a device map, blocks and logits may be elsewhere.
         self.device = bridge.original_model.get_input_embeddings().weight.device
         takes = inspect.signature(bridge.original_model.forward).parameters
@@ -310,7 +310,7 @@ class Passes:
         except Exception as error:
             if out_of_memory(error):
                 raise
-            log.debug("%s: no pass begins above a block: %s", self._name, error)
+            log.debug("%s: no pass begins above a block: %s", self.name, error)
             return False
         return all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in pairs)
 

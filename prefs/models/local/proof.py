@@ -173,14 +173,15 @@ class Proof:
         if not all(map(torch.equal, plain.logits, none.logits)):
             raise self._not_steered("coefficient 0 changes the logits")
         steered = self._run(changes)
-        numbers, last = self._numbers(), self._engine.n_layers - 1
+        last = self._engine.n_layers - 1
         for layer in layers:
             # What reaches the next block; where a family does more between blocks, what the hooks saw.
             given = plain.into.get(layer + 1, ())
             flows = len(given) == len(plain.out[layer]) and all(map(torch.equal, plain.out[layer], given))
             reached = steered.into[layer + 1] if flows else steered.kept[layer]
-            for tokens, before, after in zip(numbers, steered.out[layer], reached, strict=True):
-                own = [change for change in changes if change.layer == layer]
+            own = [change for change in changes if change.layer == layer]
+            for number, (before, after) in enumerate(zip(steered.out[layer], reached, strict=True)):
+                tokens = self._numbers(number, before.shape[1])
                 self._moved(own, tokens.to(before.device), before, after)
         off = self._off(steered.kept[last][2][:, -1], steered.logits[2])
         if not max(off) <= BOUNDS[self._dtype]:
@@ -250,14 +251,12 @@ class Proof:
             _, logits = passes.extend_above(lowest, below_it.after[lowest], below, begun, rows, watching())
         return logits
 
-    def _numbers(self) -> list[torch.Tensor]:
-        """Of each pass of `_run`, the tokens' numbers in their rows [rows, width]; -1 for padding."""
-        ends = [len(row.ids) for row in self._prompts]
-        width = max(ends) - PIECE
-        first = [[-1] * (width - (end - PIECE)) + list(range(end - PIECE)) for end in ends]
-        second, drawn = [list(range(end - PIECE, end)) for end in ends], [[end] for end in ends]
-        again = [second] if self._engine.passes.shares_blocks else []
-        return [torch.tensor(piece) for piece in (first, second, drawn, *again)]
+    def _numbers(self, number: int, width: int) -> torch.Tensor:
+        """Of a pass of `_run`, the tokens' numbers in their rows [rows, width]; -1 for padding. Rows end in the same
+        column, whether they went on or were run again from their beginning."""
+        further = (-PIECE, 0, 1, 0)[number]
+        ends = [len(row.ids) + further for row in self._prompts]
+        return torch.stack([torch.arange(end - width, end).clamp(min=-1) for end in ends])
 
     def _not_steered(self, why: str) -> UserError:
         return UserError(

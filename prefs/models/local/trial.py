@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from prefs.errors import UserError
 from prefs.models.local.memory import out_of_memory
 from prefs.models.local.passes import Kept, Passes, State
 from prefs.models.local.sharing import Sharing
@@ -29,6 +30,11 @@ def tried(passes: Passes, config: Any, text: Sequence[int]) -> Sharing:
     """What may be shared, by the config and by a few short passes over the tokens of a text.
 
     What differs from a whole pass over the row alone by more than rounding does, or cannot be run, is not shared.
+
+    Raises
+    ------
+    UserError
+        If the residual stream is not seen after each block.
     """
     known, passes.sharing = passes.sharing, Sharing()
     _, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
@@ -54,6 +60,9 @@ class _Trial:
         self._passes = passes
         self._whole = Kept(range(passes.n_layers), stops=False)
         passes.start([rows[0]], watchers=[self._whole], cached=False)
+        unseen = [layer for layer in range(passes.n_layers) if layer not in self._whole.after]
+        if unseen:
+            raise UserError(f"{passes.name}: TransformerLens shows no residual stream after block {unseen[0]}")
 
     def holds(self, error: Callable[..., float], *lengths: int) -> bool:
         """Whether an error is one of rounding; it is not where the pass fails, being of a kind that a family lacks."""
