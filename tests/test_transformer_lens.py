@@ -95,9 +95,10 @@ def test_option_masses_equal_a_walk_through_all_answers(backend, plain, name):
     asked = question(name)
     ((reply,),) = observe(backend, CONVERSATIONS[:1], [asked])
     prompt = encode_prompt(backend.encoder, CONVERSATIONS[0], asked)
-    # Some of the probability goes through tokens that no tokenizer writes an option with ("Ag", "ree").
-    expected = walked(plain, backend.encoder.tokenizer, prompt.ids, asked.words)
-    np.testing.assert_allclose(reply.scores[0].mass, expected, atol=2e-3)
+    # What goes through tokens that no tokenizer writes an option with ("Ag", "ree") is missing, as the docs say.
+    missing = np.array(walked(plain, backend.encoder.tokenizer, prompt.ids, asked.words)) - reply.scores[0].mass
+    assert missing.min() > -1e-4  # of what the walk does not follow
+    assert missing.max() < 5e-3
 
 
 @torch.inference_mode()
