@@ -137,9 +137,12 @@ def test_exact_masses_are_those_of_the_model_run_here(served, backend):
     given = {}
     for name, question, tolerance in (("scale", SCALE, 2e-5), ("ten", TEN, 2e-5), ("words", WORDS, 5e-4)):
         given[name], expected = masses(served, question), masses(backend, question)
-        # What is not among the 20 likeliest tokens counts as 0.
+        # What is not among the 20 likeliest tokens counts as 0: options, and further digits behind one (of this model,
+        # up to .006 of an option's probability).
         listed = (given[name] > 0) | (expected > 0.02)
-        np.testing.assert_allclose(given[name][listed], expected[listed], atol=tolerance)
+        beyond = (given[name] - expected)[listed]
+        assert beyond.min() > -tolerance
+        assert beyond.max() < 5e-3
     assert (given["words"][:, [0, 3]] > 0.002).sum() >= 3  # those of several tokens have been walked to
     assert given["ten"][:, 10].min() > 0.05
 
