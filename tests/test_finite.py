@@ -134,7 +134,7 @@ class PlainNaN:
 
 
 def test_the_engine_of_vllm_and_what_servers_send(spec, engine):
-    vllm = VllmEngine(PlainNaN, engine.encoder.tokenizer, engine.decoder.stops, spec)
+    vllm = VllmEngine(PlainNaN, engine.encoder, engine.decoder.stops, spec)
     ((reply,),) = observe(vllm, [GOOD], [QUESTION], SAMPLING, seeds=(0,))
     assert (reply.samples[0].invalid, reply.scores[0].invalid) == ("not_finite", "not_finite")
     (choice,) = replies(vllm, [Request(GOOD, QUESTION, choose=True)])
@@ -171,17 +171,14 @@ def test_it_is_counted_through_the_store_and_found_there_again(tmp_path, spec, m
         assert [work.computed for work in rated.work] == ([0] * 3 if again else [4, 2, 4])
 
 
-def test_a_judge_and_steering_leave_such_tasks_out_and_count_them(tmp_path, spec, models, monkeypatch):
+def test_a_judge_and_steering_leave_such_tasks_out_and_count_them(tmp_path, spec, models):
     store = Store.open(str(tmp_path))
     completions = [
         Completion(Task("good", "Name a river."), "Po."),
         Completion(Task("bad", "A town?"), f"It is{WORD}."),
     ]
     judge = JudgeConfig(name="j", question="{request} {reply} refuse or comply?", refusal="refuse", compliance="comply")
-    with monkeypatch.context() as patched:
-        patched.setattr("prefs.stages.judge.ModelSpec.from_config", lambda config: spec)
-        patched.setattr(judge, "model", "ours")
-        judged = judged_by_llm(judge, completions, store=store, models=models)
+    judged = judged_by_llm(judge, completions, model=spec, store=store, models=models)
     assert judged.refused[1] is None
     assert judged.refused[0] is not None
     assert judged.without == {"not_finite": 1}
@@ -236,7 +233,7 @@ def test_what_mends_it_is_named(tmp_path, model, stored, key):
 def test_saved_vectors_that_are_not_finite_are_one_line(tmp_path):
     saved = SavedVectors("liking", (Site(1, "rating"),), torch.tensor([[1.0, torch.nan]]), torch.ones(1), {})
     save_vectors(tmp_path, saved)
-    with pytest.raises(UserError, match=r"holds a NaN or an infinity \(unit, vectors\): extract the vectors again"):
+    with pytest.raises(UserError, match=r"holds a NaN or an infinity \(vectors\): extract the vectors again"):
         load_vectors(tmp_path)
 
 

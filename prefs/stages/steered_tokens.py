@@ -30,7 +30,7 @@ def steered_tokens(
     store: Store,
 ) -> pd.DataFrame:
     """The shortest of the conversations, one row a token: ``text``, ``role`` (whose text it is), ``steered``, and
-    ``read`` (``rating``: the rating is predicted from it; or the position that the vector was taken at).
+    ``read`` (``rating``: the rating is predicted from it; the position that the vector was taken at; or nothing).
 
     Taken from the store, or made with the rater's tokenizer; its weights are not loaded.
     """
@@ -67,7 +67,7 @@ def _tokens(
     if rater.thinking is not None:  # its thought follows, and is steered as what is generated
         prompt = replace(prompt, ids=encoder.open_thought((*turns, Message("user", question.text))))
     count, (start, end) = len(prompt.ids), spans_of_answer(prompt)[at]
-    read: list[str | None] = [None] * count
+    read = [""] * count
     for first, last in token_ranges(prompt.spans, [position]).values():
         read[first:last] = [position] * (last - first)
     if rater.thinking is None:
