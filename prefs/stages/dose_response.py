@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -23,6 +23,7 @@ from prefs.results.terminal import MISSING, number, used, with_interval
 from prefs.stages.probe import ProbeReport
 from prefs.stages.records import OTHER_DTYPE, Completion, Ratings
 from prefs.stages.steer import Dose, Responses, SteeringVector, Tokens, steer
+from prefs.stages.steered_tokens import steered_tokens, tokens_view
 from prefs.stages.steering_vectors import steering_vectors
 from prefs.statistics.dose import mean_of, slope
 from prefs.statistics.estimates import Estimate, Resamples
@@ -53,6 +54,8 @@ class DoseResponse:
         One row a vector, layer, coefficient and task.
     remarks
         What to be careful about.
+    tokens_of_one
+        One conversation token by token; see `steered_tokens`. Empty: none is shown.
     """
 
     tokens: str
@@ -60,6 +63,7 @@ class DoseResponse:
     slopes: pd.DataFrame
     ratings: pd.DataFrame
     remarks: Sequence[str]
+    tokens_of_one: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def curves(self) -> pd.DataFrame:
         """Doses as `prefs.results.figures.dose_response` draws them: a panel a layer and a line a vector, all
@@ -99,7 +103,16 @@ def steered(cell: CellContext) -> DoseResponse | str:
     if not responses.rated.any():
         mend = OTHER_DTYPE.format("model.dtype")
         return f"No steering: unsteered, the logits are not finite for any task ({mend})."
-    return dose_response(
+    example = steered_tokens(
+        ratings.completions,
+        job.roles.rater,
+        ratings.question,
+        at=steering.at,
+        position=steering.position,
+        system_prompt=config.rating.system_prompt,
+        store=job.store,
+    )
+    doses = dose_response(
         ratings.completions,
         responses,
         ratings.template.values,
@@ -110,6 +123,7 @@ def steered(cell: CellContext) -> DoseResponse | str:
         seed=config.stats.seed,
         without=without,
     )
+    return replace(doses, tokens_of_one=example)
 
 
 def steered_along(
@@ -297,6 +311,7 @@ def dose_result(doses: DoseResponse | str, title: str, unit: str) -> Result:
     if isinstance(doses, str):
         return Result(remarks=(doses,))
     tokens = "all tokens" if doses.tokens == "all" else doses.tokens
+    example = doses.tokens_of_one
     draw = partial(
         figures.dose_response,
         title=f"Steering at {tokens}: {title}",
@@ -310,8 +325,13 @@ def dose_result(doses: DoseResponse | str, title: str, unit: str) -> Result:
             Table("steering_doses", doses.doses, "Steered ratings"),
             Table("steering_slopes", doses.slopes, f"Rating points a unit ({unit})"),
             Table("steering_ratings", doses.ratings, "Steered ratings of each task", large=True),
+            *([Table("steering_tokens", example, "One task's tokens: steered, and read")] if len(example) else []),
         ),
-        views=(_slope_view(doses, unit), _dose_view(doses.doses)),
+        views=(
+            _slope_view(doses, unit),
+            _dose_view(doses.doses),
+            *([tokens_view(example, doses.tokens)] if len(example) else []),
+        ),
         figures=(Figure("dose_response", draw, "Steered ratings"),),
         remarks=tuple(doses.remarks),
         metrics={
