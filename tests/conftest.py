@@ -34,8 +34,17 @@ settings.load_profile("prefs")
 TEMPLATES = ("binary", "likert", "agreement", "stated", "anchored", "anchored_precise")
 # Files are handed to the workers in this order, so that none is left with a long one at the end.
 LONGEST_FIRST = (
-    *("test_run", "test_hosts", "test_concept_job", "test_transformer_lens", "test_thinking", "test_rate", "test_hub"),
-    *("test_comparison", "test_descent", "test_ridge", "test_plan"),
+    *(
+        "test_families",
+        "test_run",
+        "test_hosts",
+        "test_concept_job",
+        "test_transformer_lens",
+        "test_thinking",
+        "test_rate",
+        "test_hub",
+    ),
+    *("test_comparison", "test_descent", "test_ridge", "test_plan", "test_keys", "test_choose"),
 )
 
 

@@ -245,6 +245,7 @@ def test_a_server_is_counted_by_requests_and_dollars(tmp_path, monkeypatch, smol
     assert counts.tallies[JUDGE].prompt_tokens == 4 + 10
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_a_plan_a_job_and_leaves_nothing(tmp_path):
     text = run(tmp_path, tmp_path / "store", "-m", "plan=true", *SMALL, "template=likert,anchored")
     assert re.findall(r"Plan · smollm2 · (\w+) ", text) == ["likert_qualitative", "anchored_1_5"]

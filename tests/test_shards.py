@@ -47,6 +47,7 @@ def test_more_shards_than_tasks():
         Shard(4, 4).share("abc")
 
 
+@pytest.mark.slow
 def test_shards_are_merged_by_reading_the_store(tmp_path):
     def prefs(*arguments: str) -> str:
         done = subprocess.run(
