@@ -2,7 +2,7 @@
 
 ``--batches`` batches of 2 to 8 conversations in random orders, whose lengths differ by up to 64 tokens, on tiny random
 models of families with whole attention, windows, states, other positions and experts, thinking (thoughts of unequal
-lengths) and not; in float32, and in bfloat16 the embedded model. Prints Markdown.
+lengths) and not, in float32. Prints Markdown.
 """
 
 from __future__ import annotations
