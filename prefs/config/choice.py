@@ -51,7 +51,7 @@ class ChoiceTemplate:
 
     def ask(self, first: str, second: str, labels: tuple[str, str]) -> str:
         """The question about two tasks under two labels. What stands in braces in a task is its own."""
-        texts = dict(zip(SLOTS, (first, second, *labels), strict=True))
+        texts: dict[str, str] = dict(zip(SLOTS, (first, second, *labels), strict=True))
         return re.sub(r"\{(" + "|".join(SLOTS) + r")\}", lambda slot: texts[slot[1]], self.question).strip()
 
 

@@ -11,6 +11,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from prefs.errors import UserError
@@ -40,7 +41,8 @@ def _of_files(shipped: Path) -> Iterator[tuple[str, str, str, Any]]:
     folders = [folder for folder in folders if folder != shipped]
     if not folders:
         return
-    for default in loader.compute_defaults_list(hydra.job.config_name, list(hydra.overrides.task), hydra.mode).defaults:
+    mode = hydra.mode or RunMode.RUN
+    for default in loader.compute_defaults_list(hydra.job.config_name, list(hydra.overrides.task), mode).defaults:
         files = [folder / f"{default.config_path}.yaml" for folder in folders]
         file = next((file for file in files if file.is_file()), None)
         if file is None:

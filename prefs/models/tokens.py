@@ -112,7 +112,9 @@ class ChatEncoder:
             theirs = self.template.tokenized(as_dicts(turns))
             place = next((n for n, pair in enumerate(zip_longest(ours, theirs)) if pair[0] != pair[1]), None)
             if place is not None:
-                here, there = (self.tokenizer.convert_ids_to_tokens(ids[place : place + 4]) for ids in (ours, theirs))
+                here, there = (
+                    self.tokenizer.convert_ids_to_tokens(list(ids[place : place + 4])) for ids in (ours, theirs)
+                )
                 raise UserError(
                     f"{self.tokenizer.name_or_path}: this tokenizer and chat template cannot be used, since text is"
                     f" encoded here as other tokens than transformers' apply_chat_template makes of it: token {place}"

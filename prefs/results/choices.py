@@ -177,7 +177,7 @@ def choices_table(revealed: Revealed) -> pd.DataFrame:
     chosen = revealed.chosen
     rows = []
     for group in revealed.groups:
-        inside = np.isin(chosen.choices.pairs, group.tasks).any(axis=1)
+        inside = np.atleast_1d(np.isin(chosen.choices.pairs, group.tasks).any(axis=1))
         own = chosen.choices.only(inside)
         draws = Resamples.draw(len(own.pairs), revealed.bootstrap, revealed.seed)
         consistent = consistency(own, draws)

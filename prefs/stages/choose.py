@@ -196,8 +196,8 @@ class _Asking:
         if self.template.when == "after":
             for completion in (first, second):
                 before += conversation(completion.task.prompt, None, completion.text)
-        wanted = {"scores": self.seeds} if self.exact else {"seeds": self.seeds}
-        return Request(before, self._question(text, self.labels[number]), self.sampling, **wanted)
+        scores, seeds = (self.seeds, ()) if self.exact else ((), self.seeds)
+        return Request(before, self._question(text, self.labels[number]), self.sampling, seeds=seeds, scores=scores)
 
     def mass(self, asked: Sequence[Pair]) -> np.ndarray:
         """[P, 2 orders, labels, 2]; see `Chosen`. After several thoughts the mean of those that ended."""

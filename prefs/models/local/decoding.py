@@ -46,8 +46,11 @@ class Decoder:
         paths: list[tuple[int, Path]] = []
         values = []
         for looked, after in ((begun, logits[:, -1:]), *self._after_beginnings(state, prompts)):
-            asked = [(*place, token) for path, row, *place in looked for token in looks[row].get(path, ())]
-            paths += [(row, (*path, token)) for path, row, *_ in looked for token in looks[row].get(path, ())]
+            asked = []
+            for path, row, stream, place in looked:
+                for token in looks[row].get(path, ()):
+                    asked.append((stream, place, token))
+                    paths.append((row, (*path, token)))
             values.append(_log_probs(after, asked))
         by_row: list[dict[Path, float]] = [{} for _ in prompts]
         for (row, path), value in zip(paths, torch.cat(values).tolist(), strict=True):
