@@ -51,8 +51,7 @@ def test_the_canonical_sweep(serial, cluster, tmp_path):
     assert {job["status"] for job in jobs(tmp_path)} == {"finished"}
     assert len({job["group"] for job in jobs(tmp_path)}) == 1
     assert len(list(tmp_path.glob("sweep/*/wandb/offline-run-*"))) == 4 + 1, "a run a job, and their comparison's"
-    left = {path.name for path in (tmp_path / "store" / "leases").iterdir()}
-    assert left == {"holders", "visits"}, "nothing is held any more"
+    assert not any((tmp_path / "store" / "leases").iterdir()), "nothing is held any more"
 
 
 def workers() -> list[int]:
