@@ -53,7 +53,7 @@ def main() -> None:
     proven.before(captured)
     work = {
         "load the model, all proofs of loading with it": lambda: Models().get(spec),
-        "of it tokens: a conversation's ids are `apply_chat_template`'s": lambda: ChatEncoder(
+        "of it tokens: the chat encoder, whose ids are held against `apply_chat_template`'s": lambda: ChatEncoder(
             engine.encoder.tokenizer, spec.chat_template_kwargs, spec.thinking
         ),
         "of it passes: what may be shared is tried out": engine.try_sharing,
