@@ -81,7 +81,7 @@ def test_no_digit_is_looked_for_where_the_tokenizer_writes_numbers_in_one_token(
     question = Question("From 1 to 5?", ("1", "2", "3", "4", "5"), "Answer: ")
     prompt = encode_prompt(ChatEncoder(whole), CONVERSATION, question)
     assert NO_OPTION not in prompt.beginnings.values()
-    assert runs(prompt.beginnings) == []
+    assert runs(branchings(prompt.beginnings)) == []
 
 
 def test_prompts_whose_ends_are_alike_have_the_same_options(encoder):
@@ -127,7 +127,7 @@ def test_masses_add_up_to_the_probability_of_beginning_with_an_option():
         for path, tokens in branchings(beginnings).items()
         for token in tokens
     }
-    assert {path[:n] for path in runs(beginnings) for n in range(1, 4) if path[:n]} == {
+    assert {path[:n] for path in runs(branchings(beginnings)) for n in range(1, 4) if path[:n]} == {
         p for p in branchings(beginnings) if p
     }
     expected = np.zeros(3)

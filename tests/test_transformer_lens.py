@@ -120,13 +120,13 @@ def test_an_option_that_opens_another(backend, plain):
 
 
 def test_samples_follow_the_distribution_of_the_options_and_the_likeliest_is_chosen(backend):
-    """Answers of two tokens at 400 seeds, as they are read, against the exact masses of the same question."""
+    """Answers of two tokens at 600 seeds, as they are read, against the exact masses of the same question."""
     asked, two_tokens = question("anchored"), dataclasses.replace(SAMPLING, max_new_tokens=2)
-    ((reply,),) = observe(backend, CONVERSATIONS[:1], [asked], two_tokens, seeds=tuple(range(400)))
+    ((reply,),) = observe(backend, CONVERSATIONS[:1], [asked], two_tokens, seeds=tuple(range(600)))
     values = [template("anchored").read(sample.text) for sample in reply.samples.values()]
     counts = [values.count(value) for value in template("anchored").values]
     mass = np.array(reply.scores[0].mass)
-    assert chisquare([*counts, 400 - sum(counts)], 400 * np.array([*mass, 1 - mass.sum()])).pvalue > 1e-3
+    assert chisquare([*counts, 600 - sum(counts)], 600 * np.array([*mass, 1 - mass.sum()])).pvalue > 1e-3
     (chosen,) = replies(backend, [Request(CONVERSATIONS[0], asked, choose=True)])
     assert chosen.choice == asked.options[int(mass.argmax())]
 

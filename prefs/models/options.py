@@ -51,9 +51,9 @@ def branchings(beginnings: Sequence[Path] | Mapping[Path, int]) -> dict[Path, Pa
     return {beginning: tuple(tokens) for beginning, tokens in following.items()}
 
 
-def runs(beginnings: Mapping[Path, int]) -> list[Path]:
-    """The tokens to run so that all of `branchings` can be looked at: each is a beginning that opens no other."""
-    parts = [path for path in branchings(beginnings) if path]
+def runs(looks: Mapping[Path, Path]) -> list[Path]:
+    """The tokens to run so that all `branchings` can be looked at: each is a beginning that opens no other."""
+    parts = [path for path in looks if path]
     opening = {path[:length] for path in parts for length in range(1, len(path))}
     return [path for path in parts if path not in opening]
 

@@ -22,7 +22,7 @@ from prefs.models.local.memory import Halving
 from prefs.models.local.passes import Passes, State, Watcher, blocks_until_stopped
 from prefs.models.local.residuals import AllRecorded, Recorder
 from prefs.models.local.sharing import Sharing
-from prefs.models.options import Path
+from prefs.models.options import Path, branchings
 from prefs.models.positions import Span
 from prefs.models.prompts import Prompt, Thought
 from prefs.models.tokens import ChatEncoder
@@ -120,7 +120,7 @@ class _MakingUp(Decoder):
         self._counts, self._encoder, self._made_up, self._passes = counts, encoder, MadeUp(counts, encoder), passes
 
     def masses(self, state: State, logits: torch.Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
-        for _ in self._after_beginnings(state, prompts):
+        for _ in self._after_beginnings(state, [branchings(prompt.beginnings) for prompt in prompts]):
             pass
         options = len(prompts[0].tails)
         return np.full((len(prompts), options), 1 / options)

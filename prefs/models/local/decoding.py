@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class Decoder:
         begun = [((), row, row, 0) for row in range(len(prompts))]
         paths: list[tuple[int, Path]] = []
         values = []
-        for looked, after in ((begun, logits[:, -1:]), *self._after_beginnings(state, prompts)):
+        for looked, after in ((begun, logits[:, -1:]), *self._after_beginnings(state, looks)):
             asked = []
             for path, row, stream, place in looked:
                 for token in looks[row].get(path, ()):
@@ -63,16 +63,16 @@ class Decoder:
         )
 
     def _after_beginnings(
-        self, state: State, prompts: Sequence[Prompt]
+        self, state: State, looks: Sequence[Mapping[Path, Path]]
     ) -> Iterator[tuple[list[tuple[Path, int, int, int]], torch.Tensor]]:
-        """Logits [streams, places, vocabulary] after all beginnings that an option goes on from: with each one's
-        tokens, prompt, stream and place."""
-        trees = [[path for path in branchings(prompt.beginnings) if path] for prompt in prompts]
+        """Logits [streams, places, vocabulary] after all beginnings that an option goes on from, by each row's
+        `branchings`: with each one's tokens, row, stream and place."""
+        trees = [[path for path in own if path] for own in looks]
         if self._passes.sharing.tree and any(trees):
             looked = [(path, row, row, place) for row, own in enumerate(trees) for place, path in enumerate(own)]
             yield looked, self._passes.extend_tree(state.fork(), trees)
             return
-        to_run = [runs(prompt.beginnings) for prompt in prompts]
+        to_run = [runs(own) for own in looks]
         # Runs of different lengths side by side are padded.
         copies = COPIES if self._passes.sharing.rows else 1
         for start in range(0, max(map(len, to_run)), copies):
